@@ -1,0 +1,246 @@
+"""One function per verb. Assembly only: what each does is in the modules it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier import adapter as adapters
+from luthier import personas as demos
+from luthier import hub, templates
+from luthier.config import RunConfig
+from luthier.errors import ConfigError, ModelError
+from luthier.evaluate import held_out_loss
+from luthier.generate import Generator, Reply, Sampling
+from luthier.lora import attach, trainable_parameters
+from luthier.models.directory import fingerprint
+from luthier.models.load import load_weights, pick_device, pick_dtype
+from luthier.preflight import Inspection, Voice, inspect, voice
+from luthier.training import loop
+from luthier.training.metrics import MetricsFile, StepRecord, peak_rss_bytes
+from luthier.training.run_dir import RunDir
+from luthier.types import Message
+
+__all__ = ["Chat", "DemoResult", "check", "chat", "demo", "pull", "train"]
+
+Say = Callable[[str], None]
+pull = hub.pull
+
+
+def check(config: RunConfig) -> Inspection:
+    """Prove data, template, stop tokens and target modules; reads no weights.
+
+    Never raises for a user's mistake: it is in ``.error`` of what is returned, beside the complete counts.
+    """
+    return inspect(config)
+
+
+def train(
+    config: RunConfig, on_step: Callable[[StepRecord], None] | None = None, say: Say = lambda _: None
+) -> dict[str, Any]:
+    """Run to the end and return ``summary.json``'s content. A finished run is returned as it is, nothing rewritten."""
+    if config.output_dir is None:
+        raise ConfigError("output_dir: is missing", "give --output-dir RUN")
+    config = _absolute(config)
+    assert config.output_dir is not None
+    found = inspect(config)
+    if found.error:
+        raise found.error
+    assert found.voice and found.dataset and found.targets
+    run = RunDir(config.output_dir)
+    base = fingerprint(config.model.path, found.voice.config)
+    identity = {"data": found.dataset.fingerprint(), "base model": base.weights}
+    if not run.claim(config, identity):
+        say(f"{run.path}: this run is finished already; nothing was changed")
+        return run.summary()
+    run.start(config, found.as_dict())
+    rows = found.report.rows()
+    say(
+        f"data: {rows['read']} rows read, {rows['kept']} kept, {rows['dropped']} dropped, {rows['changed']} changed; "
+        f"template {found.voice.template.name}"
+    )
+    device = pick_device()
+    dtype = pick_dtype(config.model.dtype, device)
+    model = load_weights(config.model.path, dtype, device)
+    layers = attach(model, config.lora, found.targets, config.train.seed)
+    trainable, total = trainable_parameters(layers), sum(p.numel() for p in model.parameters())
+    say(
+        f"model: {found.voice.config.model_type} in {str(dtype).removeprefix('torch.')} on {device.type}; "
+        f"LoRA r={config.lora.r} on {', '.join(found.targets.leaves)}: {trainable:,} of {total:,} parameters train"
+    )
+    metrics = MetricsFile(run.metrics, config.train.logging_steps)
+
+    def record(step: StepRecord) -> None:
+        metrics.write(step)
+        if on_step:
+            on_step(step)
+
+    try:
+        result = loop.train(
+            model, layers, found.examples, config.train, config.model.attn_implementation, on_step=record
+        )
+    finally:
+        metrics.close()
+    facts = adapters.Facts(
+        system=config.data.system or None,
+        template=dict(found.voice.template.describe()),
+        template_sha256=templates.digest(found.voice.template),
+        stop_ids=found.voice.stop_ids,
+        base=base,
+        tokenizer_sha256=found.voice.tokenizer.digest(),
+        data_sha256=identity["data"],
+    )
+    adapters.save(run.adapter, layers, config.lora, found.targets, facts, config.model.path)
+    summary = {
+        "steps": len(result.losses),
+        "rows": rows,
+        "tokens": result.tokens,
+        "supervised_tokens": result.supervised_tokens,
+        "train_seconds": round(result.train_seconds, 4),
+        "tokens_per_s": round(result.tokens_per_s, 2),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "losses": result.losses,
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "identity": identity,
+    }
+    run.finish(summary)
+    return summary
+
+
+@dataclass(slots=True)
+class Chat:
+    """A conversation with a base model, or with a run's adapter as it was trained."""
+
+    generator: Generator
+    system: str | None
+    history: list[Message]
+
+    def send(
+        self, text: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None
+    ) -> Reply:
+        """Add a user's message and the model's reply to the conversation; returns the reply."""
+        self.history.append(Message("user", text))
+        try:
+            reply = self.generator.reply(self.messages(), sampling or Sampling(), on_text)
+        except BaseException:
+            self.history.pop()
+            raise
+        self.history.append(Message("assistant", reply.text))
+        return reply
+
+    def messages(self) -> list[Message]:
+        return [*self.opening(), *self.history]
+
+    def opening(self) -> list[Message]:
+        return [Message("system", self.system)] if self.system else []
+
+    def reset(self) -> None:
+        self.history.clear()
+
+
+def chat(path: Path, system: str | None = None, dtype: str = "auto") -> Chat:
+    """Open a run directory, an adapter directory or a base model directory for chatting.
+
+    system: system prompt; None: the one of the run's training, if any. dtype "auto": fp32 on CPU, so that greedy
+    replies are reproducible; the device's own type elsewhere.
+    """
+    path = Path(path)
+    directory = path / "adapter" if (path / "adapter" / adapters.CONFIG).is_file() else path
+    device = pick_device()
+    kind = torch.float32 if dtype == "auto" and device.type == "cpu" else pick_dtype(dtype, device)
+    if not (directory / adapters.META).is_file():
+        if (path / "run.yaml").is_file():
+            raise ModelError(f"{path}: the run has no adapter yet", "finish it with luthier train")
+        if (directory / adapters.CONFIG).is_file():
+            raise ModelError(f"{directory}: has no {adapters.META}", "give a directory that luthier train wrote")
+        found = voice(path)
+        return _chat(load_weights(path, kind, device), found, system)
+    adapter = adapters.load(directory)
+    base = _base_path(path, adapter)
+    found = voice(base, described=adapter.facts.template)
+    adapters.verify(adapter, base, fingerprint(base, found.config), found.tokenizer.digest())
+    model = load_weights(base, kind, device)
+    adapters.apply(model, adapter)
+    return _chat(model, found, adapter.facts.system if system is None else system)
+
+
+def _chat(model: Any, found: Voice, system: str | None) -> Chat:
+    return Chat(Generator(model, found.tokenizer, found.template, found.stop_ids), system, [])
+
+
+def _base_path(path: Path, adapter: adapters.Adapter) -> Path:
+    run = RunDir(path)
+    base = run.config().model.path if run.config_file.is_file() else Path(adapter.base_path)
+    if not base.is_dir():
+        raise ModelError(
+            f"{base}: the base model of {adapter.path} is not there", "put the base model back at that place"
+        )
+    return base
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """The demo's figures: held-out loss in nats a token, and replies of both models to every held-out prompt."""
+
+    base_loss: float
+    tuned_loss: float
+    prompts: list[str]
+    base_replies: list[Reply]
+    tuned_replies: list[Reply]
+    summary: dict[str, Any]
+
+    @property
+    def stop_rate(self) -> float:
+        return sum(r.stopped for r in self.tuned_replies) / len(self.tuned_replies)
+
+    @property
+    def loss_fall(self) -> float:
+        """Share of the base's held-out loss that training took away."""
+        return 1 - self.tuned_loss / self.base_loss
+
+
+def demo(
+    output_dir: Path,
+    on_step: Callable[[StepRecord], None] | None = None,
+    say: Say = lambda _: None,
+    model: Path | None = None,
+) -> DemoResult:
+    """Pull the embedded model, teach it the shipped persona, and compare both on prompts it has never seen."""
+    base = model or pull("smollm2-135m", say=say)
+    config = demos.config(base, output_dir)
+    held_out = inspect(demos.config(base, output_dir, rows=demos.HELD_OUT))
+    if held_out.error:
+        raise held_out.error
+    assert held_out.dataset
+    prompts = [c.messages[:-1] for c in held_out.dataset.conversations]
+    sampling = Sampling(max_new_tokens=200)
+    say(f"asking the base model {len(prompts)} held-out questions")
+    untuned = chat(base)
+    base_loss = held_out_loss(untuned.generator.model, held_out.examples).loss
+    base_replies = untuned.generator.replies(prompts, sampling)
+    del untuned
+    summary = train(config, on_step=on_step, say=say)
+    say("asking the tuned model the same questions")
+    tuned = chat(output_dir)
+    tuned_loss = held_out_loss(tuned.generator.model, held_out.examples).loss
+    replies = tuned.generator.replies(prompts, sampling)
+    return DemoResult(base_loss, tuned_loss, [p[-1].content for p in prompts], base_replies, replies, summary)
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Paths as they will be read again from anywhere."""
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": config.model.path.absolute()}),
+            "data": config.data.model_copy(update={"train": tuple(p.absolute() for p in config.data.train)}),
+            "output_dir": config.output_dir.absolute() if config.output_dir else None,
+        }
+    )
+

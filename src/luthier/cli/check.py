@@ -1,0 +1,102 @@
+"""``luthier check``"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from luthier.cli.console import fail
+from luthier.cli.options import Data, Json, Model, Set, config
+from luthier.errors import UserError
+
+if TYPE_CHECKING:
+    from luthier.preflight import Inspection
+
+
+def run(
+    model: Model = None,
+    data: Data = None,
+    settings: Set = None,
+    show: Annotated[int, typer.Option("--show", min=0, help="Print so many rows token by token.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Prove data, template, stop tokens and target modules before anything is trained. Reads no weights."""
+    try:
+        wanted = config(model, data, None, settings)
+    except UserError as e:
+        if as_json:
+            print(json.dumps(_nothing(e), ensure_ascii=False))
+        raise
+    from luthier.api import check
+
+    found = check(wanted)
+    if as_json:
+        print(json.dumps(found.as_dict(), ensure_ascii=False))
+    else:
+        _print(found, show)
+    if found.error:
+        fail(found.error)
+        raise typer.Exit(2)
+
+
+def _nothing(error: UserError) -> dict[str, Any]:
+    """The report when not even a row could be read."""
+    return {
+        "ok": False,
+        "rows": {"read": 0, "kept": 0, "dropped": 0, "changed": 0},
+        "problems": [],
+        "tokens": {"total": 0, "supervised": 0},
+        "error": {"message": error.message, "fix": error.fix},
+    }
+
+
+def _print(found: Inspection, show: int) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    report, facts = found.report, found.as_dict()
+    rows, tokens = facts["rows"], facts["tokens"]
+    for file, fmt in report.formats.items():
+        console.print(f"{file}: {fmt} rows", markup=False, soft_wrap=True)
+    console.print(
+        f"rows     {rows['read']} read, {rows['kept']} kept, {rows['dropped']} dropped, {rows['changed']} changed"
+    )
+    if found.examples:
+        console.print(
+            f"tokens   {tokens['total']:,} in all, {tokens['supervised']:,} trained "
+            f"({tokens['supervised_share']:.0%}); a row has {tokens['shortest']} to {tokens['longest']}, "
+            f"half at most {tokens['median']}"
+        )
+    if found.voice:
+        ends = " ".join(found.voice.template.stop)
+        console.print(f"template {found.voice.template.name}; replies end by {ends}", markup=False)
+    if found.targets:
+        console.print(f"LoRA on  {', '.join(found.targets.leaves)}", markup=False)
+    for problem in report.problems[:20]:
+        console.print(f"  {problem.source}: {problem.outcome}: {problem.reason}", markup=False, soft_wrap=True)
+    if len(report.problems) > 20:
+        console.print(f"  ... and {len(report.problems) - 20} more (--json lists them all)")
+    for note, count in report.notes.items():
+        console.print(f"  note: {note} ({count} rows)", markup=False, soft_wrap=True)
+    if found.voice and show:
+        _show(found, show, console)
+    if not found.error:
+        console.print(f"ready    every prompt is a prefix of its row, every reply ends by a stop token "
+                      f"({found.seconds:.1f} s)")
+
+
+def _show(found: Inspection, show: int, console: Any) -> None:
+    from rich.text import Text
+
+    assert found.voice
+    console.print("\ntrained tokens are green, what the model only sees is grey; | parts tokens")
+    for example in found.examples[:show]:
+        console.print(f"\n{example.source}  ({len(example)} tokens, {example.supervised} trained)", markup=False)
+        line = Text()
+        pieces = found.voice.tokenizer.pieces(example.ids.tolist())
+        for piece, trained in zip(pieces, example.trained.tolist(), strict=True):
+            line.append(piece.replace("\n", "\\n"), style="bold green" if trained else "bright_black")
+            line.append("|", style="dim")
+        console.print(line, soft_wrap=True)

@@ -1,0 +1,66 @@
+"""What is printed, and where: results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import UserError
+
+if TYPE_CHECKING:
+    from luthier.training.metrics import StepRecord
+
+
+def fail(error: UserError) -> None:
+    """``error: ...`` and ``  fix: ...`` on stderr."""
+    for line in error.message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    print(f"  fix: {error.fix}", file=sys.stderr)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class StepLines:
+    """Progress where no terminal shows a bar (a log file, CI): a line now and then."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, r: StepRecord) -> None:
+        import time
+
+        now = time.monotonic()
+        if r.step in (1, r.steps) or now - self._last > 5:
+            self._last = now
+            say(f"step {r.step}/{r.steps}  loss {r.loss:.4f}  {r.tokens_per_s:.0f} tokens/s")
+
+
+@contextmanager
+def step_progress() -> Iterator[Any]:
+    """A function to call with every ``StepRecord``: a bar with loss, tokens/s and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield StepLines()
+        return
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=None, loss=float("nan"), rate=0.0)
+
+        def show(r: StepRecord) -> None:
+            progress.update(task, total=r.steps, completed=r.step, loss=r.loss, rate=r.tokens_per_s)
+
+        yield show

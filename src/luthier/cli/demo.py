@@ -1,0 +1,56 @@
+"""``luthier demo``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from luthier.cli.console import say, step_progress
+
+if TYPE_CHECKING:
+    from luthier.api import DemoResult
+
+_SHOWN = 6
+
+
+def run(
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="The run's directory.")] = Path("runs/demo"),
+) -> None:
+    """Teach a small chat model a character in a few minutes, and compare it with the untaught one."""
+    from luthier.api import demo
+
+    with step_progress() as on_step:
+        result = demo(output_dir, on_step=on_step, say=say)
+    _print(result, output_dir)
+
+
+def _print(result: DemoResult, output_dir: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Questions it was never trained on", show_lines=True, expand=True)
+    table.add_column("question", ratio=2)
+    table.add_column("before", ratio=4)
+    table.add_column("after", ratio=4)
+    every = max(1, len(result.prompts) // _SHOWN)
+    for i in range(0, len(result.prompts), every):
+        before, after = result.base_replies[i].text, result.tuned_replies[i].text
+        table.add_row(result.prompts[i], _short(before), _short(after))
+    console = Console(highlight=False)
+    console.print(table)
+    n = len(result.prompts)
+    ended = sum(r.stopped for r in result.tuned_replies)
+    base_ended = sum(r.stopped for r in result.base_replies)
+    console.print(
+        f"held-out loss: {result.base_loss:.3f} before, {result.tuned_loss:.3f} after ({-result.loss_fall:+.0%})\n"
+        f"replies that end by themselves within 200 tokens: {base_ended} of {n} before, {ended} of {n} after\n"
+        f"training took {result.summary['train_seconds']:.0f} s ({result.summary['tokens_per_s']:.0f} tokens/s)\n"
+        f"talk to it: luthier chat {output_dir}",
+        soft_wrap=True,
+    )
+
+
+def _short(text: str, limit: int = 320) -> str:
+    return text if len(text) <= limit else text[:limit].rstrip() + " ..."

@@ -1,0 +1,22 @@
+"""``luthier train``"""
+
+from __future__ import annotations
+
+from luthier.cli.console import say, step_progress
+from luthier.cli.options import Data, Model, OutputDir, Set, config
+
+
+def run(model: Model = None, data: Data = None, output_dir: OutputDir = None, settings: Set = None) -> None:
+    """Train an adapter: check everything first, then learn, then write RUN/adapter."""
+    wanted = config(model, data, output_dir, settings)
+    from luthier.api import train
+
+    with step_progress() as on_step:
+        summary = train(wanted, on_step=on_step, say=say)
+    losses = summary["losses"]
+    print(
+        f"{summary['steps']} steps in {summary['train_seconds']:.1f} s "
+        f"({summary['tokens_per_s']:.0f} tokens/s, peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB); "
+        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+    )
+    print(f"talk to it: luthier chat {wanted.output_dir}")

@@ -1,0 +1,204 @@
+"""A run's configuration: YAML and ``--set a.b=c`` -> one frozen, strict object.
+
+Names are the field's own (``per_device_train_batch_size``, ``lora_alpha``), so a reader of the tutorials can map
+them one to one. Every mistake is reported at once, an unknown key with its nearest name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from luthier.errors import ConfigError, nearest
+from luthier.types import TooLong, TrainOn
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str | Path) else value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: Path = Field(description="directory of the base model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of the frozen weights; auto: bfloat16 where the device computes in it natively"
+    )
+    attn_implementation: Literal["auto", "padded", "sdpa", "reference"] = Field(
+        "auto", description="how segments attend; reference is the plain definition"
+    )
+
+
+class DataConfig(Section):
+    train: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] = Field(
+        min_length=1, description="one data file or several"
+    )
+    format: Literal["auto", "alpaca", "messages"] = Field("auto", description="auto: told from each file's rows")
+    template: Literal["auto", "chatml", "jinja"] = Field(
+        "auto", description="auto: the model's own chat template, natively where we know it"
+    )
+    system: str = Field("", description="system prompt for rows that have none; empty: the template's own default")
+    max_length: int = Field(1024, ge=8, description="longest row in tokens")
+    too_long: TooLong = Field("truncate", description="what happens to longer rows; truncate keeps the stop token")
+    train_on: TrainOn = Field("all_replies", description="which replies of a conversation are trained")
+
+
+class LoraConfig(Section):
+    r: int = Field(8, ge=1, description="rank")
+    lora_alpha: float = Field(32.0, gt=0, description="the update is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_one_or_many)] = Field(
+        None, description="names of linear layers; null: every linear layer of the decoder blocks"
+    )
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
+
+
+class TrainConfig(Section):
+    num_train_epochs: float = Field(3.0, gt=0, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; takes the place of num_train_epochs")
+    per_device_train_batch_size: int = Field(4, ge=1, description="rows a micro-batch")
+    gradient_accumulation_steps: int = Field(4, ge=1, description="micro-batches a step")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: never")
+    optim: Literal["adamw_torch"] = Field("adamw_torch", description="optimizer")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 1/3 slower")
+    seed: int = Field(42, ge=0, lt=2**32, description="order of rows, adapter's start, dropout")
+    logging_steps: int = Field(1, ge=1, description="a line of metrics.jsonl every so many steps")
+
+
+class RunConfig(Section):
+    """Everything a run depends on."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig = Field(default_factory=LoraConfig)  # type: ignore[arg-type]
+    train: TrainConfig = Field(default_factory=TrainConfig)  # type: ignore[arg-type]
+    output_dir: Path | None = Field(None, description="the run's directory")
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values, as ``run.yaml`` holds them."""
+        return self.model_dump(mode="json")
+
+
+def keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key, in order."""
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            found += keys(kind, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def describe(key: str) -> str:
+    """One line on a dotted key."""
+    model: type[BaseModel] = RunConfig
+    *sections, leaf = key.split(".")
+    for section in sections:
+        kind = model.model_fields[section].annotation
+        assert isinstance(kind, type) and issubclass(kind, BaseModel)
+        model = kind
+    return model.model_fields[leaf].description or ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-4`` as text; everyone who types it means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number form
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{where}: is not YAML ({' '.join(str(e).split())})", "correct the text") from None
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """``["train.seed=1"]`` -> ``{"train.seed": 1}``; values are read as YAML."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair}: has no '='", f"write --set {pair}=VALUE")
+        values[key.strip()] = parse_yaml(text, f"--set {key}")
+    return values
+
+
+def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Nested values and dotted overrides -> a validated configuration. Raises ConfigError with every mistake."""
+    merged = _copy(values)
+    for dotted, value in (overrides or {}).items():
+        *sections, leaf = dotted.split(".")
+        node = merged
+        for section in sections:
+            child = node.setdefault(section, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"{dotted}: {section} is not a section", f"the keys are: {', '.join(keys())}")
+            node = child
+        node[leaf] = value
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as e:
+        problems = [_problem(error) for error in e.errors()]
+        raise ConfigError(
+            "; ".join(text for text, _ in problems), "; ".join(dict.fromkeys(fix for _, fix in problems))
+        ) from None
+
+
+def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a ``run.yaml``."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read ({e})", "give the path of a YAML file") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds no keys", "write model.path and data.train at least")
+    return build(values, overrides)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``train.seed: 1 -> 2`` for every key that differs."""
+    found: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _problem(error: Any) -> tuple[str, str]:
+    where = ".".join(str(part) for part in error["loc"])
+    known = keys()
+    if error["type"] == "extra_forbidden":
+        leaf = {k.rpartition(".")[2]: k for k in known}
+        guess = nearest(where, known) or leaf.get(nearest(where.rpartition(".")[2], leaf) or "")
+        hint = f"; did you mean {guess}?" if guess else ""
+        return f"{where}: unknown key{hint}", f"write {guess}" if guess else f"the keys are: {', '.join(known)}"
+    if error["type"] == "missing":
+        flag = {"model": "--model DIR", "model.path": "--model DIR", "data": "--data FILE", "data.train": "--data FILE"}
+        return f"{where}: is missing", f"give {flag.get(where, f'--set {where}=VALUE')}"
+    got = error.get("input")
+    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, got {got!r}", f"correct {where}"

@@ -1,0 +1,34 @@
+"""Chat rows: ``{"messages": [{"role", "content"}, ...]}``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.data.rows import Row, RowProblem, as_role, check_keys, close, mapping, text
+from luthier.types import Message
+
+KEYS = ("messages",)
+REQUIRED = ("messages",)
+
+
+def matches(row: Mapping[str, Any]) -> bool:
+    return "messages" in row
+
+
+def parse(value: Mapping[str, Any]) -> Row:
+    """Raises RowProblem where the row cannot be used."""
+    row = Row([])
+    check_keys(list(value), KEYS, REQUIRED, row)
+    turns = value["messages"]
+    if not isinstance(turns, list) or not turns:
+        raise RowProblem("messages must be a list with at least one message")
+    for i, turn in enumerate(turns, 1):
+        message = mapping(turn)
+        check_keys(list(message), ("role", "content"), ("role", "content"), row)
+        role = as_role(message["role"])
+        content = text(message["content"], f"messages[{i}].content", row)
+        if role == "system" and not content:
+            continue  # an empty system prompt is no system prompt
+        row.messages.append(Message(role, content))
+    return close(row)

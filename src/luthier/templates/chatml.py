@@ -1,0 +1,46 @@
+"""ChatML: ``<|im_start|>role\\ncontent<|im_end|>\\n``, with the default system prompt a model may have.
+
+Source: the format's own publication (OpenAI, 2023) and the templates of Yi, Qwen2 and SmolLM2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from luthier.types import Message, Span, TrainOn
+
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatML:
+    """``default_system`` is what the model's own template adds when a conversation has no system message."""
+
+    default_system: str | None = None
+    name: str = "chatml"
+    stop: tuple[str, ...] = (END,)
+
+    def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
+        spans: list[Span] = []
+        seen = self._opening(messages)
+        last = len(messages) - 1
+        for i, m in enumerate(messages):
+            if m.role == "assistant" and (train_on == "all_replies" or i == last):
+                spans += [Span(f"{seen}{START}assistant\n", False), Span(m.content + END, True)]
+                seen = "\n"
+            else:
+                seen += f"{START}{m.role}\n{m.content}{END}\n"
+        return [*spans, Span(seen, False)]
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        turns = "".join(f"{START}{m.role}\n{m.content}{END}\n" for m in messages)
+        return f"{self._opening(messages)}{turns}{START}assistant\n"
+
+    def describe(self) -> dict[str, str | None]:
+        return {"name": self.name, "default_system": self.default_system}
+
+    def _opening(self, messages: Sequence[Message]) -> str:
+        if self.default_system is None or messages[0].role == "system":
+            return ""
+        return f"{START}system\n{self.default_system}{END}\n"

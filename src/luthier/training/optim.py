@@ -1,0 +1,53 @@
+"""AdamW over the adapter's parameters, with clipping, and loss scaling where fp16 needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from luthier.config import TrainConfig
+
+
+class Optimizer:
+    """backward() any number of times, then update(): one optimizer step.
+
+    No method reads the value of a device tensor, except fp16's loss scaling (CUDA without native bf16), which
+    has to know whether a gradient overflowed. That path has not yet run on a GPU.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: TrainConfig, fp16: bool = False) -> None:
+        self.parameters = list(parameters)
+        self.max_grad_norm = config.max_grad_norm
+        device = self.parameters[0].device.type
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=device in ("cpu", "cuda"),
+        )
+        self._scaler = torch.amp.GradScaler(device) if fp16 else None
+
+    def backward(self, loss: Tensor) -> None:
+        scaled: Tensor = self._scaler.scale(loss) if self._scaler else loss
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def unscale(self) -> None:
+        """Make gradients what they are without loss scaling."""
+        if self._scaler:
+            self._scaler.unscale_(self.adamw)
+
+    def update(self, lr: float) -> Tensor:
+        """Clip, step, clear. Returns [] fp32: the gradients' norm before clipping. Call ``unscale`` first."""
+        limit = self.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        if self._scaler:
+            self._scaler.step(self.adamw)
+            self._scaler.update()
+        else:
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm

@@ -1,0 +1,157 @@
+"""The types that flow from a row to a batch. numpy only: nothing here knows torch or a tokenizer.
+
+    row -> Conversation -> list[Span] -> Example -> Batch
+
+A ``Span`` says which text the model *sees* and which it *writes*: the loss mask follows from that alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Role = Literal["system", "user", "assistant"]
+TrainOn = Literal["all_replies", "last_reply"]
+TooLong = Literal["truncate", "drop", "error"]
+Ids = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class RowRef:
+    """Where a row came from. ``row`` counts from 1: the line of a JSONL file, the element of a JSON array."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """An optional system message, then user and assistant in turn, ending with an assistant's reply."""
+
+    messages: tuple[Message, ...]
+    source: RowRef
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of rendered text. ``written`` is true where the model writes it (and may be trained on it)."""
+
+    text: str
+    written: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One encoded row.
+
+    ids:     [n] token ids, the last one a supervised stop token.
+    trained: [n] true where the token is a target of the loss; ``trained[0]`` is always false.
+    """
+
+    ids: Ids
+    trained: Mask
+    source: RowRef
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens of this row are targets."""
+        return int(self.trained.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Several examples as one flat stream without padding; every index is made on the host.
+
+        input_ids     a0 a1 a2 | b0 b1 | c0 c1 c2      T tokens, S segments (each attends to itself only)
+        position_ids   0  1  2 |  0  1 |  0  1  2
+        offsets        0         3       5          8  S + 1 boundaries
+        target_index   rows of the stream whose next token is supervised [N]
+        target_ids     that next token [N]
+
+    pad_index [S * longest] gathers the stream into one padded row a segment (padding repeats token 0 of
+    the stream); unpad_index [T] is the way back. Attention alone uses them.
+    """
+
+    input_ids: Ids
+    position_ids: Ids
+    offsets: tuple[int, ...]
+    target_index: Ids
+    target_ids: Ids
+    pad_index: Ids
+    unpad_index: Ids
+    sources: tuple[RowRef, ...]
+    tokens: int
+
+    @property
+    def supervised(self) -> int:
+        return int(self.target_ids.shape[0])
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest segment."""
+        return max(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+
+
+class Template(Protocol):
+    """How conversations become text: the one renderer for training, chat and serving."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Token texts that end a reply; a trained reply ends in one of them."""
+        ...
+
+    def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
+        """The whole conversation, ending with a reply; written spans include their stop token.
+
+        train_on: a template may prove less when only the last reply is trained; then only that one is written.
+        """
+        ...
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """What the model sees before it writes the next reply; ``messages`` ends with the user."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """What identifies this template (recorded with every adapter)."""
+        ...
+
+
+class Encoding(Protocol):
+    """What ``ChatTokenizer.encode_batch`` returns for one text."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class ChatTokenizer(Protocol):
+    """The little of a tokenizer that encoding needs."""
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Encoding]:
+        """Ids and character offsets of each text. Adds no special tokens: the template writes them."""
+        ...
+
+    def token_id(self, text: str) -> int | None:
+        """The id of ``text`` if it is exactly one token, else None."""
+        ...
