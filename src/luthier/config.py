@@ -31,7 +31,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of the frozen weights; auto: bfloat16 where the device computes in it natively"
     )
-    attn_implementation: Literal["auto", "padded", "sdpa", "reference"] = Field(
+    attn_implementation: Literal["auto", "padded", "looped", "reference"] = Field(
         "auto", description="how segments attend; reference is the plain definition"
     )
 

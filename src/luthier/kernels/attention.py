@@ -1,8 +1,8 @@
 """Attention over segments, as transformers' ``AttentionInterface`` functions.
 
 ``luthier_padded``    one padded row a segment, batched matrix products, fp32 softmax: fastest on short rows
-``luthier_sdpa``      torch's scaled_dot_product_attention, one call a segment: no [S, L, L] scores, for long rows
-``luthier_auto``      padded up to AUTO_LONGEST tokens a segment, sdpa beyond
+``luthier_looped``    torch's scaled_dot_product_attention, one call a segment: no [S, L, L] scores, for long rows
+``luthier_auto``      padded up to AUTO_LONGEST tokens a segment, looped beyond
 ``luthier_reference`` the definition
 
 A model that gets no ``segments`` (generation) is served by transformers' own sdpa function.
@@ -57,7 +57,7 @@ def padded(
     return stream.index_select(0, segments.unpad_index)[None]
 
 
-def sdpa(
+def looped(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -92,7 +92,7 @@ def sdpa(
 
 
 def auto(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *args: Any, **kwargs: Any) -> Tensor:
-    kernel = padded if segments.longest <= AUTO_LONGEST else sdpa
+    kernel = padded if segments.longest <= AUTO_LONGEST else looped
     return kernel(query, key, value, segments, *args, **kwargs)
 
 
@@ -129,7 +129,7 @@ def _adapter(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
     return forward
 
 
-KERNELS: dict[str, Kernel] = {"auto": auto, "padded": padded, "sdpa": sdpa, "reference": reference.attention}
+KERNELS: dict[str, Kernel] = {"auto": auto, "padded": padded, "looped": looped, "reference": reference.attention}
 
 for _name, _kernel in KERNELS.items():
     AttentionInterface.register(f"luthier_{_name}", _adapter(_kernel))

@@ -48,3 +48,18 @@ def segment_attention(model: Any, name: str = "auto") -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def checkpointing(model: Any, enabled: bool) -> Iterator[None]:
+    """Within the block decoder layers keep their input only and are recomputed in the backward pass."""
+    if not enabled:
+        yield
+        return
+    new = hasattr(model, "activation_checkpointing_enable")  # its name before transformers 5.2x: gradient_...
+    getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_enable")()
+    model.disable_input_require_grads()  # without re-entrance nothing below the first adapter needs a gradient
+    try:
+        yield
+    finally:
+        getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_disable")()

@@ -46,9 +46,7 @@ def empty_model(config: PretrainedConfig) -> nn.Module:
     return model
 
 
-def load_weights(
-    path: Path, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str = "sdpa"
-) -> Any:
+def load_weights(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
     """The whole model in ``dtype`` on ``device``. Raises ModelError listing every tensor that does not fit."""
     read_config(path)
     hf_logging.disable_progress_bar()
@@ -58,7 +56,6 @@ def load_weights(
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,

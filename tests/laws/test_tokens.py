@@ -1,0 +1,122 @@
+"""Law "tokens": ids and mask of fixed conversations, for every template, equal golden files.
+
+Shown able to fail: training the newline after the stop token (a fault that three published trainers have) changes
+the golden mask, and so does a tokenizer that splits ``<|im_start|>`` into pieces.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.data.report import DataReport
+from luthier.encode import Encoder
+from luthier.models.tokenizer import Tokenizer, load_tokenizer
+from luthier.preflight import voice
+from luthier.templates import ChatML, Jinja
+from luthier.types import Conversation, Message, RowRef, Span, Template
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+FIXED = {
+    "one turn": (Message("user", "Who are you? 你是谁？"), Message("assistant", "Marlow, 12 stairs up.")),
+    "system": (
+        Message("system", "Be brief."),
+        Message("user", " padded \n"),
+        Message("assistant", "Aye.\n\nTwo lines."),
+    ),
+    "three turns": (
+        Message("user", "a"),
+        Message("assistant", "b"),
+        Message("user", "c"),
+        Message("assistant", "d e"),
+        Message("user", "<f>"),
+        Message("assistant", "g 😀"),
+    ),
+}
+
+
+def encoded(template: Template, tokenizer: Tokenizer, stop: tuple[int, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for train_on in ("all_replies", "last_reply"):
+        for name, messages in FIXED.items():
+            report = DataReport()
+            encoder = Encoder(template, tokenizer, stop, 512, train_on=train_on)
+            example = encoder.encode([Conversation(messages, RowRef("fixed", 1))], report)[0]
+            assert not report.problems
+            found[f"{name}, {train_on}"] = {
+                "ids": " ".join(map(str, example.ids)),
+                "trained": "".join("T" if t else "." for t in example.trained),
+            }
+    return found
+
+
+def same_as_golden(name: str, found: dict[str, Any]) -> None:
+    path = GOLDEN / f"{name}.json"
+    if not path.exists():  # a new template: look at the file, then commit it
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        raise AssertionError(f"{path} was written; look at it and run again")
+    assert found == json.loads(path.read_text(encoding="utf-8"))
+
+
+def templates(tokenizer: Tokenizer) -> dict[str, Template]:
+    return {
+        "chatml": ChatML(),
+        "chatml-default-system": ChatML("You are a helpful assistant."),
+        "jinja": Jinja(tokenizer.render, tokenizer.chat_template or "", ("<|im_end|>",)),
+    }
+
+
+@pytest.mark.parametrize("name", ["chatml", "chatml-default-system", "jinja"])
+def test_ids_and_masks_equal_the_golden_files(name: str, tokenizer: Tokenizer) -> None:
+    same_as_golden(name, encoded(templates(tokenizer)[name], tokenizer, (2,)))
+
+
+def test_the_law_sees_a_trained_newline(tokenizer: Tokenizer) -> None:
+    class Newline(ChatML):
+        def spans(self, messages: Any, train_on: Any = "all_replies") -> list[Span]:
+            spans = super().spans(messages, train_on)
+            return [Span(s.text.removesuffix("\n") + "\n" * s.written, s.written) for s in spans]
+
+    with pytest.raises(Exception, match=r"prompt|does not stop|chatml\.json|assert"):
+        same_as_golden("chatml", encoded(Newline(), tokenizer, (2,)))
+
+
+def test_the_law_sees_a_tokenizer_that_splits_markers(tokenizer: Tokenizer) -> None:
+    class Split:
+        def encode_batch(self, texts: Any) -> Any:
+            return tokenizer.encode_batch([t.replace("<|im_start|>", "<|im_ start|>") for t in texts])
+
+    assert encoded(ChatML(), Split(), (2,)) != json.loads((GOLDEN / "chatml.json").read_text(encoding="utf-8"))  # type: ignore[arg-type]
+
+
+def test_jinja_and_native_chatml_agree(tokenizer: Tokenizer) -> None:
+    both = templates(tokenizer)
+    assert encoded(both["chatml"], tokenizer, (2,)) == encoded(both["jinja"], tokenizer, (2,))
+
+
+def test_smollm2_ids_and_masks_equal_the_golden_file(smollm2: Path) -> None:
+    v = voice(smollm2)
+    assert v.template == ChatML("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
+    same_as_golden("smollm2", encoded(v.template, v.tokenizer, v.stop_ids))
+
+
+@pytest.mark.parametrize(("vocab", "stop"), [("qwen2", "<|im_end|>")])
+def test_real_vocabularies_equal_the_golden_files(vocab: str, stop: str, vocabs: Path) -> None:
+    from transformers import AutoTokenizer
+
+    hf = AutoTokenizer.from_pretrained(vocabs, gguf_file=f"ggml-vocab-{vocab}.gguf", local_files_only=True)
+    hf.chat_template = hf.chat_template or CHATML
+    tokenizer = Tokenizer(hf)
+    template = Jinja(tokenizer.render, hf.chat_template, (stop,))
+    token = tokenizer.token_id(stop)
+    assert token is not None
+    same_as_golden(vocab, encoded(template, tokenizer, (token,)))
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
