@@ -5,7 +5,7 @@
 ``luthier_auto``      padded up to AUTO_LONGEST tokens a segment, looped beyond
 ``luthier_reference`` the definition
 
-A model that gets no ``segments`` (generation) is served by transformers' own sdpa function.
+They serve flat batches alone: ``models.forward.segment_attention`` puts a model's own attention back afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from luthier.kernels import reference
 from luthier.kernels.segments import Segments
@@ -118,11 +117,7 @@ def _adapter(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
         softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        if segments is None:
-            out: tuple[Tensor, None] = sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-            )
-            return out
+        assert segments is not None, "outside segment_attention() models keep their own attention"
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return kernel(query, key, value, segments, scale, dropout, sliding_window, softcap), None
 
