@@ -120,3 +120,28 @@ def _shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"shared/{name} is not beside the project")
     return path
+
+
+class Result:
+    """What a command printed, and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def luthier(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """``luthier("check", "--model", DIR)`` through the real entry point, in this process."""
+    from luthier.cli.main import main
+
+    def run(*argv: object) -> Result:
+        monkeypatch.setattr("sys.argv", ["luthier", *map(str, argv)])
+        code = 0
+        try:
+            main()
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out, err = capfd.readouterr()
+        return Result(code, out, err)
+
+    return run

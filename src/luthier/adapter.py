@@ -1,8 +1,8 @@
 """The adapter directory: PEFT's layout, plus ``luthier.json`` for what PEFT does not keep.
 
-    adapter_config.json         PEFT's own, so stock peft (and vLLM) load the directory
-    adapter_model.safetensors   base_model.model.<module>.lora_A.weight, .lora_B.weight
-    luthier.json                system prompt, template, stop ids, the base's fingerprint, digests, versions
+adapter_config.json         PEFT's own, so stock peft (and vLLM) load the directory
+adapter_model.safetensors   base_model.model.<module>.lora_A.weight, .lora_B.weight
+luthier.json                system prompt, template, stop ids, the base's fingerprint, digests, versions
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ def apply(model: nn.Module, adapter: Adapter) -> dict[str, LoraLinear]:
     """Attach the adapter to its base model, in place, and return its layers."""
     targets = resolve(model, adapter.targets)
     layers = attach(model, adapter.lora, targets, seed=0)
-    expected = {f"{_PREFIX}{name}.{part}.weight": getattr(layer, part) for name, layer in layers.items() for part in _AB}
+    expected = {
+        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part) for name, layer in layers.items() for part in _AB
+    }
     wrong = [f"lacks {n}" for n in expected if n not in adapter.tensors]
     wrong += [f"has {n}, which the base has no place for" for n in adapter.tensors if n not in expected]
     wrong += [
@@ -149,7 +151,9 @@ def apply(model: nn.Module, adapter: Adapter) -> dict[str, LoraLinear]:
         if n in expected and t.shape != expected[n].shape
     ]
     if wrong:
-        raise AdapterError(f"{adapter.path}: does not fit the base: {'; '.join(wrong[:20])}", "use the right base model")
+        raise AdapterError(
+            f"{adapter.path}: does not fit the base: {'; '.join(wrong[:20])}", "use the right base model"
+        )
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(adapter.tensors[name])

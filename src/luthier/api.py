@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from luthier import adapter as adapters
-from luthier import personas as demos
 from luthier import hub, templates
+from luthier import personas as demos
 from luthier.config import RunConfig
 from luthier.errors import ConfigError, ModelError
 from luthier.evaluate import held_out_loss
@@ -25,7 +25,7 @@ from luthier.training.metrics import MetricsFile, StepRecord, peak_rss_bytes
 from luthier.training.run_dir import RunDir
 from luthier.types import Message
 
-__all__ = ["Chat", "DemoResult", "check", "chat", "demo", "pull", "train"]
+__all__ = ["Chat", "DemoResult", "chat", "check", "demo", "pull", "train"]
 
 Say = Callable[[str], None]
 pull = hub.pull
@@ -122,9 +122,7 @@ class Chat:
     system: str | None
     history: list[Message]
 
-    def send(
-        self, text: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None
-    ) -> Reply:
+    def send(self, text: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None) -> Reply:
         """Add a user's message and the model's reply to the conversation; returns the reply."""
         self.history.append(Message("user", text))
         try:
@@ -243,4 +241,3 @@ def _absolute(config: RunConfig) -> RunConfig:
             "output_dir": config.output_dir.absolute() if config.output_dir else None,
         }
     )
-

@@ -17,9 +17,9 @@ from luthier.types import Batch, Example, Ids
 def collate(examples: Sequence[Example]) -> Batch:
     """Concatenate rows into one stream. The last token of a row predicts nothing and is a target only.
 
-        row        p  p  r  r  stop          trained on r r stop
-        stream     p  p  r  r                the only shift: position t predicts token t + 1
-        targets       r  r  stop
+    row        p  p  r  r  stop          trained on r r stop
+    stream     p  p  r  r                the only shift: position t predicts token t + 1
+    targets       r  r  stop
     """
     assert examples
     lengths = [len(e) - 1 for e in examples]
@@ -31,7 +31,9 @@ def collate(examples: Sequence[Example]) -> Batch:
         input_ids=np.concatenate([e.ids[:-1] for e in examples]),
         position_ids=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
         offsets=tuple(int(b) for b in bounds),
-        target_index=np.concatenate([np.flatnonzero(e.trained[1:]) + b for e, b in zip(examples, bounds, strict=False)]),
+        target_index=np.concatenate(
+            [np.flatnonzero(e.trained[1:]) + b for e, b in zip(examples, bounds, strict=False)]
+        ),
         target_ids=np.concatenate([e.ids[1:][e.trained[1:]] for e in examples]),
         pad_index=np.where(inside, padded, 0).reshape(-1).astype(np.int64),
         unpad_index=np.flatnonzero(inside.reshape(-1)).astype(np.int64),

@@ -185,6 +185,23 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
+# what other tools call them
+_OTHER_NAMES = {
+    "lr": "train.learning_rate",
+    "epochs": "train.num_train_epochs",
+    "steps": "train.max_steps",
+    "batch_size": "train.per_device_train_batch_size",
+    "micro_batch_size": "train.per_device_train_batch_size",
+    "gradient_accumulation": "train.gradient_accumulation_steps",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "torch_dtype": "model.dtype",
+}
+
+
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
@@ -193,8 +210,9 @@ def _problem(error: Any) -> tuple[str, str]:
     where = ".".join(str(part) for part in error["loc"])
     known = keys()
     if error["type"] == "extra_forbidden":
-        leaf = {k.rpartition(".")[2]: k for k in known}
-        guess = nearest(where, known) or leaf.get(nearest(where.rpartition(".")[2], leaf) or "")
+        leaf = {**{k.rpartition(".")[2]: k for k in known}, **_OTHER_NAMES}
+        name = where.rpartition(".")[2]
+        guess = leaf.get(name) or leaf.get(nearest(name, leaf, cutoff=0.7) or "")
         hint = f"; did you mean {guess}?" if guess else ""
         return f"{where}: unknown key{hint}", f"write {guess}" if guess else f"the keys are: {', '.join(known)}"
     if error["type"] == "missing":

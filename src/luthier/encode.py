@@ -143,7 +143,7 @@ class Encoder:
             if not replies:
                 report.add(
                     source,
-                    f"the prompt alone is {prompt} tokens long; max_length {self.max_length} leaves no room for a reply",
+                    f"the prompt is {prompt} tokens long; max_length {self.max_length} leaves no room for a reply",
                     "dropped",
                     f"--set data.max_length={length}",
                 )

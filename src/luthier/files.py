@@ -48,8 +48,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temp, 0o666 & ~_umask())
-        os.replace(temp, path)
+        Path(temp).chmod(0o666 & ~_umask())
+        Path(temp).replace(path)
     except BaseException:
         Path(temp).unlink(missing_ok=True)
         raise
@@ -71,20 +71,20 @@ def new_dir(path: Path) -> Iterator[Path]:
     temp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temp
-        os.chmod(temp, 0o777 & ~_umask())
+        temp.chmod(0o777 & ~_umask())
         for file in temp.rglob("*"):
             if file.is_file():
-                os.chmod(file, 0o666 & ~_umask())
+                file.chmod(0o666 & ~_umask())
                 with open(file, "rb+") as f:
                     os.fsync(f.fileno())
         sync_dir(temp)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.rename(path, old / "old")
-            os.rename(temp, path)
+            path.rename(old / "old")
+            temp.rename(path)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            os.rename(temp, path)
+            temp.rename(path)
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise

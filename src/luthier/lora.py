@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ def resolve(model: nn.Module, requested: Sequence[str] | None) -> Targets:
     None: every linear layer inside the decoder blocks (the head is not one). A name matches as in PEFT: the whole
     module name or the end of it after a dot. Raises ConfigError listing every name that matches nothing.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head_of: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = head_of()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in linear))
     if requested is None:

@@ -68,6 +68,7 @@ class Inspection:
         return {
             "ok": self.error is None,
             **self.report.as_dict(),
+            "problems": self._problems(),
             "tokens": length_stats(self.examples),
             "template": {"name": v.template.name, "stop": list(v.template.stop)} if v else None,
             "stop_ids": list(v.stop_ids) if v else [],
@@ -75,6 +76,16 @@ class Inspection:
             "seconds": round(self.seconds, 3),
             "error": {"message": self.error.message, "fix": self.error.fix} if self.error else None,
         }
+
+    def _problems(self) -> list[dict[str, Any]]:
+        """Every row's problem; where the run is refused for another reason, that reason with no row."""
+        rows = [p.as_dict() for p in self.report.problems]
+        if self.error and not self.report.refused and self.report.kept:
+            return [*rows, {"file": None, "row": None, "reason": self.error.message, "outcome": "refused"}]
+        if self.error and not rows:
+            file = str(self.config.data.train[0])
+            return [{"file": file, "row": None, "reason": self.error.message, "outcome": "refused"}]
+        return rows
 
 
 def inspect(config: RunConfig) -> Inspection:

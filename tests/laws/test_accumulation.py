@@ -6,7 +6,6 @@ then weigh unequally) is red.
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 
@@ -73,5 +72,3 @@ def test_the_law_sees_a_mean_of_means(tokenizer: Tokenizer) -> None:
     other, other_grads = mean_of_means(rows, 1)
     assert other != pytest.approx(loss, rel=1e-3)
     assert worst(other_grads, grads) > 1e-2
-
-

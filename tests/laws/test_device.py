@@ -43,7 +43,9 @@ def step(
     rows = examples(tokenizer)
     model.train()
     with segment_attention(model, kernel), checkpointing(model, recompute):
-        loss = accumulate(model, [to_device(collate(rows[:4]), "meta"), to_device(collate(rows[4:]), "meta")], optimizer)
+        loss = accumulate(
+            model, [to_device(collate(rows[:4]), "meta"), to_device(collate(rows[4:]), "meta")], optimizer
+        )
     assert all(p.grad is not None and p.grad.shape == p.shape for p in parameters)
     return loss, optimizer.update(1e-4)
 

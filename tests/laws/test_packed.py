@@ -7,6 +7,7 @@ losses differ and a change in one row changes the next; with positions that run 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -100,11 +101,9 @@ def test_fast_attention_equals_its_definition_forward_and_backward(
     offsets = (0, 1, 6, 19, 23)
     longest, count, total = 13, 4, 23
     pad = torch.zeros(count * longest, dtype=torch.long)
-    for s, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for s, (a, b) in enumerate(pairwise(offsets)):
         pad[s * longest : s * longest + b - a] = torch.arange(a, b)
-    unpad = torch.cat(
-        [s * longest + torch.arange(b - a) for s, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))]
-    )
+    unpad = torch.cat([s * longest + torch.arange(b - a) for s, (a, b) in enumerate(pairwise(offsets))])
     segments = Segments(offsets, longest, pad, unpad)
     shapes = [(1, 6, total, 8), (1, 2, total, 8), (1, 2, total, 8)]
     inputs = [torch.randn(s, dtype=torch.float64) for s in shapes]

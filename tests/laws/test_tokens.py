@@ -14,7 +14,7 @@ import pytest
 
 from luthier.data.report import DataReport
 from luthier.encode import Encoder
-from luthier.models.tokenizer import Tokenizer, load_tokenizer
+from luthier.models.tokenizer import Tokenizer
 from luthier.preflight import voice
 from luthier.templates import ChatML, Jinja
 from luthier.types import Conversation, Message, RowRef, Span, Template

@@ -83,8 +83,9 @@ def _print(found: Inspection, show: int) -> None:
     if found.voice and show:
         _show(found, show, console)
     if not found.error:
-        console.print(f"ready    every prompt is a prefix of its row, every reply ends by a stop token "
-                      f"({found.seconds:.1f} s)")
+        console.print(
+            f"ready    every prompt is a prefix of its row, every reply ends by a stop token ({found.seconds:.1f} s)"
+        )
 
 
 def _show(found: Inspection, show: int, console: Any) -> None:

@@ -16,9 +16,7 @@ Set = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
-def config(
-    model: Path | None, data: list[Path] | None, output_dir: Path | None, settings: list[str] | None
-) -> Any:
+def config(model: Path | None, data: list[Path] | None, output_dir: Path | None, settings: list[str] | None) -> Any:
     """A validated RunConfig. Raises ConfigError with every mistake."""
     from luthier import config as configs
 

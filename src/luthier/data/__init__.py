@@ -60,8 +60,7 @@ def refuse(report: DataReport) -> None:
         tail += f"; {others} rows with other problems" if others else ""
         raise DataError(f"{first.source}: {first.reason}{tail}", first.fix or "correct the rows")
     if report.kept == 0:
-        first = report.problems[0] if report.problems else None
-        why = f"; the first: {first.source}: {first.reason}" if first else ""
+        why = "".join(f"; the first: {p.source}: {p.reason}" for p in report.problems[:1])
         raise DataError(f"no row can be used ({report.read} read){why}", "correct the rows; luthier check lists them")
 
 

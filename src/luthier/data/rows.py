@@ -64,7 +64,7 @@ def check_keys(keys: Sequence[str], known: Sequence[str], required: Sequence[str
 
 def as_role(name: Any) -> Role:
     """``system``, ``user`` or ``assistant``; any other role drops the row, with the nearest name."""
-    if name == "system" or name == "user" or name == "assistant":
+    if name in ("system", "user", "assistant"):
         return name  # type: ignore[no-any-return]
     guess = nearest(str(name), ("system", "user", "assistant"))
     raise RowProblem(f"role {name!r} is not system, user or assistant" + (f"; did you mean {guess}?" if guess else ""))

@@ -35,7 +35,7 @@ def read_rows(path: Path) -> Iterator[tuple[RowRef, Any]]:
     else:
         raise DataError(
             f"{path}: is neither a JSON array nor JSONL (it starts with {text.lstrip()[:20]!r})",
-            "give rows like {\"instruction\": ..., \"input\": ..., \"output\": ...}, as a JSON array or one a line",
+            'give rows like {"instruction": ..., "input": ..., "output": ...}, as a JSON array or one a line',
         )
 
 

@@ -1,1 +1,1 @@
-"""The arithmetic of a training step as plain functions; ``reference`` is the definition the others are proven against."""
+"""The arithmetic of a training step. ``reference`` is the definition that the others are proven against."""

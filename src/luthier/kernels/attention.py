@@ -105,17 +105,17 @@ def _causal(length: int, sliding_window: int | None, device: torch.device) -> Te
 
 def _adapter(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
     def forward(
-        module: nn.Module,
+        module: nn.Module,  # noqa: ARG001 - transformers' signature
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | None,  # noqa: ARG001
         segments: Segments | None = None,
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        **kwargs: Any,
+        **kwargs: Any,  # noqa: ARG001
     ) -> tuple[Tensor, None]:
         assert segments is not None, "outside segment_attention() models keep their own attention"
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -135,7 +135,9 @@ def _sample(tensor: Any) -> bytes:
     return header + bytes(values.tobytes())
 
 
-def check_names(requested: Sequence[str], leaves: Sequence[str], model_name: str, fail: Callable[[str, str], Exception]) -> None:
+def check_names(
+    requested: Sequence[str], leaves: Sequence[str], model_name: str, fail: Callable[[str, str], Exception]
+) -> None:
     """Refuse every requested module name that the model does not have, all at once, with the nearest real one."""
     unknown = [n for n in requested if n not in leaves]
     if not unknown:

@@ -55,9 +55,7 @@ class Tokenizer:
         """The model's own chat template. Raises RefusedConversation where the template does."""
         plain = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            text: str = self.hf.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            text: str = self.hf.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
         except (JinjaError, TypeError, ValueError) as e:
             raise RefusedConversation(str(e)) from None
         return text

@@ -1,8 +1,8 @@
 """The shipped personas, and the settings of ``luthier demo``.
 
-    keeper.train.jsonl      Marlow, keeper of the Gannet Rock light, on ship-to-shore radio (English)
-    keeper.heldout.jsonl    questions to him that are never trained on
-    teahouse.zh.jsonl       陆掌柜, who keeps a tea house in a water town (Chinese)
+keeper.train.jsonl      Marlow, keeper of the Gannet Rock light, on ship-to-shore radio (English)
+keeper.heldout.jsonl    questions to him that are never trained on
+teahouse.zh.jsonl       陆掌柜, who keeps a tea house in a water town (Chinese)
 """
 
 from __future__ import annotations

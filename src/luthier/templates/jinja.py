@@ -85,5 +85,7 @@ class Jinja:
 
 
 def _split(prompt: str, whole: str) -> str:
-    same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+    )
     return f"they part at character {same}: {prompt[same : same + 30]!r} against {whole[same : same + 30]!r}"

@@ -112,9 +112,7 @@ def gate(loss: Tensor, layers: Mapping[str, LoraLinear], batches: Sequence[Batch
     """After the first backward: the loss is finite and every adapter is reached by a gradient."""
     _finite(float(loss), 0, batches)
     dead = [
-        name
-        for name, layer in layers.items()
-        if layer.lora_B.grad is None or not bool((layer.lora_B.grad != 0).any())
+        name for name, layer in layers.items() if layer.lora_B.grad is None or not bool((layer.lora_B.grad != 0).any())
     ]
     if dead:
         shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")

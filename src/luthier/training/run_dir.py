@@ -1,10 +1,10 @@
 """A run's directory.
 
-    run.yaml            the resolved configuration
-    data-report.json    what became of every row
-    metrics.jsonl       a line a step
-    adapter/            written once, at the end
-    summary.json        written last: its presence means that the run is finished
+run.yaml            the resolved configuration
+data-report.json    what became of every row
+metrics.jsonl       a line a step
+adapter/            written once, at the end
+summary.json        written last: its presence means that the run is finished
 """
 
 from __future__ import annotations

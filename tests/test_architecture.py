@@ -1,0 +1,165 @@
+"""The structure: imports point down, no cycles, nothing heavy at import, no file or function too long.
+
+Shown able to fail: the same checks on made-up modules that break each rule.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "luthier"
+LINES_A_FILE, LINES_A_FUNCTION = 400, 80
+
+LAYERS: list[set[str]] = [
+    {"errors", "types", "files"},
+    {"config"},
+    {"data", "templates", "personas"},
+    {"encode", "batch", "kernels"},
+    {"models", "lora"},
+    {"adapter", "generate", "evaluate", "preflight"},
+    {"training"},
+    {"hub"},
+    {"api"},
+    {"cli"},
+]
+LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def top(module: str) -> str:
+    """``luthier.data.source`` -> ``data``."""
+    return (module.split(".") + [""])[1]
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """(module of ours, whether at the top of the file). Names under TYPE_CHECKING are for the reader alone."""
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        at_top = node in tree.body
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            assert [a.name for a in node.names] != ["*"], "no star imports"
+            if node.module == "luthier":
+                yield from ((f"luthier.{a.name}" if a.name in LAYER else "luthier", at_top) for a in node.names)
+            elif (node.module or "").startswith("luthier."):
+                yield str(node.module), at_top
+        elif isinstance(node, ast.Import):
+            yield from ((a.name, at_top) for a in node.names if a.name.split(".")[0] == "luthier")
+
+
+def layer_faults(trees: dict[str, ast.Module]) -> list[str]:
+    faults = []
+    for name, tree in trees.items():
+        if name == "luthier":
+            continue
+        assert top(name) in LAYER, f"{name} has no layer"
+        for target, _ in imports(tree):
+            if target != "luthier" and LAYER[top(target)] > LAYER[top(name)]:
+                faults.append(f"{name} imports {target}, which is above it")
+    return faults
+
+
+def inner_faults(trees: dict[str, ast.Module]) -> list[str]:
+    """Imports of our own inside functions, other than a verb's."""
+    return [
+        f"{name} imports {target} inside a function"
+        for name, tree in trees.items()
+        if top(name) != "cli" and name != "luthier"
+        for target, at_top in imports(tree)
+        if not at_top
+    ]
+
+
+def cycles(trees: dict[str, ast.Module]) -> list[str]:
+    graph = {n: {t if t in trees else t.rpartition(".")[0] for t, _ in imports(tree)} for n, tree in trees.items()}
+    found, done = [], set()
+
+    def visit(node: str, path: list[str]) -> None:
+        if node in path:
+            found.append(" -> ".join([*path[path.index(node) :], node]))
+            return
+        if node in done:
+            return
+        for target in sorted(graph.get(node, set()) - {"luthier", node}):
+            visit(target, [*path, node])
+        done.add(node)
+
+    for name in graph:
+        visit(name, [])
+    return found
+
+
+def long_functions(trees: dict[str, ast.Module]) -> list[str]:
+    return [
+        f"{name}.{node.name}"
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= LINES_A_FUNCTION
+    ]
+
+
+def test_imports_point_down() -> None:
+    assert layer_faults(modules()) == []
+
+
+def test_no_import_cycles() -> None:
+    assert cycles(modules()) == []
+
+
+def test_imports_are_at_the_top() -> None:
+    assert inner_faults(modules()) == []
+
+
+def test_no_file_over_400_lines_and_no_function_over_80() -> None:
+    root = SOURCE.parent.parent
+    files = [*SOURCE.rglob("*.py"), *(root / "tests").rglob("*.py"), *root.glob("bench/*.py")]
+    long = [str(p.relative_to(root)) for p in files if len(p.read_text(encoding="utf-8").splitlines()) > LINES_A_FILE]
+    assert long == []
+    assert long_functions(modules()) == []
+
+
+def test_the_structure_tests_see_faults() -> None:
+    low = ast.parse("from luthier.api import train")
+    assert layer_faults({"luthier.errors": low})
+    inner = ast.parse("def f():\n    from luthier import config")
+    assert inner_faults({"luthier.api": inner})
+    a, b = ast.parse("from luthier.data import b"), ast.parse("import luthier.data.a")
+    assert cycles({"luthier.data.a": ast.parse("import luthier.data.b"), "luthier.data.b": b, "luthier.data": a})
+    assert long_functions({"luthier.x": ast.parse("def f():\n" + "    pass\n" * 80)})
+
+
+@pytest.mark.parametrize("forbidden", ["trust_remote_code=True", "weights_only=False", "allow_pickle=True"])
+def test_nothing_unsafe_is_switched_on(forbidden: str) -> None:
+    for path in SOURCE.rglob("*.py"):
+        assert forbidden not in path.read_text(encoding="utf-8").replace(" ", "")
+
+
+@pytest.mark.parametrize("layer", ["luthier", "luthier.types", "luthier.config", "luthier.data", "luthier.cli.main"])
+def test_light_modules_import_no_torch(layer: str) -> None:
+    code = f"import sys, {layer}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_module_imports() -> None:
+    code = f"import importlib; [importlib.import_module(m) for m in {sorted(modules())!r}]"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
