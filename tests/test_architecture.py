@@ -41,7 +41,7 @@ def modules() -> dict[str, ast.Module]:
 
 def top(module: str) -> str:
     """``luthier.data.source`` -> ``data``."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:

@@ -105,16 +105,27 @@ REFUSALS = [
     (["check", "--model", "{no}", "--data", "{rows}"], "does not exist", "luthier pull smollm2-135m"),
     (["check", "--data", "{rows}"], "model: is missing", "give --model DIR"),
     (["train", "--model", "{model}", "--data", "{rows}"], "output_dir: is missing", "give --output-dir RUN"),
-    (["check", "--model", "{model}", "--data", "{rows}", "--set", "lora.target_modules=[q_attn, k_proj]"],
-     "'q_attn' is not a module of a llama model; its linear layers are q_proj, k_proj", "leave target_modules out"),
-    (["check", "--model", "{model}", "--data", "{rows}", "--set", "train.lr=1"], "train.lr: unknown key; did you mean train.learning_rate?", "write train"),
-    (["train", "--model", "{model}", "--data", "{rows}", "--output-dir", "{rows}"], "cannot be used as a directory", "choose"),
+    (
+        ["check", "--model", "{model}", "--data", "{rows}", "--set", "lora.target_modules=[q_attn, k_proj]"],
+        "'q_attn' is not a module of a llama model; its linear layers are q_proj, k_proj",
+        "leave target_modules out",
+    ),
+    (
+        ["check", "--model", "{model}", "--data", "{rows}", "--set", "train.lr=1"],
+        "train.lr: unknown key; did you mean train.learning_rate?",
+        "write train.learning_rate",
+    ),
+    (
+        ["train", "--model", "{model}", "--data", "{rows}", "--output-dir", "{rows}"],
+        "cannot be used as a directory",
+        "choose",
+    ),
     (["chat", "{no}", "--prompt", "a"], "does not exist", "luthier pull"),
     (["chat", "{model}", "--prompt", " "], "the prompt is empty", "--prompt TEXT"),
     (["chat", "{model}", "--json"], "needs a prompt", "--prompt TEXT"),
     (["chat", "{model}", "--prompt", "a", "--dtype", "int3"], "is not a type", "float32"),
     (["pull", "smolm2"], "model 'smolm2' is unknown", "luthier pull smollm2-135m"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("argv", "message", "fix"), REFUSALS)

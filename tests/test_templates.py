@@ -68,7 +68,8 @@ def test_a_template_that_rewrites_history_is_refused_with_a_way_out() -> None:
     """Like thinking models' templates: only the last reply is written in full."""
     source = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.role == 'assistant' and not loop.last %}...{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if m.role == 'assistant' and not loop.last %}...{% else %}{{ m.content }}{% endif %}"
+        "<|im_end|>\n{% endfor %}"
     )
     found = pick(source + HEAD)
     with pytest.raises(TemplateError, match="alters the text of reply|differently from the prompt") as e:
@@ -90,7 +91,8 @@ def test_a_template_without_stop_tokens_is_refused() -> None:
     found = pick("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + "assistant:")
     with pytest.raises(TemplateError):
         found.spans(TWO)
-    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant:{% endif %}"
     with pytest.raises(TemplateError, match="would never stop"):
         pick(plain).spans(TWO)
 

@@ -90,13 +90,13 @@ class RunConfig(Section):
         return self.model_dump(mode="json")
 
 
-def keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+def all_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """Every dotted key, in order."""
     found: list[str] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            found += keys(kind, f"{prefix}{name}.")
+            found += all_keys(kind, f"{prefix}{name}.")
         else:
             found.append(prefix + name)
     return found
@@ -149,7 +149,7 @@ def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None)
         for section in sections:
             child = node.setdefault(section, {})
             if not isinstance(child, dict):
-                raise ConfigError(f"{dotted}: {section} is not a section", f"the keys are: {', '.join(keys())}")
+                raise ConfigError(f"{dotted}: {section} is not a section", f"the keys are: {', '.join(all_keys())}")
             node = child
         node[leaf] = value
     try:
@@ -208,7 +208,7 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _problem(error: Any) -> tuple[str, str]:
     where = ".".join(str(part) for part in error["loc"])
-    known = keys()
+    known = all_keys()
     if error["type"] == "extra_forbidden":
         leaf = {**{k.rpartition(".")[2]: k for k in known}, **_OTHER_NAMES}
         name = where.rpartition(".")[2]

@@ -20,14 +20,24 @@ if TYPE_CHECKING:
 
 def run(
     path: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, an adapter or a model directory.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", help="Ask once and stop; - reads it from stdin.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt; default: the training's.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from the k likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto (fp32 on CPU), float32, bfloat16 or float16.")] = "auto",
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Ask once and stop; - reads it from stdin.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="System prompt; default: the training's.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest reply.")] = 512,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", min=0.0, help="0: always the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", metavar="P", min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", metavar="K", min=0, help="Draw from the k likeliest tokens; 0: all.")
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the sampling.")] = 0,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="auto (fp32 on CPU), float32, bfloat16 or float16.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Talk to a run, an adapter or a base model, with the very prompt format of its training."""

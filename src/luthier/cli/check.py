@@ -19,7 +19,7 @@ def run(
     model: Model = None,
     data: Data = None,
     settings: Set = None,
-    show: Annotated[int, typer.Option("--show", min=0, help="Print so many rows token by token.")] = 0,
+    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print so many rows token by token.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Prove data, template, stop tokens and target modules before anything is trained. Reads no weights."""
@@ -55,11 +55,11 @@ def _nothing(error: UserError) -> dict[str, Any]:
 def _print(found: Inspection, show: int) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     report, facts = found.report, found.as_dict()
     rows, tokens = facts["rows"], facts["tokens"]
     for file, fmt in report.formats.items():
-        console.print(f"{file}: {fmt} rows", markup=False, soft_wrap=True)
+        console.print(f"{file}: {fmt} rows", markup=False)
     console.print(
         f"rows     {rows['read']} read, {rows['kept']} kept, {rows['dropped']} dropped, {rows['changed']} changed"
     )
@@ -75,11 +75,11 @@ def _print(found: Inspection, show: int) -> None:
     if found.targets:
         console.print(f"LoRA on  {', '.join(found.targets.leaves)}", markup=False)
     for problem in report.problems[:20]:
-        console.print(f"  {problem.source}: {problem.outcome}: {problem.reason}", markup=False, soft_wrap=True)
+        console.print(f"  {problem.source}: {problem.outcome}: {problem.reason}", markup=False)
     if len(report.problems) > 20:
         console.print(f"  ... and {len(report.problems) - 20} more (--json lists them all)")
     for note, count in report.notes.items():
-        console.print(f"  note: {note} ({count} rows)", markup=False, soft_wrap=True)
+        console.print(f"  note: {note} ({count} rows)", markup=False)
     if found.voice and show:
         _show(found, show, console)
     if not found.error:
@@ -100,4 +100,4 @@ def _show(found: Inspection, show: int, console: Any) -> None:
         for piece, trained in zip(pieces, example.trained.tolist(), strict=True):
             line.append(piece.replace("\n", "\\n"), style="bold green" if trained else "bright_black")
             line.append("|", style="dim")
-        console.print(line, soft_wrap=True)
+        console.print(line)

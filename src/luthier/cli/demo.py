@@ -16,7 +16,9 @@ _SHOWN = 6
 
 
 def run(
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="The run's directory.")] = Path("runs/demo"),
+    output_dir: Annotated[Path, typer.Option("--output-dir", metavar="RUN", help="The run's directory.")] = Path(
+        "runs/demo"
+    ),
 ) -> None:
     """Teach a small chat model a character in a few minutes, and compare it with the untaught one."""
     from luthier.api import demo

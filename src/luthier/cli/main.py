@@ -31,11 +31,11 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-app.command("demo")(demo.run)
-app.command("pull")(pull.run)
-app.command("check")(check.run)
-app.command("train")(train.run)
-app.command("chat")(chat.run)
+app.command("demo", short_help="The whole story on a small model, in minutes.")(demo.run)
+app.command("pull", short_help="Download a model and check it.")(pull.run)
+app.command("check", short_help="Prove data, template and targets; trains nothing.")(check.run)
+app.command("train", short_help="Train an adapter.")(train.run)
+app.command("chat", short_help="Talk to a run, an adapter or a base model.")(chat.run)
 
 
 def main() -> None:

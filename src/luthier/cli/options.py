@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[Path | None, typer.Option("--model", help="Directory of the base model.")]
-Data = Annotated[list[Path] | None, typer.Option("--data", help="A data file (JSON or JSONL); may be repeated.")]
-OutputDir = Annotated[Path | None, typer.Option("--output-dir", help="The run's directory.")]
+Model = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="Directory of the base model.")]
+Data = Annotated[
+    list[Path] | None, typer.Option("--data", metavar="FILE", help="A data file (JSON or JSONL); may be repeated.")
+]
+OutputDir = Annotated[Path | None, typer.Option("--output-dir", metavar="RUN", help="The run's directory.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, as train.learning_rate=1e-4.")
 ]

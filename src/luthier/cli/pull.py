@@ -11,8 +11,10 @@ from luthier.cli.console import say
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="smollm2-135m, the embedded default.")],
-    to: Annotated[Path | None, typer.Option("--to", help="Directory to put it in; default: the user's cache.")] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="smollm2-135m, the embedded default.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="Directory to put it in; default: the user's cache.")
+    ] = None,
 ) -> None:
     """Download a model, check it, and print its directory."""
     from luthier.hub import pull  # not through api: this verb often needs no torch
