@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"errors", "types", "files"},
     {"config"},
     {"data", "templates", "personas"},
-    {"encode", "batch", "kernels"},
+    {"encode", "control", "store", "batch", "kernels"},
     {"models", "lora"},
     {"adapter", "generate", "evaluate", "preflight"},
     {"training"},

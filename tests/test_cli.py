@@ -92,7 +92,7 @@ def test_check_json_when_it_refuses(luthier: Run, model: Path, tmp_path: Path) -
     assert [(p["file"], p["row"]) for p in found["problems"]] == [(str(rows), 2), (str(rows), 3)]
     assert "did you mean 'instruction'" in found["problems"][0]["reason"]
     assert "error: " in done.err
-    assert "\n  fix: rename the key" in done.err
+    assert "\n  fix: correct the rows, or pass --rename instrution=instruction" in done.err
     for argv in (["--model", model, "--data", tmp_path / "none.json"], ["--model", tmp_path, "--data", rows], []):
         done = luthier("check", *argv, "--json")
         assert done.code == 2
@@ -101,7 +101,7 @@ def test_check_json_when_it_refuses(luthier: Run, model: Path, tmp_path: Path) -
 
 
 REFUSALS = [
-    (["check", "--model", "{model}", "--data", "{no}"], "does not exist", "give a JSON or JSONL file"),
+    (["check", "--model", "{model}", "--data", "{no}"], "does not exist", "give a JSON, JSONL, CSV or Parquet file"),
     (["check", "--model", "{no}", "--data", "{rows}"], "does not exist", "luthier pull smollm2-135m"),
     (["check", "--data", "{rows}"], "model: is missing", "give --model DIR"),
     (["train", "--model", "{model}", "--data", "{rows}"], "output_dir: is missing", "give --output-dir RUN"),

@@ -67,11 +67,11 @@ def test_the_demo_teaches_the_persona_as_well_as_the_reference(smollm2: Path, tm
     assert not any(s in r.text for s in signs for r in result.base_replies)
 
     config = personas.config(smollm2, tmp_path / "run")
-    model = peft_on_the_same_steps(smollm2, config, inspect(config).examples)
+    model = peft_on_the_same_steps(smollm2, config, list(inspect(config).train))
     model.save_pretrained(tmp_path / "theirs")
     fp32 = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     merged = PeftModel.from_pretrained(fp32, tmp_path / "theirs").merge_and_unload()
-    held_out = inspect(personas.config(smollm2, tmp_path / "run", rows=personas.HELD_OUT)).examples
+    held_out = inspect(config).held_out
     theirs = held_out_loss(merged, held_out).loss
     print(json.dumps({"peft": theirs}))
     assert abs(result.tuned_loss - theirs) < 0.05

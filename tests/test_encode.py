@@ -8,9 +8,9 @@ import pytest
 
 from luthier import data
 from luthier.data.report import DataReport
-from luthier.encode import length_stats
 from luthier.errors import DataError
 from luthier.models.tokenizer import Tokenizer
+from luthier.store import ExampleStore
 from luthier.types import Conversation, Example, Message, RowRef
 
 from .laws.helpers import conversations, encoder, examples
@@ -88,9 +88,25 @@ def test_a_reply_that_the_tokenizer_would_join_with_the_prompt_is_said(tokenizer
 
 def test_statistics_count_each_row_whole(tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer)
-    stats = length_stats(rows)
+    store = ExampleStore(rows)
+    stats = store.stats()
     assert stats["total"] == sum(map(len, rows))
     assert stats["supervised"] == sum(e.supervised for e in rows)
     assert stats["longest"] == max(map(len, rows))
-    assert length_stats([]) == {"total": 0, "supervised": 0}
+    assert store.lengths() == list(map(len, rows))
+    assert ExampleStore(rows, keep=False).stats() == stats
+    assert ExampleStore().stats() == {"total": 0, "supervised": 0}
     assert len(conversations()) == len(rows)
+
+
+def test_the_store_gives_back_what_it_was_given(tokenizer: Tokenizer) -> None:
+    rows = examples(tokenizer)
+    store = ExampleStore(rows)
+    for given, found in zip([*rows, rows[-1]], [*store, store[-1]], strict=True):
+        assert found.ids.tolist() == given.ids.tolist()
+        assert found.trained.tolist() == given.trained.tolist()
+        assert found.source == given.source
+        assert (found.ids.dtype, found.trained.dtype) == (given.ids.dtype, given.trained.dtype)
+    assert len(store[2:4]) == 2
+    with pytest.raises(IndexError):
+        _ = store[len(rows)]

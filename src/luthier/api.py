@@ -31,12 +31,12 @@ Say = Callable[[str], None]
 pull = hub.pull
 
 
-def check(config: RunConfig) -> Inspection:
+def check(config: RunConfig, show: int = 0) -> Inspection:
     """Prove data, template, stop tokens and target modules; reads no weights.
 
     Never raises for a user's mistake: it is in ``.error`` of what is returned, beside the complete counts.
     """
-    return inspect(config)
+    return inspect(config, keep=False, show=show)
 
 
 def train(
@@ -50,10 +50,10 @@ def train(
     found = inspect(config)
     if found.error:
         raise found.error
-    assert found.voice and found.dataset and found.targets
+    assert found.voice and found.targets
     run = RunDir(config.output_dir)
     base = fingerprint(config.model.path, found.voice.config)
-    identity = {"data": found.dataset.fingerprint(), "base model": base.weights}
+    identity = {"data": found.fingerprint, "base model": base.weights}
     if not run.claim(config, identity):
         say(f"{run.path}: this run is finished already; nothing was changed")
         return run.summary()
@@ -80,9 +80,7 @@ def train(
             on_step(step)
 
     try:
-        result = loop.train(
-            model, layers, found.examples, config.train, config.model.attn_implementation, on_step=record
-        )
+        result = loop.train(model, layers, found.train, config.train, config.model.attn_implementation, on_step=record)
     finally:
         metrics.close()
     facts = adapters.Facts(
@@ -124,6 +122,7 @@ class Chat:
 
     def send(self, text: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None) -> Reply:
         """Add a user's message and the model's reply to the conversation; returns the reply."""
+        self.generator.check(text)
         self.history.append(Message("user", text))
         try:
             reply = self.generator.reply(self.messages(), sampling or Sampling(), on_text)
@@ -213,21 +212,20 @@ def demo(
     """Pull the embedded model, teach it the shipped persona, and compare both on prompts it has never seen."""
     base = model or pull("smollm2-135m", say=say)
     config = demos.config(base, output_dir)
-    held_out = inspect(demos.config(base, output_dir, rows=demos.HELD_OUT))
+    held_out = inspect(config)
     if held_out.error:
         raise held_out.error
-    assert held_out.dataset
-    prompts = [c.messages[:-1] for c in held_out.dataset.conversations]
+    prompts = [c.messages[:-1] for c in held_out.chats]
     sampling = Sampling(max_new_tokens=200)
     say(f"asking the base model {len(prompts)} held-out questions")
     untuned = chat(base)
-    base_loss = held_out_loss(untuned.generator.model, held_out.examples).loss
+    base_loss = held_out_loss(untuned.generator.model, held_out.held_out).loss
     base_replies = untuned.generator.replies(prompts, sampling)
     del untuned
     summary = train(config, on_step=on_step, say=say)
     say("asking the tuned model the same questions")
     tuned = chat(output_dir)
-    tuned_loss = held_out_loss(tuned.generator.model, held_out.examples).loss
+    tuned_loss = held_out_loss(tuned.generator.model, held_out.held_out).loss
     replies = tuned.generator.replies(prompts, sampling)
     return DemoResult(base_loss, tuned_loss, [p[-1].content for p in prompts], base_replies, replies, summary)
 

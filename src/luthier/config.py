@@ -38,9 +38,22 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] = Field(
-        min_length=1, description="one data file or several"
+        min_length=1, description="data files; patterns such as rows/*.jsonl too"
     )
-    format: Literal["auto", "alpaca", "messages"] = Field("auto", description="auto: told from each file's rows")
+    eval: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] = Field(
+        (), description="files of held-out rows, evaluated before and after"
+    )
+    eval_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the distinct prompts to hold out in place of data.eval"
+    )
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"] = Field(
+        "auto", description="auto: told from each row's keys"
+    )
+    rename: dict[str, str] = Field(default_factory=dict, description="keys of rows to read under another name")
+    dedupe: bool = Field(False, description="drop rows that are word for word an earlier one")
+    control_tokens: Literal["refuse", "drop", "escape"] = Field(
+        "refuse", description="what happens to rows whose text holds one of the model's control tokens"
+    )
     template: Literal["auto", "chatml", "jinja"] = Field(
         "auto", description="auto: the model's own chat template, natively where we know it"
     )

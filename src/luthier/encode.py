@@ -7,12 +7,14 @@ supervised one cannot change the loss and are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from luthier.control import ControlTokens
 from luthier.data.report import DataReport
 from luthier.errors import TemplateError
 from luthier.templates import RefusedConversation
@@ -31,23 +33,33 @@ class Encoder:
     max_length: int
     too_long: TooLong = "truncate"
     train_on: TrainOn = "all_replies"
+    control: ControlTokens | None = None
 
-    def encode(self, conversations: Sequence[Conversation], report: DataReport) -> list[Example]:
+    def encode(self, conversations: Iterable[Conversation], report: DataReport) -> list[Example]:
         """Encode every row; rows that cannot be are in ``report`` with the reason. Raises TemplateError."""
-        return list(self.stream(conversations, report))
+        return [example for _, example in self.stream(conversations, report)]
 
-    def stream(self, conversations: Sequence[Conversation], report: DataReport) -> Iterator[Example]:
-        for at in range(0, len(conversations), _CHUNK):
-            yield from self._chunk(conversations[at : at + _CHUNK], report)
+    def stream(
+        self, conversations: Iterable[Conversation], report: DataReport
+    ) -> Iterator[tuple[Conversation, Example]]:
+        """As ``encode``, a chunk at a time, each example with the conversation it came from."""
+        source = iter(conversations)
+        while chunk := list(itertools.islice(source, _CHUNK)):
+            yield from self._chunk(chunk, report)
 
     def prompt_ids(self, conversation: Conversation | Sequence[Any]) -> list[int]:
         """Ids of the prompt for the next reply to ``messages``: what chat and serving send."""
         messages = conversation.messages if isinstance(conversation, Conversation) else conversation
         return list(self.tokenizer.encode_batch([self.template.prompt(messages)])[0].ids)
 
-    def _chunk(self, conversations: Sequence[Conversation], report: DataReport) -> Iterator[Example]:
+    def _chunk(
+        self, conversations: Sequence[Conversation], report: DataReport
+    ) -> Iterator[tuple[Conversation, Example]]:
         rendered: list[tuple[Conversation, list[Span]]] = []
-        for c in conversations:
+        for read in conversations:
+            c = self.control.apply(read, report) if self.control else read
+            if c is None:
+                continue
             try:
                 rendered.append((c, self.template.spans(c.messages, self.train_on)))
             except RefusedConversation as e:
@@ -64,7 +76,7 @@ class Encoder:
             prompts = [next(encodings) for s in spans if s.written]
             example = self._example(c, spans, whole, prompts, report)
             if example is not None:
-                yield example
+                yield c, example
 
     def _prompts(self, conversation: Conversation, spans: Sequence[Span]) -> list[str]:
         """The text before each written span, which must be what chat would send at that point."""
@@ -164,21 +176,3 @@ def _cut(replies: list[tuple[int, int]], max_length: int) -> tuple[list[tuple[in
     if start + 2 <= max_length:  # room for one token of the reply and its stop
         return [*whole, (start, max_length)], end - 1
     return whole, whole[-1][1] - 1 if whole else 0
-
-
-def length_stats(examples: Sequence[Example]) -> dict[str, float | int]:
-    """Token counts of a data set, each row whole."""
-    lengths = np.array([len(e) for e in examples], dtype=np.int64)
-    if not len(lengths):
-        return {"total": 0, "supervised": 0}
-    total = int(lengths.sum())
-    supervised = sum(e.supervised for e in examples)
-    return {
-        "total": total,
-        "supervised": supervised,
-        "supervised_share": round(supervised / total, 4),
-        "shortest": int(lengths.min()),
-        "median": int(np.median(lengths)),
-        "p99": int(np.quantile(lengths, 0.99)),
-        "longest": int(lengths.max()),
-    }

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from luthier.control import ControlTokens
 from luthier.errors import UserError
 from luthier.models.tokenizer import Tokenizer
 from luthier.types import Message, Template
@@ -47,6 +48,12 @@ class Generator:
         self.template = template
         self.stop_ids = list(dict.fromkeys(stop_ids))
         model.generation_config = GenerationConfig()  # what is sampled is in ``Sampling``, never hidden defaults
+
+    def check(self, text: str) -> None:
+        """Raise DataError where a message would be read as one of the model's control tokens."""
+        control = ControlTokens.of(self.tokenizer.control_tokens, "refuse")
+        if control:
+            control.check(text, "the message")
 
     def reply(
         self, messages: Sequence[Message], sampling: Sampling, on_text: Callable[[str], None] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from luthier import data, templates
+from luthier import templates
 from luthier.config import RunConfig
-from luthier.data.report import DataReport, Dataset
-from luthier.encode import Encoder, length_stats
+from luthier.control import ControlTokens
+from luthier.data import DataReport, Loader, refuse
+from luthier.encode import Encoder
 from luthier.errors import ConfigError, UserError
 from luthier.lora import Targets, resolve
 from luthier.models.directory import eos_ids, read_config
 from luthier.models.load import empty_model
 from luthier.models.tokenizer import Tokenizer, load_tokenizer
-from luthier.types import Example, Template
+from luthier.store import ExampleStore
+from luthier.types import Conversation, Example, Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +55,24 @@ def voice(path: Path, choice: Any = "auto", described: dict[str, Any] | None = N
 
 @dataclass(slots=True)
 class Inspection:
-    """What ``check`` found. ``error`` is set when the run must not start; counts are complete either way."""
+    """What ``check`` found. ``error`` is set when the run must not start; counts are complete either way.
+
+    train, held_out: the encoded rows (lengths alone where nothing will be trained).
+    chats:           the held-out conversations themselves.
+    first:           the first few encoded rows, for showing.
+    eval_report:     the account of ``data.eval``'s files, where there are any.
+    """
 
     config: RunConfig
     report: DataReport = field(default_factory=DataReport)
-    dataset: Dataset | None = None
+    eval_report: DataReport | None = None
     voice: Voice | None = None
     targets: Targets | None = None
-    examples: list[Example] = field(default_factory=list)
+    train: ExampleStore = field(default_factory=ExampleStore)
+    held_out: ExampleStore = field(default_factory=ExampleStore)
+    chats: list[Conversation] = field(default_factory=list)
+    first: list[Example] = field(default_factory=list)
+    fingerprint: str = ""
     seconds: float = 0.0
     error: UserError | None = None
 
@@ -69,7 +82,12 @@ class Inspection:
             "ok": self.error is None,
             **self.report.as_dict(),
             "problems": self._problems(),
-            "tokens": length_stats(self.examples),
+            "tokens": self.train.stats(),
+            "held_out": {
+                "rows": len(self.held_out),
+                "tokens": self.held_out.stats(),
+                "report": self.eval_report.as_dict() if self.eval_report else None,
+            },
             "template": {"name": v.template.name, "stop": list(v.template.stop)} if v else None,
             "stop_ids": list(v.stop_ids) if v else [],
             "target_modules": list(self.targets.leaves) if self.targets else [],
@@ -88,15 +106,16 @@ class Inspection:
         return rows
 
 
-def inspect(config: RunConfig) -> Inspection:
+def inspect(config: RunConfig, keep: bool = True, show: int = 0) -> Inspection:
     """Prove the run's contract: data, template, prompt prefix, stop tokens, target modules. Reads no weights.
 
+    keep: hold the encoded rows; false needs memory for their lengths alone. show: how many rows to hold in ``first``.
     The user's mistakes are collected in ``.error`` instead of raised, so that the counts are complete.
     """
-    found = Inspection(config)
+    found = Inspection(config, train=ExampleStore(keep=keep), held_out=ExampleStore(keep=keep))
     start = time.perf_counter()
     errors: list[UserError] = []
-    for stage in (_read, _model, _encode):
+    for stage in (_model, lambda f: _read(f, show)):
         try:
             stage(found)
         except UserError as e:
@@ -111,15 +130,11 @@ def inspect(config: RunConfig) -> Inspection:
     return found
 
 
-def _read(found: Inspection) -> None:
-    config = found.config.data
-    found.dataset = data.load(config.train, config.format, config.system)
-    found.report = found.dataset.report
-
-
 def _model(found: Inspection) -> None:
     config = found.config
     found.voice = voice(config.model.path, config.data.template)
+    if config.data.system:
+        check_text(found.voice, config.data.system, "data.system")
     found.targets = resolve(empty_model(found.voice.config), config.lora.target_modules)
     limit = getattr(found.voice.config.get_text_config(), "max_position_embeddings", None)
     if limit and config.data.max_length > limit:
@@ -129,10 +144,62 @@ def _model(found: Inspection) -> None:
         )
 
 
-def _encode(found: Inspection) -> None:
-    if found.voice is None or found.dataset is None:
+def check_text(v: Voice, text: str, what: str) -> None:
+    """Raise DataError where a text for the model holds one of its control tokens."""
+    control = ControlTokens.of(v.tokenizer.control_tokens, "refuse")
+    if control:
+        control.check(text, what)
+
+
+def _read(found: Inspection, show: int) -> None:
+    """Every row once, from file to ids; without a usable model, rows are counted all the same."""
+    config = found.config.data
+    if config.eval and config.eval_fraction:
+        raise ConfigError(
+            "data.eval_fraction would be ignored: data.eval names the held-out rows", "leave one of the two out"
+        )
+    loader = Loader(config.train, config.format, config.system, config.rename, config.dedupe)
+    found.report = loader.report
+    if found.voice is None:
+        for _ in loader:
+            pass
         return
-    config, v = found.config.data, found.voice
-    encoder = Encoder(v.template, v.tokenizer, v.stop_ids, config.max_length, config.too_long, config.train_on)
-    found.examples = encoder.encode(found.dataset.conversations, found.report)
-    data.refuse(found.report)
+    encoder = _encoder(found.voice, found.config)
+    for conversation, example in encoder.stream(loader, found.report):
+        if len(found.first) < show:
+            found.first.append(example)
+        if config.eval_fraction and is_held_out(conversation, config.eval_fraction, found.config.train.seed):
+            found.held_out.add(example)
+            found.chats.append(conversation)
+        else:
+            found.train.add(example)
+    found.fingerprint = loader.fingerprint()
+    refuse(found.report)
+    if not len(found.train):
+        raise ConfigError(
+            f"data.eval_fraction {config.eval_fraction}: holds out every row", "choose a smaller fraction"
+        )
+    if config.eval_fraction and not len(found.held_out):
+        found.report.notes[f"data.eval_fraction {config.eval_fraction} held out no row of {len(found.train)}"] += 1
+    if config.eval:
+        held = Loader(config.eval, config.format, config.system, config.rename)
+        found.eval_report = held.report
+        for conversation, example in encoder.stream(held, held.report):
+            found.held_out.add(example)
+            found.chats.append(conversation)
+        found.fingerprint += held.fingerprint()
+        refuse(held.report)
+
+
+def _encoder(v: Voice, config: RunConfig) -> Encoder:
+    data = config.data
+    control = ControlTokens.of(v.tokenizer.control_tokens, data.control_tokens)
+    return Encoder(v.template, v.tokenizer, v.stop_ids, data.max_length, data.too_long, data.train_on, control)
+
+
+def is_held_out(conversation: Conversation, fraction: float, seed: int) -> bool:
+    """Whether a row is for evaluation: by a hash of its prompt, so that equal prompts are on one side, always."""
+    key = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8)
+    for m in conversation.messages[:-1]:
+        key.update(f"{m.role}\0{m.content.strip()}\0".encode())
+    return int.from_bytes(key.digest(), "little") < fraction * 2**64

@@ -152,6 +152,11 @@ class ChatTokenizer(Protocol):
         """Ids and character offsets of each text. Adds no special tokens: the template writes them."""
         ...
 
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts that become control tokens wherever they stand."""
+        ...
+
     def token_id(self, text: str) -> int | None:
         """The id of ``text`` if it is exactly one token, else None."""
         ...

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.console import fail
-from luthier.cli.options import Data, Json, Model, Set, config
+from luthier.cli.options import Data, Json, Model, Rename, Set, config
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,19 +19,20 @@ def run(
     model: Model = None,
     data: Data = None,
     settings: Set = None,
+    rename: Rename = None,
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print so many rows token by token.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Prove data, template, stop tokens and target modules before anything is trained. Reads no weights."""
     try:
-        wanted = config(model, data, None, settings)
+        wanted = config(model, data, None, settings, rename)
     except UserError as e:
         if as_json:
             print(json.dumps(_nothing(e), ensure_ascii=False))
         raise
     from luthier.api import check
 
-    found = check(wanted)
+    found = check(wanted, show)
     if as_json:
         print(json.dumps(found.as_dict(), ensure_ascii=False))
     else:
@@ -63,7 +64,7 @@ def _print(found: Inspection, show: int) -> None:
     console.print(
         f"rows     {rows['read']} read, {rows['kept']} kept, {rows['dropped']} dropped, {rows['changed']} changed"
     )
-    if found.examples:
+    if tokens["total"]:
         console.print(
             f"tokens   {tokens['total']:,} in all, {tokens['supervised']:,} trained "
             f"({tokens['supervised_share']:.0%}); a row has {tokens['shortest']} to {tokens['longest']}, "
@@ -81,19 +82,19 @@ def _print(found: Inspection, show: int) -> None:
     for note, count in report.notes.items():
         console.print(f"  note: {note} ({count} rows)", markup=False)
     if found.voice and show:
-        _show(found, show, console)
+        _show(found, console)
     if not found.error:
         console.print(
             f"ready    every prompt is a prefix of its row, every reply ends by a stop token ({found.seconds:.1f} s)"
         )
 
 
-def _show(found: Inspection, show: int, console: Any) -> None:
+def _show(found: Inspection, console: Any) -> None:
     from rich.text import Text
 
     assert found.voice
     console.print("\ntrained tokens are green, what the model only sees is grey; | parts tokens")
-    for example in found.examples[:show]:
+    for example in found.first:
         console.print(f"\n{example.source}  ({len(example)} tokens, {example.supervised} trained)", markup=False)
         line = Text()
         pieces = found.voice.tokenizer.pieces(example.ids.tolist())

@@ -7,18 +7,32 @@ from typing import Annotated, Any
 
 import typer
 
+from luthier.errors import ConfigError
+
 Model = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="Directory of the base model.")]
 Data = Annotated[
-    list[Path] | None, typer.Option("--data", metavar="FILE", help="A data file (JSON or JSONL); may be repeated.")
+    list[Path] | None,
+    typer.Option(
+        "--data", metavar="FILE", help="A data file (JSON, JSONL, CSV, Parquet; *.jsonl too); may be repeated."
+    ),
 ]
 OutputDir = Annotated[Path | None, typer.Option("--output-dir", metavar="RUN", help="The run's directory.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, as train.learning_rate=1e-4.")
 ]
+Rename = Annotated[
+    list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="Read a key of the rows under another name.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
-def config(model: Path | None, data: list[Path] | None, output_dir: Path | None, settings: list[str] | None) -> Any:
+def config(
+    model: Path | None,
+    data: list[Path] | None,
+    output_dir: Path | None,
+    settings: list[str] | None,
+    rename: list[str] | None = None,
+) -> Any:
     """A validated RunConfig. Raises ConfigError with every mistake."""
     from luthier import config as configs
 
@@ -29,4 +43,10 @@ def config(model: Path | None, data: list[Path] | None, output_dir: Path | None,
         values["data"] = {"train": [str(p) for p in data]}
     if output_dir is not None:
         values["output_dir"] = str(output_dir)
-    return configs.build(values, configs.parse_overrides(settings or []))
+    overrides = configs.parse_overrides(settings or [])
+    for pair in rename or []:
+        old, equals, new = pair.partition("=")
+        if not (old and equals and new):
+            raise ConfigError(f"--rename {pair}: is not OLD=NEW", "write --rename OLD=NEW")
+        overrides.setdefault("data.rename", {})[old] = new
+    return configs.build(values, overrides)

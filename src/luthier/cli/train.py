@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from luthier.cli.console import say, step_progress
-from luthier.cli.options import Data, Model, OutputDir, Set, config
+from luthier.cli.options import Data, Model, OutputDir, Rename, Set, config
 
 
-def run(model: Model = None, data: Data = None, output_dir: OutputDir = None, settings: Set = None) -> None:
+def run(
+    model: Model = None, data: Data = None, output_dir: OutputDir = None, settings: Set = None, rename: Rename = None
+) -> None:
     """Train an adapter: check everything first, then learn, then write RUN/adapter."""
-    wanted = config(model, data, output_dir, settings)
+    wanted = config(model, data, output_dir, settings, rename)
     from luthier.api import train
 
     with step_progress() as on_step:

@@ -1,53 +1,135 @@
-"""Rows -> conversations. The format of each file is told from its rows, never registered.
+"""Rows -> conversations, as a stream. The format of each row is told from its keys, never registered.
 
 ``FORMATS`` is the list to extend: a module with ``matches(row)``, ``parse(row)``, ``KEYS`` and ``REQUIRED``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from luthier.data import alpaca, messages
-from luthier.data.report import DataReport, Dataset, Problem
+from luthier.data import alpaca, messages, prompt_completion, sharegpt
+from luthier.data.report import DataReport, Problem
 from luthier.data.rows import Row, RowProblem, mapping
-from luthier.data.source import BadRow, read_rows
+from luthier.data.source import BadRow, expand, read_rows
 from luthier.errors import DataError, nearest
 from luthier.types import Conversation, Message, RowRef
 
-FORMATS: dict[str, ModuleType] = {"messages": messages, "alpaca": alpaca}
+FORMATS: dict[str, ModuleType] = {
+    "messages": messages,
+    "sharegpt": sharegpt,
+    "alpaca": alpaca,
+    "prompt_completion": prompt_completion,
+}
 
-__all__ = ["FORMATS", "DataReport", "Dataset", "Problem", "load", "refuse"]
+__all__ = ["FORMATS", "DataReport", "Dataset", "Loader", "Problem", "digest", "load", "refuse"]
+
+
+class Loader:
+    """Reads files once, row by row, in constant memory (but for ``dedupe``: 16 bytes a distinct row).
+
+    fmt:    "auto", or a name in FORMATS for all rows.
+    system: system prompt for rows that have none.
+    rename: ``{"old": "new"}`` for keys of rows.
+    dedupe: drop rows that are word for word an earlier one.
+
+    ``report`` is complete when the stream is at its end; so is ``fingerprint``.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        fmt: str = "auto",
+        system: str = "",
+        rename: Mapping[str, str] | None = None,
+        dedupe: bool = False,
+    ) -> None:
+        self.paths = paths
+        self.report = DataReport()
+        self._module = FORMATS.get(fmt)
+        self._system = system
+        self._rename = dict(rename or {})
+        self._first: dict[bytes, RowRef] | None = {} if dedupe else None
+        self._digest = hashlib.sha256()
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """Raises DataError for a file that cannot be read; a bad row is in ``report`` instead."""
+        for path in [file for pattern in self.paths for file in expand(pattern)]:
+            seen: Counter[str] = Counter()
+            for source, value in read_rows(path):
+                self.report.read += 1
+                try:
+                    conversation = self._one(source, value, seen)
+                except RowProblem as e:
+                    self.report.add(source, e.reason, "refused" if e.refused else "dropped", e.fix)
+                    continue
+                self._digest.update(digest(conversation))
+                yield conversation
+            self.report.formats[str(path)] = "+".join(seen) or "unknown"
+            if len(seen) > 1:
+                self.report.notes[f"{path} mixes formats: {', '.join(f'{n} {c}' for n, c in seen.items())}"] += 1
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every conversation that was read, in order."""
+        return self._digest.hexdigest()
+
+    def _one(self, source: RowRef, value: Any, seen: Counter[str]) -> Conversation:
+        if isinstance(value, BadRow):
+            raise RowProblem(value.reason)
+        keyed = mapping(value)
+        if self._rename:
+            keyed = {self._rename.get(k, k): v for k, v in keyed.items()}
+        module = self._module or _sniff(keyed)
+        if module is None:
+            got = ", ".join(map(repr, list(keyed)[:6])) or "none"
+            raise RowProblem(f"has none of the keys instruction, output, messages or conversations (its keys: {got})")
+        row: Row = module.parse(keyed)
+        seen[module.__name__.rpartition(".")[2]] += 1
+        conversation = self._conversation(row, source)
+        if self._first is not None:
+            key = digest(conversation)[:16]
+            earlier = self._first.setdefault(key, source)
+            if earlier is not source:
+                raise RowProblem(f"is the same as {earlier}")
+        self.report.notes.update(row.notes)
+        for change in row.changes:
+            self.report.add(source, change, "changed")
+        return conversation
+
+    def _conversation(self, row: Row, source: RowRef) -> Conversation:
+        found = tuple(row.messages)
+        if self._system and found[0].role != "system":
+            found = (Message("system", self._system), *found)
+        return Conversation(found, source)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A small data set read whole."""
+
+    conversations: list[Conversation]
+    report: DataReport
 
 
 def load(paths: Sequence[Path], fmt: str = "auto", system: str = "") -> Dataset:
-    """Read every row of every file.
+    """Read every row of every file into a list."""
+    loader = Loader(paths, fmt, system)
+    return Dataset(list(loader), loader.report)
 
-    fmt:    "auto", or a name in FORMATS for all files.
-    system: system prompt for rows that have none.
-    Raises DataError for a file that cannot be read; a bad row is in the report instead.
-    """
-    report = DataReport()
-    conversations: list[Conversation] = []
-    for path in paths:
-        module = FORMATS.get(fmt)
-        for source, value in read_rows(path):
-            report.read += 1
-            if module is None and isinstance(value, Mapping):
-                module = _sniff(value)
-            try:
-                row = _parse(value, module)
-            except RowProblem as e:
-                report.add(source, e.reason, "refused" if e.refused else "dropped", e.fix)
-                continue
-            report.notes.update(row.notes)
-            for change in row.changes:
-                report.add(source, change, "changed")
-            conversations.append(_conversation(row, system, source))
-        report.formats[str(path)] = next((n for n, m in FORMATS.items() if m is module), "unknown")
-    return Dataset(conversations, report)
+
+def digest(conversation: Conversation) -> bytes:
+    """SHA-256 of what a conversation says, wherever it was read."""
+    found = hashlib.sha256()
+    for m in conversation.messages:
+        for part in (m.role, m.content):
+            raw = part.encode("utf-8")
+            found.update(len(raw).to_bytes(8, "little") + raw)
+    return found.digest()
 
 
 def refuse(report: DataReport) -> None:
@@ -74,21 +156,3 @@ def _sniff(row: Mapping[str, Any]) -> ModuleType | None:
         if guess:
             return wanted[guess]
     return None
-
-
-def _parse(value: Any, module: ModuleType | None) -> Row:
-    if isinstance(value, BadRow):
-        raise RowProblem(value.reason)
-    row = mapping(value)
-    if module is None:
-        got = ", ".join(map(repr, list(row)[:6])) or "none"
-        raise RowProblem(f"has none of the keys instruction, output or messages (its keys: {got})")
-    parsed: Row = module.parse(row)
-    return parsed
-
-
-def _conversation(row: Row, system: str, source: RowRef) -> Conversation:
-    messages = tuple(row.messages)
-    if system and messages[0].role != "system":
-        messages = (Message("system", system), *messages)
-    return Conversation(messages, source)

@@ -27,8 +27,19 @@ def parse(value: Mapping[str, Any]) -> Row:
         message = mapping(turn)
         check_keys(list(message), ("role", "content"), ("role", "content"), row)
         role = as_role(message["role"])
-        content = text(message["content"], f"messages[{i}].content", row)
+        content = text(_joined(message["content"]), f"messages[{i}].content", row)
         if role == "system" and not content:
             continue  # an empty system prompt is no system prompt
         row.messages.append(Message(role, content))
     return close(row)
+
+
+def _joined(content: Any) -> Any:
+    """``[{"type": "text", "text": ...}, ...]`` as one text; anything else as it is."""
+    if (
+        isinstance(content, list)
+        and content
+        and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content)
+    ):
+        return "".join(str(p.get("text", "")) for p in content)
+    return content

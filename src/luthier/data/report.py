@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from luthier.types import Conversation, RowRef
+from luthier.types import RowRef
 
 Outcome = Literal["dropped", "changed", "refused"]
 
@@ -33,10 +32,12 @@ class DataReport:
     problems: list[Problem] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     formats: dict[str, str] = field(default_factory=dict)
+    _dropped: set[RowRef] = field(default_factory=set)
+    _changed: set[RowRef] = field(default_factory=set)
 
     @property
     def dropped(self) -> int:
-        return len({p.source for p in self.problems if p.outcome != "changed"})
+        return len(self._dropped)
 
     @property
     def kept(self) -> int:
@@ -44,8 +45,7 @@ class DataReport:
 
     @property
     def changed(self) -> int:
-        lost = {p.source for p in self.problems if p.outcome != "changed"}
-        return len({p.source for p in self.problems if p.outcome == "changed"} - lost)
+        return len(self._changed - self._dropped)
 
     @property
     def refused(self) -> list[Problem]:
@@ -53,6 +53,7 @@ class DataReport:
 
     def add(self, source: RowRef, reason: str, outcome: Outcome, fix: str = "") -> None:
         self.problems.append(Problem(source, reason, outcome, fix))
+        (self._changed if outcome == "changed" else self._dropped).add(source)
 
     def rows(self) -> dict[str, int]:
         return {"read": self.read, "kept": self.kept, "dropped": self.dropped, "changed": self.changed}
@@ -64,22 +65,3 @@ class DataReport:
             "notes": [{"note": note, "rows": n} for note, n in self.notes.items()],
             "formats": self.formats,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """Conversations in file order, and the account of the rows they came from."""
-
-    conversations: list[Conversation]
-    report: DataReport
-
-    def fingerprint(self) -> str:
-        """SHA-256 over every kept conversation, in order."""
-        digest = hashlib.sha256()
-        for conversation in self.conversations:
-            for m in conversation.messages:
-                for part in (m.role, m.content):
-                    raw = part.encode("utf-8")
-                    digest.update(len(raw).to_bytes(8, "little") + raw)
-            digest.update(b"\n")
-        return digest.hexdigest()

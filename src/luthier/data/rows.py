@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from luthier.errors import nearest
@@ -33,10 +34,15 @@ def text(value: Any, name: str, row: Row) -> str:
     """A text value. Numbers and booleans become text (a change); null is empty; anything else drops the row."""
     if value is None:
         return ""
+    found: str
     if isinstance(value, str):
+        found = value
         if not value.isascii():
             _encodable(value, name)
-        return value
+        if "\0" in value:
+            row.changes.append(f"NUL characters were removed from {name}")
+            found = value.replace("\0", "")
+        return found
     if isinstance(value, bool | int | float):
         row.changes.append(f"{name} was a {type(value).__name__}, made text")
         return str(value)
@@ -49,17 +55,23 @@ def check_keys(keys: Sequence[str], known: Sequence[str], required: Sequence[str
     for name in required:
         if name in keys:
             continue
-        found = nearest(name, unknown, cutoff=0.75)
+        found = _nearest(name, tuple(unknown))
         if found:
             raise RowProblem(
                 f"key '{found}' is unknown; did you mean '{name}'?",
                 refused=True,
-                fix=f"rename the key '{found}' to '{name}' in the file",
+                fix=f"correct the rows, or pass --rename {found}={name}",
             )
         raise RowProblem(f"has no key '{name}'")
     for key in unknown:
-        guess = nearest(key, [k for k in known if k not in keys], cutoff=0.75)
+        guess = _nearest(str(key), tuple(k for k in known if k not in keys))
         row.notes.append(f"key '{key}' is not used" + (f"; did you mean '{guess}'?" if guess else ""))
+
+
+@lru_cache(1024)
+def _nearest(name: str, known: tuple[str, ...]) -> str | None:
+    """The same few keys come with every row."""
+    return nearest(name, [str(k) for k in known], cutoff=0.75)
 
 
 def as_role(name: Any) -> Role:
@@ -100,4 +112,4 @@ def _encodable(value: str, name: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowProblem(f"{name} holds half of a surrogate pair, which is not text") from None
+        raise RowProblem(f"{name} holds bytes or half a surrogate pair that are not text") from None

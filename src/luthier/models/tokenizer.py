@@ -28,6 +28,11 @@ class Tokenizer:
         found: Sequence[Encoding] = self._fast.encode_batch(list(texts), add_special_tokens=False)
         return found
 
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        added = self._fast.get_added_tokens_decoder().values()
+        return tuple(t.content for t in added if t.special)
+
     def token_id(self, text: str) -> int | None:
         ids = self._fast.encode(text, add_special_tokens=False).ids
         return int(ids[0]) if len(ids) == 1 else None

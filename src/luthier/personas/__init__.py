@@ -17,12 +17,12 @@ HELD_OUT = FOLDER / "keeper.heldout.jsonl"
 TEAHOUSE = FOLDER / "teahouse.zh.jsonl"
 
 
-def config(model: Path, output_dir: Path, rows: Path = TRAIN) -> RunConfig:
+def config(model: Path, output_dir: Path) -> RunConfig:
     """Settings that teach the persona in a few minutes on two cores."""
     return build(
         {
             "model": {"path": model},
-            "data": {"train": rows, "max_length": 512},
+            "data": {"train": TRAIN, "eval": HELD_OUT, "max_length": 512},
             "lora": {"r": 16, "lora_alpha": 32},
             "train": {
                 "num_train_epochs": 2,

@@ -1,0 +1,119 @@
+"""Bytes -> text: which encoding a file is in. Knows nothing of JSON or rows.
+
+UTF-8 (with or without a mark), UTF-16 and UTF-32 with a mark, UTF-16 without one where zeros give it away, else
+GB18030 (which holds GBK and GB2312) where more lines read as that than as UTF-8. What decodes as nothing stays in the
+text as lone surrogates, so that it costs its own row and no other.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from luthier.errors import DataError, nearest
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_BLOCK = 1 << 20
+
+
+def check_file(path: Path) -> None:
+    """Raise DataError unless ``path`` is a file that can be read and is not empty or packed."""
+    if not path.is_file():
+        folder = path.parent
+        guess = nearest(path.name, (p.name for p in folder.iterdir())) if folder.is_dir() else None
+        what = "is a directory" if path.is_dir() else "does not exist"
+        fix = f"did you mean {folder / guess}?" if guess else "give a JSON, JSONL, CSV or Parquet file"
+        raise DataError(f"{path}: {what}", f"give {path}/*.jsonl, say" if path.is_dir() else fix)
+    head = read_head(path, 6)
+    if not head:
+        raise DataError(f"{path}: is empty", "give a file with instruction rows")
+    packed = {
+        b"\x1f\x8b": "gzip",
+        b"PK\x03\x04": "zip",
+        b"BZh": "bzip2",
+        b"\xfd7zXZ": "xz",
+        b"\x28\xb5\x2f\xfd": "zstd",
+    }
+    for magic, name in packed.items():
+        if head.startswith(magic):
+            raise DataError(f"{path}: is packed ({name})", "unpack it first, then give the file inside")
+
+
+def read_head(path: Path, size: int) -> bytes:
+    """The first bytes of a file."""
+    try:
+        with open(path, "rb") as f:
+            return f.read(size)
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror})", "check the file's permissions") from None
+
+
+def encoding_of(path: Path) -> str:
+    """The encoding's Python name; one pass over the file, in constant memory."""
+    head = read_head(path, 4096)
+    for mark, name in _MARKS:
+        if head.startswith(mark):
+            return name
+    if head[1::2].count(0) > len(head) // 4:
+        return "utf-16-le"
+    if head[0::2].count(0) > len(head) // 4:
+        return "utf-16-be"
+    return "utf-8" if _is_utf8(path) else _utf8_or_gb18030(path)
+
+
+def open_text(path: Path, encoding: str) -> IO[str]:
+    """The file as text, line ends as they are; undecodable bytes as lone surrogates."""
+    errors = "surrogateescape" if encoding.startswith(("utf-8", "gb")) else "replace"
+    return open(path, encoding=encoding, errors=errors, newline="")
+
+
+def lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end). Only ``\\n`` and ``\\r\\n`` end a line."""
+    with open_text(path, encoding) as f:
+        rest, number = "", 0
+        while block := f.read(_BLOCK):
+            parts = (rest + block).split("\n")
+            rest = parts.pop()
+            for part in parts:
+                number += 1
+                yield number, part.removesuffix("\r")
+        if rest:
+            yield number + 1, rest.removesuffix("\r")
+
+
+def _is_utf8(path: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open(path, "rb") as f:
+            while block := f.read(_BLOCK):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _utf8_or_gb18030(path: Path) -> str:
+    """By majority of the pieces (between line ends and quotes) that are not ASCII."""
+    votes = {"utf-8": 0, "gb18030": 0}
+    with open(path, "rb") as f:
+        for line in f:
+            for piece in line.split(b'"'):
+                if piece.isascii():
+                    continue
+                for name in votes:
+                    try:
+                        piece.decode(name)
+                    except UnicodeDecodeError:
+                        continue
+                    votes[name] += 1
+                    break  # valid UTF-8 is hardly ever meant as GB18030
+    return "gb18030" if votes["gb18030"] > votes["utf-8"] else "utf-8"
