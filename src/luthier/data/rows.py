@@ -52,17 +52,17 @@ def text(value: Any, name: str, row: Row) -> str:
 def check_keys(keys: Sequence[str], known: Sequence[str], required: Sequence[str], row: Row) -> None:
     """A missing key that is there under a misspelt name refuses the file; other unknown keys are noted."""
     unknown = [k for k in keys if k not in known]
-    for name in required:
-        if name in keys:
-            continue
-        found = _nearest(name, tuple(unknown))
-        if found:
-            raise RowProblem(
-                f"key '{found}' is unknown; did you mean '{name}'?",
-                refused=True,
-                fix=f"correct the rows, or pass --rename {found}={name}",
-            )
-        raise RowProblem(f"has no key '{name}'")
+    missing = [name for name in required if name not in keys]
+    meant = {found: name for name in missing if (found := _nearest(name, tuple(unknown)))}
+    if meant:
+        wrong, right = (", ".join(f"'{k}'" for k in names) for names in (meant, meant.values()))
+        raise RowProblem(
+            f"key {wrong} is unknown; did you mean {right}?",
+            refused=True,
+            fix="correct the rows, or pass " + " ".join(f"--rename {old}={new}" for old, new in meant.items()),
+        )
+    if missing:
+        raise RowProblem(f"has no key '{missing[0]}'")
     for key in unknown:
         guess = _nearest(str(key), tuple(k for k in known if k not in keys))
         row.notes.append(f"key '{key}' is not used" + (f"; did you mean '{guess}'?" if guess else ""))
