@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from luthier import config as configs
@@ -24,7 +25,7 @@ def default(key: str) -> str:
         values = values[part]
     if key in ("model.path", "data.train"):
         return "(required)"
-    return "`null`" if values is None else f"`{str(values).lower() if isinstance(values, bool) else values!r}`"
+    return f"`{json.dumps(values)}`"
 
 
 def text() -> str:

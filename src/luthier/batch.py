@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        return self.max_steps or math.ceil(self.steps_per_epoch * self.epochs)
+        return self.max_steps or math.ceil(self.steps_per_epoch * self.epochs - 1e-9)
 
     def step(self, index: int) -> list[list[int]]:
         """Micro-batches of row indices of step ``index`` (from 0)."""

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from luthier.errors import ConfigError, nearest
 from luthier.types import TooLong, TrainOn
@@ -24,6 +32,13 @@ def _one_or_many(value: Any) -> Any:
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value
 
 
 class ModelConfig(Section):
@@ -68,7 +83,7 @@ class LoraConfig(Section):
     lora_alpha: float = Field(32.0, gt=0, description="the update is scaled by lora_alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_one_or_many)] = Field(
-        None, description="names of linear layers; null: every linear layer of the decoder blocks"
+        None, min_length=1, description="names of linear layers; null: every linear layer of the decoder blocks"
     )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
 
@@ -86,6 +101,8 @@ class TrainConfig(Section):
     optim: Literal["adamw_torch"] = Field("adamw_torch", description="optimizer")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 1/3 slower")
     seed: int = Field(42, ge=0, lt=2**32, description="order of rows, adapter's start, dropout")
+    save_steps: int = Field(50, ge=1, description="a checkpoint every so many steps")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; older ones are deleted")
     logging_steps: int = Field(1, ge=1, description="a line of metrics.jsonl every so many steps")
 
 
@@ -138,7 +155,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number form
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:
         raise ConfigError(f"{where}: is not YAML ({' '.join(str(e).split())})", "correct the text") from None
 
 
@@ -149,7 +166,8 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set {pair}: has no '='", f"write --set {pair}=VALUE")
-        values[key.strip()] = parse_yaml(text, f"--set {key}")
+        plain = key.strip() in _TEXTS  # a prompt is what was typed, "#" and ":" included
+        values[key.strip()] = text if plain else parse_yaml(text, f"--set {key}")
     return values
 
 
@@ -174,8 +192,9 @@ def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None)
         ) from None
 
 
-def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a ``run.yaml``."""
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
@@ -198,6 +217,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
+_TEXTS = ("data.system",)
 # what other tools call them
 _OTHER_NAMES = {
     "lr": "train.learning_rate",

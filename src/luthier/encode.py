@@ -146,7 +146,7 @@ class Encoder:
                 source,
                 f"is {length} tokens long, more than max_length {self.max_length}",
                 "refused" if self.too_long == "error" else "dropped",
-                f"--set data.max_length={length}, or --set data.too_long=truncate",
+                "a larger --set data.max_length=..., or --set data.too_long=truncate",
             )
             return None
         if length > self.max_length:

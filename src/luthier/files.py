@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from luthier.errors import UserError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def mishap(path: Path, error: OSError) -> UserError:
+    """What an operating system's error on ``path`` means for the user."""
+    if error.errno in _NO_ROOM:
+        return UserError(
+            f"{path}: the disk has no room for it ({error.strerror}); nothing half-written was left",
+            "free some room, then run the same command again",
+        )
+    return UserError(f"{path}: {error.strerror or error}", "choose a place that can be written")
 
 
 def ensure_dir(path: Path) -> Path:
@@ -40,18 +53,21 @@ def sync_dir(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` atomically."""
+    """Write ``data`` to ``path`` atomically. Raises UserError where the disk does not take it."""
     ensure_dir(path.parent)
-    fd, temp = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    sweep(path)
+    temp = _beside(path, "new")
     try:
-        with os.fdopen(fd, "wb") as f:
+        with open(temp, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        Path(temp).chmod(0o666 & ~_umask())
-        Path(temp).replace(path)
+        temp.replace(path)
+    except OSError as e:
+        temp.unlink(missing_ok=True)
+        raise mishap(path, e) from None
     except BaseException:
-        Path(temp).unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)
         raise
     sync_dir(path.parent)
 
@@ -66,29 +82,47 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def new_dir(path: Path) -> Iterator[Path]:
-    """A directory that appears under ``path`` only when the block ends well; replaces what was there."""
+    """A directory that appears at ``path`` only when the block ends well; replaces what was there.
+
+    A kill at any moment leaves the old directory, the new one, or (between two renames) the old one beside, which the
+    next call on the same path puts back.
+    """
     ensure_dir(path.parent)
-    temp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    sweep(path)
+    temp = _beside(path, "new")
     try:
+        temp.mkdir()
         yield temp
-        temp.chmod(0o777 & ~_umask())
-        for file in temp.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~_umask())
-                with open(file, "rb+") as f:
-                    os.fsync(f.fileno())
-        sync_dir(temp)
+        _sync_tree(temp)
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / "old")
+            old = _beside(path, "old")
+            path.rename(old)
             temp.rename(path)
             shutil.rmtree(old, ignore_errors=True)
         else:
             temp.rename(path)
+    except OSError as e:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise mishap(path, e) from None
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
     sync_dir(path.parent)
+
+
+def sweep(path: Path) -> None:
+    """Clean up after processes that were killed while writing ``path``; put back what they had moved aside."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(new|old)")
+    for entry in list(path.parent.iterdir()):
+        match = pattern.fullmatch(entry.name)
+        if not match or _alive(int(match.group(1))):
+            continue
+        if match.group(2) == "old" and not path.exists():
+            entry.rename(path)
+        elif entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
@@ -97,7 +131,31 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process may still be writing; where that cannot be asked safely, yes."""
+    if pid == os.getpid():
+        return False
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync_tree(folder: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+    sync_dir(folder)

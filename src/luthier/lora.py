@@ -83,8 +83,13 @@ def resolve(model: nn.Module, requested: Sequence[str] | None) -> Targets:
     """
     head_of: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = head_of()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    decoder_of: Any = getattr(model, "get_decoder", lambda: None)
+    inside = {id(m) for m in (decoder_of() or model).modules()}  # not the vision tower, say
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and id(m) in inside]
     leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in linear))
+    if not linear:
+        name = str(getattr(getattr(model, "config", None), "model_type", "this model"))
+        raise ConfigError(f"{name} models have no linear layer that an adapter could go on", "use another model")
     if requested is None:
         return Targets(tuple(linear), tuple(leaves))
     unknown = [r for r in requested if not any(_matches(n, r) for n in linear)]

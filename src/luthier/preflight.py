@@ -49,7 +49,7 @@ def voice(path: Path, choice: Any = "auto", described: dict[str, Any] | None = N
     if described is None:
         template = templates.pick(choice, render, tokenizer.chat_template, texts)
     else:
-        template = templates.from_description(described, render, texts)
+        template = templates.from_description(described, render, tokenizer.chat_template, texts)
     return Voice(config, tokenizer, template, tuple(dict.fromkeys([*templates.stop_ids(template, tokenizer), *ids])))
 
 
@@ -146,7 +146,7 @@ def _model(found: Inspection) -> None:
 
 def check_text(v: Voice, text: str, what: str) -> None:
     """Raise DataError where a text for the model holds one of its control tokens."""
-    control = ControlTokens.of(v.tokenizer.control_tokens, "refuse")
+    control = ControlTokens.of([*v.tokenizer.control_tokens, *v.template.stop], "refuse")
     if control:
         control.check(text, what)
 
@@ -175,7 +175,7 @@ def _read(found: Inspection, show: int) -> None:
             found.train.add(example)
     found.fingerprint = loader.fingerprint()
     refuse(found.report)
-    if not len(found.train):
+    if not len(found.train):  # refuse() has seen to the case of no rows at all
         raise ConfigError(
             f"data.eval_fraction {config.eval_fraction}: holds out every row", "choose a smaller fraction"
         )
@@ -193,7 +193,7 @@ def _read(found: Inspection, show: int) -> None:
 
 def _encoder(v: Voice, config: RunConfig) -> Encoder:
     data = config.data
-    control = ControlTokens.of(v.tokenizer.control_tokens, data.control_tokens)
+    control = ControlTokens.of([*v.tokenizer.control_tokens, *v.template.stop], data.control_tokens)
     return Encoder(v.template, v.tokenizer, v.stop_ids, data.max_length, data.too_long, data.train_on, control)
 
 

@@ -57,7 +57,7 @@ def run(
     if prompt is None:
         _converse(talk, sampling)
     elif as_json:
-        print(json.dumps(_as_dict(talk.send(prompt, sampling)), ensure_ascii=False))
+        print(json.dumps(_as_dict(talk.send(prompt, sampling))))
     else:
         _once(talk, prompt, sampling)
 

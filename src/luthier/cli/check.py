@@ -28,13 +28,13 @@ def run(
         wanted = config(model, data, None, settings, rename)
     except UserError as e:
         if as_json:
-            print(json.dumps(_nothing(e), ensure_ascii=False))
+            print(json.dumps(_nothing(e)))
         raise
     from luthier.api import check
 
     found = check(wanted, show)
     if as_json:
-        print(json.dumps(found.as_dict(), ensure_ascii=False))
+        print(json.dumps(found.as_dict()))
     else:
         _print(found, show)
     if found.error:

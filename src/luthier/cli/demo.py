@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import say, step_progress
+from luthier.cli.console import say, step_progress, stopping
 
 if TYPE_CHECKING:
     from luthier.api import DemoResult
@@ -21,10 +21,14 @@ def run(
     ),
 ) -> None:
     """Teach a small chat model a character in a few minutes, and compare it with the untaught one."""
-    from luthier.api import demo
+    from luthier.api import Stopped, demo
 
-    with step_progress() as on_step:
-        result = demo(output_dir, on_step=on_step, say=say)
+    try:
+        with stopping() as stop, step_progress() as on_step:
+            result = demo(output_dir, on_step, say, stop)
+    except Stopped as e:
+        say(f"{e}\n  to go on: run the same command again")
+        raise typer.Exit(130) from None
     _print(result, output_dir)
 
 

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+from pathlib import Path
 
 import typer
 
@@ -13,6 +16,7 @@ from luthier import __version__
 from luthier.cli import chat, check, demo, pull, train
 from luthier.cli.console import fail
 from luthier.errors import UserError
+from luthier.files import mishap
 
 app = typer.Typer(
     name="luthier",
@@ -40,17 +44,37 @@ app.command("chat", short_help="Talk to a run, an adapter or a base model.")(cha
 
 def main() -> None:
     """The entry point of the ``luthier`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console that cannot show a character still shows the rest
     try:
         app()
     except UserError as e:
         fail(e)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+        raise
+    except OSError as e:
+        if e.filename is None:
+            raise
+        fail(mishap(Path(os.fsdecode(e.filename)), e))
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as e:
+        if not _out_of_memory(e):
+            raise
+        fail(
+            UserError(
+                "there is not enough memory",
+                "--set train.per_device_train_batch_size=1 --set train.gradient_checkpointing=true, or a smaller model",
+            )
+        )
+        sys.exit(2)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch's own error on a GPU; on the CPU a RuntimeError whose text tells."""
+    names = ("MemoryError", "OutOfMemoryError")
+    return type(error).__name__ in names or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

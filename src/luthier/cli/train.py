@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from luthier.cli.console import say, step_progress
+import typer
+
+from luthier.cli.console import say, step_progress, stopping
 from luthier.cli.options import Data, Model, OutputDir, Rename, Set, config
 
 
@@ -11,10 +13,14 @@ def run(
 ) -> None:
     """Train an adapter: check everything first, then learn, then write RUN/adapter."""
     wanted = config(model, data, output_dir, settings, rename)
-    from luthier.api import train
+    from luthier.api import Stopped, train
 
-    with step_progress() as on_step:
-        summary = train(wanted, on_step=on_step, say=say)
+    try:
+        with stopping() as stop, step_progress() as on_step:
+            summary = train(wanted, on_step, say, stop)
+    except Stopped as e:
+        say(f"{e}\n  to go on: run the same command again")
+        raise typer.Exit(130) from None
     losses = summary["losses"]
     print(
         f"{summary['steps']} steps in {summary['train_seconds']:.1f} s "

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,11 @@ class Loader:
 
     def __iter__(self) -> Iterator[Conversation]:
         """Raises DataError for a file that cannot be read; a bad row is in ``report`` instead."""
-        for path in [file for pattern in self.paths for file in expand(pattern)]:
+        files = [file for pattern in self.paths for file in expand(pattern)]
+        distinct = {os.path.realpath(file): file for file in reversed(files)}
+        if len(distinct) < len(files):
+            self.report.notes["a file given more than once is read once"] += len(files) - len(distinct)
+        for path in reversed(distinct.values()):
             seen: Counter[str] = Counter()
             for source, value in read_rows(path):
                 self.report.read += 1
@@ -83,7 +88,7 @@ class Loader:
             raise RowProblem(value.reason)
         keyed = mapping(value)
         if self._rename:
-            keyed = {self._rename.get(k, k): v for k, v in keyed.items()}
+            keyed = self._renamed(keyed)
         module = self._module or _sniff(keyed)
         if module is None:
             got = ", ".join(map(repr, list(keyed)[:6])) or "none"
@@ -96,10 +101,16 @@ class Loader:
             earlier = self._first.setdefault(key, source)
             if earlier is not source:
                 raise RowProblem(f"is the same as {earlier}")
-        self.report.notes.update(row.notes)
+        self.report.notes.update(set(row.notes))
         for change in row.changes:
             self.report.add(source, change, "changed")
         return conversation
+
+    def _renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        taken = [new for old, new in self._rename.items() if old in row and new in row]
+        if taken:
+            raise RowProblem(f"has a key '{taken[0]}' already, so no other can be renamed to it")
+        return {self._rename.get(k, k): v for k, v in row.items()}
 
     def _conversation(self, row: Row, source: RowRef) -> Conversation:
         found = tuple(row.messages)

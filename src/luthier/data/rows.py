@@ -55,7 +55,7 @@ def check_keys(keys: Sequence[str], known: Sequence[str], required: Sequence[str
     missing = [name for name in required if name not in keys]
     meant = {found: name for name in missing if (found := _nearest(name, tuple(unknown)))}
     if meant:
-        wrong, right = (", ".join(f"'{k}'" for k in names) for names in (meant, meant.values()))
+        wrong, right = (", ".join(map(repr, names)) for names in (meant, meant.values()))
         raise RowProblem(
             f"key {wrong} is unknown; did you mean {right}?",
             refused=True,
@@ -65,7 +65,7 @@ def check_keys(keys: Sequence[str], known: Sequence[str], required: Sequence[str
         raise RowProblem(f"has no key '{missing[0]}'")
     for key in unknown:
         guess = _nearest(str(key), tuple(k for k in known if k not in keys))
-        row.notes.append(f"key '{key}' is not used" + (f"; did you mean '{guess}'?" if guess else ""))
+        row.notes.append(f"key {key!r} is not used" + (f"; did you mean '{guess}'?" if guess else ""))
 
 
 @lru_cache(1024)

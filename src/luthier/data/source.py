@@ -7,6 +7,7 @@ yielded as a ``BadRow`` with the reason, so that it is counted; only a file that
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from luthier.types import RowRef
 _BLOCK = 1 << 20
 _WHOLE = 1 << 28  # a JSON object over several lines is read whole up to this size
 CONTAINERS = ("data", "rows", "train", "examples", "items", "instances", "records", "dataset")
+ROW_KEYS = {"instruction", "output", "messages", "conversations", "prompt", "completion"}
 Rows = Iterator[tuple[RowRef, Any]]
 
 
@@ -53,7 +55,7 @@ def read_rows(path: Path) -> Rows:
         yield from _csv(path, encoding)
     elif start == "[":
         yield from _Array(path, encoding).rows()
-    elif start == "{":
+    elif start == "{" or _has_object_lines(path, encoding):
         yield from _objects(path, encoding)
     else:
         with open_text(path, encoding) as f:
@@ -62,6 +64,11 @@ def read_rows(path: Path) -> Rows:
             f"{path}: is neither JSON, JSONL, CSV nor Parquet (it starts with {begin!r})",
             'give rows like {"instruction": ..., "input": ..., "output": ...}, as a JSON array or one a line',
         )
+
+
+def _has_object_lines(path: Path, encoding: str) -> bool:
+    """JSONL whose first lines are not JSON: bad rows, not another kind of file."""
+    return any(line.lstrip().startswith("{") for _, line in itertools.islice(lines(path, encoding), 20))
 
 
 def _first_character(path: Path, encoding: str) -> str:
@@ -98,7 +105,7 @@ def _objects(path: Path, encoding: str) -> Rows:
 
 def _held(path: Path, value: Any, number: int = 1) -> Rows:
     """``{"data": [...]}`` and the like are their rows; any other object is one."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not ROW_KEYS & value.keys():
         for key in CONTAINERS:
             if isinstance(value.get(key), list):
                 yield from ((RowRef(str(path), i), row) for i, row in enumerate(value[key], 1))
@@ -159,13 +166,27 @@ class _Array:
             self._at += 1  # the bracket
             while True:
                 self._skip(f, " \t\r\n,")  # a comma too many, or at the end, is no row
-                if self._at >= len(self._text) or self._text[self._at] == "]":
+                if self._at < len(self._text) and self._text[self._at] == "]":
+                    self._at += 1
+                    self._nothing_more(f)
                     return
                 self._number += 1
-                value = self._element(f)
+                value: Any = BadRow("cut off: the file ends before the array does")
+                if self._at < len(self._text):
+                    value = self._element(f)
                 yield RowRef(str(self._path), self._number), value
-                if self._ended and self._at >= len(self._text):
+                if isinstance(value, BadRow) and self._ended and self._at >= len(self._text):
                     return
+
+    def _nothing_more(self, f: IO[str]) -> None:
+        """Rows after the end of the array would be lost silently."""
+        self._skip(f, " \t\r\n\0")
+        if self._at < len(self._text):
+            line = self._newlines + self._text.count("\n", 0, self._at) + 1
+            raise DataError(
+                f"{self._path}:{line}: goes on after the end of the array ({self._text[self._at :][:20]!r})",
+                "make it one array, or one object a line",
+            )
 
     def _skip(self, f: IO[str], characters: str) -> None:
         while True:
@@ -244,12 +265,12 @@ def _csv(path: Path, encoding: str) -> Rows:
             if len(cells) != len(header):
                 value: Any = BadRow(f"has {len(cells)} cells, the header has {len(header)}")
             else:
-                value = {name: _cell(cell) for name, cell in zip(header, cells, strict=True)}
+                value = {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
             yield RowRef(str(path), number), value
 
 
-def _cell(text: str) -> Any:
-    if text.startswith("[") and text.endswith("]"):
+def _cell(name: str, text: str) -> Any:
+    if name in ("history", "messages", "conversations") and text.startswith("[") and text.endswith("]"):
         value = _parse(text)
         if isinstance(value, list):
             return value

@@ -43,14 +43,14 @@ def read_config(path: Path) -> PretrainedConfig:
     except (OSError, ValueError) as e:
         raise ModelError(f"{file}: cannot be read ({e})", "download the model again") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
             f"{file}: model_type {kind!r} is not a chat model that can be loaded without running the model's own code",
             "use a model of a type that transformers knows natively",
         )
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as e:
+    except Exception as e:  # transformers validates with many kinds of error
         raise ModelError(f"{file}: is not a valid configuration ({e})", "download the model again") from None
 
 
@@ -67,20 +67,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def eos_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
     """Ids on which the published model stops: generation_config.json first, then config.json."""
-    value = read_json(path / "generation_config.json").get("eos_token_id", config.eos_token_id)
+    value = read_json(path / "generation_config.json").get("eos_token_id", getattr(config, "eos_token_id", None))
     ids = [] if value is None else value if isinstance(value, list) else [value]
     return tuple(int(i) for i in ids)
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of the model, in name order; empty where there are none."""
+    """The safetensors files of the model, in name order. Raises ModelError where one is missing."""
     index = read_json(path / "model.safetensors.index.json")
     names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
     files = [path / name for name in names]
     missing = [f.name for f in files if not f.is_file()]
     if missing and index:
         raise ModelError(f"{path}: lacks {', '.join(missing)}", "download the model again")
-    return [] if missing else files
+    if missing:
+        raise ModelError(
+            f"{path}: holds no safetensors weights ({', '.join(missing)})",
+            "download the model's safetensors files; pickle files (.bin) are not read",
+        )
+    return files
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +108,19 @@ class Fingerprint:
 
 
 def fingerprint(path: Path, config: PretrainedConfig) -> Fingerprint:
-    """Names, shapes and sampled values of every tensor; values rounded to bfloat16, so that a copy of the model
-    saved in another type or other shards is still the same model."""
+    """Names, shapes and sampled values of every tensor; values rounded to bfloat16, so that a copy saved in fp32 or
+    bf16, or in other shards, is still the same model. Tied heads and rotary tables, which not every copy holds, are
+    left out."""
     text = config.get_text_config()
     shape = {key: getattr(text, key, None) for key in _SHAPE_KEYS}
     parts: list[tuple[str, bytes]] = []
+    tied = bool(getattr(text, "tie_word_embeddings", False))
     for file in weight_files(path):
         try:
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():  # noqa: SIM118 - not a dict
+                    if name.endswith("inv_freq") or (tied and name == "lm_head.weight"):
+                        continue
                     parts.append((name, _sample(f.get_slice(name))))
         except (SafetensorError, OSError) as e:
             raise ModelError(f"{file}: is damaged ({e})", "download the model again") from None

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.batch import collate
+from luthier.errors import ModelError
 from luthier.kernels import attention as _attention  # noqa: F401 - registers the attention functions
 from luthier.kernels.reference import cross_entropy_sum
-from luthier.kernels.segments import DeviceBatch
+from luthier.kernels.segments import DeviceBatch, to_device
+from luthier.types import Example
 
 
 def supervised_logits(model: Any, batch: DeviceBatch) -> Tensor:
@@ -44,6 +49,8 @@ def segment_attention(model: Any, name: str = "auto") -> Iterator[None]:
     """Within the block the model attends by segments (``kernels.attention``); afterwards as before."""
     before = model.config._attn_implementation
     model.set_attn_implementation(f"luthier_{name}")
+    if model.config.get_text_config()._attn_implementation != f"luthier_{name}":
+        raise _cannot(model, "its attention cannot be replaced")
     try:
         yield
     finally:
@@ -63,3 +70,45 @@ def checkpointing(model: Any, enabled: bool) -> Iterator[None]:
         yield
     finally:
         getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_disable")()
+
+
+@torch.no_grad()
+def prove_segments(model: Any, examples: Sequence[Example], kernel: str = "auto") -> None:
+    """Prove on two rows that this model keeps the rows of a flat batch apart and attends as it does by itself.
+
+    Some architectures carry state from token to token (convolutions, recurrences) or attend in a way that no segment
+    kernel knows; trained flat, they would learn from their neighbours. Raises ModelError for those.
+    """
+    rows = [_short(examples[0]), _short(examples[min(1, len(examples) - 1)])]
+    other = replace(rows[0], ids=np.where(rows[0].trained, rows[0].ids, np.roll(rows[0].ids, 1)))
+    one, two = (to_device(collate([first, rows[1]]), model.device) for first in (rows[0], other))
+    alone = torch.from_numpy(rows[1].ids[:-1]).to(model.device)[None]
+    count = rows[1].supervised
+    try:
+        with segment_attention(model, kernel):
+            flat, changed = (supervised_logits(model, b)[-count:].float() for b in (one, two))
+        expected = model(input_ids=alone, use_cache=False).logits[0].float()[torch.from_numpy(rows[1].trained[1:])]
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, KeyError) as e:
+        raise _cannot(model, f"a flat batch fails in it ({' '.join(str(e).split())[:120]})") from None
+    if float((flat - changed).abs().max()) > _apart(flat):
+        raise _cannot(model, "its layers carry state from one row of a flat batch to the next")
+    if float((flat - expected).abs().mean()) > _apart(expected):
+        raise _cannot(model, "its own attention differs from plain causal attention")
+
+
+def _apart(logits: Tensor) -> float:
+    """How far rounding may move a logit: generous for half precision, far below a real leak."""
+    return 1e-3 + 0.02 * float(logits.std())
+
+
+def _short(example: Example, tokens: int = 24) -> Example:
+    """The first tokens of a row, the last half of them scored."""
+    size = min(tokens, len(example))
+    return Example(example.ids[:size], np.arange(size) >= size // 2, example.source)
+
+
+def _cannot(model: Any, why: str) -> ModelError:
+    return ModelError(
+        f"models of type {model.config.model_type} cannot be trained yet: {why}",
+        "use a model with plain causal attention, such as Llama, Qwen2, Phi-3, Gemma 2 or GLM-4",
+    )

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
 from luthier.errors import ModelError
-from luthier.models.directory import read_config
+from luthier.models.directory import read_config, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,14 +41,21 @@ def _cpu_has_bf16() -> bool:
 
 def empty_model(config: PretrainedConfig) -> nn.Module:
     """The model on the meta device: names and shapes without memory."""
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except Exception as e:  # sizes that do not fit each other, unknown activations, ...
+        raise ModelError(
+            f"config.json describes no model that can be built ({' '.join(str(e).split())[:200]})",
+            "download the model again",
+        ) from None
     return model
 
 
 def load_weights(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
     """The whole model in ``dtype`` on ``device``. Raises ModelError listing every tensor that does not fit."""
     read_config(path)
+    weight_files(path)
     hf_logging.disable_progress_bar()
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 from jinja2.exceptions import TemplateError as JinjaError
 from transformers import AutoTokenizer
 
-from luthier.errors import ModelError
+from luthier.errors import ModelError, TemplateError
 from luthier.templates import RefusedConversation
 from luthier.types import Encoding, Message
+
+_MARKER = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?[A-Z_]+\]")
+# Templates that write the date get this one (Llama 3's own fallback): training and chat must not differ by the day.
+_DATE = "26 Jul 2024"
 
 
 class Tokenizer:
@@ -30,8 +35,9 @@ class Tokenizer:
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
+        """Special added tokens, and other added ones that look like markers (``<|im_end|>``, ``[INST]``)."""
         added = self._fast.get_added_tokens_decoder().values()
-        return tuple(t.content for t in added if t.special)
+        return tuple(t.content for t in added if t.special or _MARKER.fullmatch(t.content))
 
     def token_id(self, text: str) -> int | None:
         ids = self._fast.encode(text, add_special_tokens=False).ids
@@ -58,9 +64,17 @@ class Tokenizer:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The model's own chat template. Raises RefusedConversation where the template does."""
+        source = self.chat_template or ""
+        if "strftime_now" in source and "date_string" not in source:
+            raise TemplateError(
+                "the model's chat template writes today's date, so tomorrow's prompt would not be the trained one",
+                "choose another template: --set data.template=chatml",
+            )
         plain = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            text: str = self.hf.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
+            text: str = self.hf.apply_chat_template(
+                plain, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE
+            )
         except (JinjaError, TypeError, ValueError) as e:
             raise RefusedConversation(str(e)) from None
         return text

@@ -42,7 +42,9 @@ def pick(
     return Jinja(render, source, stop)
 
 
-def from_description(described: dict[str, Any], render: Render | None, stop: tuple[str, ...]) -> Template:
+def from_description(
+    described: dict[str, Any], render: Render | None, source: str | None, stop: tuple[str, ...]
+) -> Template:
     """The template an adapter was trained with, from what ``describe`` recorded."""
     if described["name"] == "chatml":
         return ChatML(described["default_system"])
@@ -51,7 +53,12 @@ def from_description(described: dict[str, Any], render: Render | None, stop: tup
             "the adapter was trained with the base model's chat template, but the base model has none",
             "use the base model directory that the adapter was trained on",
         )
-    return Jinja(render, described["source"], stop)
+    if source is None or source != described["source"]:
+        raise TemplateError(
+            "the base model's chat template is not the one that the adapter was trained with",
+            "put the base model's original chat_template back",
+        )
+    return Jinja(render, source, stop)
 
 
 def digest(template: Template) -> str:

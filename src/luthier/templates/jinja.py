@@ -54,34 +54,31 @@ class Jinja:
 
     def _reply(self, messages: Sequence[Message], i: int, whole: str, train_on: TrainOn) -> tuple[int, int]:
         prompt = self.render(messages[:i], True)
+        number = sum(m.role == "assistant" for m in messages[: i + 1])
         if not whole.startswith(prompt):
             fix = "use a template that keeps history as it is"
             if train_on == "all_replies" and i != len(messages) - 1:
                 fix = "train the last reply of each conversation only: --set data.train_on=last_reply"
             raise TemplateError(
-                f"the model's chat template writes a conversation with reply {i // 2 + 1} differently from the prompt "
+                f"the model's chat template writes a conversation with reply {number} differently from the prompt "
                 f"before it: training text and inference prompt would not match ({_split(prompt, whole)})",
                 fix,
             )
-        reply = messages[i].content
-        at = whole.find(reply, len(prompt))
-        if at < 0:  # many templates trim what they are given
-            reply = reply.strip()
-            at = whole.find(reply, len(prompt))
-        if at < 0:
-            raise TemplateError(
-                f"the model's chat template alters the text of reply {i // 2 + 1}", "use another template"
-            )
-        tail = whole[at + len(reply) :]
-        ends = [(pos, stop) for stop in self.stop if (pos := tail.find(stop)) >= 0]
-        if not ends or tail[: min(ends)[0]].strip():
+        ends = [(pos + len(stop), pos) for stop in self.stop if (pos := whole.find(stop, len(prompt))) >= 0]
+        if not ends:
             raise TemplateError(
                 f"the model's chat template puts no stop token ({', '.join(self.stop) or 'none known'}) after a reply: "
                 "a model trained on it would never stop",
                 "use a template that ends replies, such as --set data.template=chatml",
             )
-        pos, stop = min(ends)
-        return len(prompt), at + len(reply) + pos + len(stop)
+        end, pos = min(ends, key=lambda e: e[1])
+        # what is written must be the reply, perhaps trimmed, perhaps after something the template opens it with
+        if not whole[len(prompt) : pos].rstrip().endswith(messages[i].content.strip()):
+            raise TemplateError(
+                f"the model's chat template alters the text of reply {number}, or never ends it",
+                "use another template, such as --set data.template=chatml",
+            )
+        return len(prompt), end
 
 
 def _split(prompt: str, whole: str) -> str:

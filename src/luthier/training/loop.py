@@ -10,9 +10,11 @@ needs two things here: each rank takes its share of the micro-batches, and gradi
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +26,11 @@ from luthier.errors import TrainError
 from luthier.kernels.segments import DeviceBatch, to_device
 from luthier.lora import LoraLinear
 from luthier.models.forward import checkpointing, loss_sum, segment_attention
-from luthier.training.metrics import StepRecord, TrainResult
+from luthier.training.checkpoint import Checkpoint, restore
+from luthier.training.metrics import Progress, StepRecord
 from luthier.training.optim import Optimizer
 from luthier.training.schedule import learning_rate
 from luthier.types import Batch, Example
-
-OnStep = Callable[[StepRecord], None]
 
 
 def plan(rows: int, config: TrainConfig) -> Plan:
@@ -44,55 +45,97 @@ def plan(rows: int, config: TrainConfig) -> Plan:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What surrounds the arithmetic of one session of a run.
+
+    on_step: called with every step's record.
+    save:    called with the optimizer and the progress, every ``save_steps`` and when stopped.
+    stop:    asked after every step; true ends the session there.
+    attention: ``model.attn_implementation``.
+    """
+
+    on_step: Callable[[StepRecord], None] = lambda _: None
+    save: Callable[[Optimizer, Progress], None] = lambda *_: None
+    stop: Callable[[], bool] = lambda: False
+    attention: str = "auto"
+
+
 def train(
     model: Any,
     layers: Mapping[str, LoraLinear],
     examples: Sequence[Example],
     config: TrainConfig,
-    attention: str = "auto",
-    on_step: OnStep | None = None,
-) -> TrainResult:
-    """Train the adapter ``layers`` of ``model`` in place. Raises TrainError at the first loss that is not finite."""
+    session: Session | None = None,
+    resume: Checkpoint | None = None,
+) -> Progress:
+    """Train the adapter ``layers`` of ``model`` in place, from the start or from a checkpoint.
+
+    Returns how far it came: ``step`` is less than the plan's steps where ``session.stop`` ended it.
+    Raises TrainError at the first loss or gradient that is not finite, naming the step's rows.
+    """
+    session = session or Session()
     schedule = plan(len(examples), config)
-    optimizer = Optimizer(
-        [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)], config, model.dtype is torch.float16
-    )
-    losses: list[float] = []
-    tokens = supervised = 0
+    parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    optimizer = Optimizer(parameters, config, fp16=model.dtype is torch.float16)
+    done = Progress()
+    if resume:
+        restore(resume, layers, optimizer)
+        done = copy.deepcopy(resume.progress)
+    before, start = done.seconds, time.perf_counter()
     model.train()
-    start = time.perf_counter()
     try:
-        with segment_attention(model, attention), checkpointing(model, config.gradient_checkpointing):
-            for step, batches in schedule.batches(examples):
-                began = time.perf_counter()
-                torch.manual_seed((config.seed << 32) + step)  # dropout follows from (seed, step) alone
-                loss = accumulate(model, [to_device(b, model.device) for b in batches], optimizer)
-                if step == 0:
-                    gate(loss, layers, batches)
-                rate = learning_rate(step, schedule.steps, config)
-                norm = optimizer.update(rate)
-                value = _finite(float(loss), step, batches)
-                _finite(float(norm), step, batches, "gradient's norm")
-                losses.append(value)
-                tokens += sum(b.tokens for b in batches)
-                supervised += sum(b.supervised for b in batches)
-                if on_step:
-                    on_step(
-                        StepRecord(
-                            step=step + 1,
-                            steps=schedule.steps,
-                            epoch=round((step + 1) / schedule.steps_per_epoch, 4),
-                            loss=value,
-                            grad_norm=float(norm),
-                            learning_rate=rate,
-                            tokens=sum(b.tokens for b in batches),
-                            supervised_tokens=sum(b.supervised for b in batches),
-                            seconds=time.perf_counter() - began,
-                        )
-                    )
+        with segment_attention(model, session.attention), checkpointing(model, config.gradient_checkpointing):
+            for step, batches in schedule.batches(examples, first=done.step):
+                record = _step(model, layers, optimizer, batches, step, schedule, config)
+                done.step = step + 1
+                done.losses.append(record.loss)
+                done.tokens += record.tokens
+                done.supervised_tokens += record.supervised_tokens
+                done.seconds = before + time.perf_counter() - start
+                session.on_step(record)
+                stopped = session.stop() and done.step < schedule.steps
+                if stopped or done.step % config.save_steps == 0:
+                    began = time.perf_counter()
+                    session.save(optimizer, done)
+                    start += time.perf_counter() - began  # saving is not training
+                if stopped:
+                    break
     finally:
         model.eval()
-    return TrainResult(losses, tokens, supervised, time.perf_counter() - start)
+    return done
+
+
+def _step(
+    model: Any,
+    layers: Mapping[str, LoraLinear],
+    optimizer: Optimizer,
+    batches: list[Batch],
+    step: int,
+    schedule: Plan,
+    config: TrainConfig,
+) -> StepRecord:
+    """One optimizer step, and its record."""
+    began = time.perf_counter()
+    torch.manual_seed((config.seed << 32) + step)  # dropout follows from (seed, step) alone
+    loss = accumulate(model, [to_device(b, model.device) for b in batches], optimizer)
+    if step == 0 and not optimizer.skips:
+        gate(loss, layers, batches)
+    rate = learning_rate(step, schedule.steps, config)
+    norm = float(optimizer.update(rate))
+    if not optimizer.skips:
+        _finite(norm, step, batches, "gradient's norm")
+    return StepRecord(
+        step=step + 1,
+        steps=schedule.steps,
+        epoch=round((step + 1) / schedule.steps_per_epoch, 4),
+        loss=_finite(float(loss), step, batches),
+        grad_norm=norm if math.isfinite(norm) else None,
+        learning_rate=rate,
+        tokens=sum(b.tokens for b in batches),
+        supervised_tokens=sum(b.supervised for b in batches),
+        seconds=time.perf_counter() - began,
+    )
 
 
 def accumulate(model: Any, batches: Sequence[DeviceBatch], optimizer: Optimizer) -> Tensor:

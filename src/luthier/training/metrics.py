@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from luthier import files
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step. ``step`` counts from 1; tokens count each row whole; loss in nats a supervised token."""
+    """One optimizer step. ``step`` counts from 1; tokens count each row whole; loss in nats a supervised token.
+
+    grad_norm: before clipping; None where fp16 overflowed and the step was left out.
+    """
 
     step: int
     steps: int
     epoch: float
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     learning_rate: float
     tokens: int
     supervised_tokens: int
@@ -33,10 +37,15 @@ class StepRecord:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: every ``every``-th step and the last one, flushed at once."""
+    """``metrics.jsonl``: every ``every``-th step and the last one, flushed at once.
 
-    def __init__(self, path: Path, every: int) -> None:
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+    resumed: steps already done; later lines (of a session that was killed) are taken out.
+    """
+
+    def __init__(self, path: Path, every: int, resumed: int = 0) -> None:
+        kept = [line for line in _lines(path) if line.get("step", resumed + 1) <= resumed] if resumed else []
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._every = every
 
     def write(self, record: StepRecord) -> None:
@@ -48,21 +57,37 @@ class MetricsFile:
         self._file.close()
 
 
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """A finished loop. train_seconds runs from the first step's start to the last step's end."""
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                found.append(dict(json.loads(line)))
+            except ValueError:
+                continue  # the line a kill cut off
+    return found
 
-    losses: list[float]
-    tokens: int
-    supervised_tokens: int
-    train_seconds: float
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is. seconds: from a session's first step's start to its last step's end, sessions summed."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        return self.tokens / self.train_seconds
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def peak_rss_bytes() -> int:
-    """The process's largest resident size so far."""
+    """The process's largest resident size so far; 0 where the system does not tell (Windows)."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

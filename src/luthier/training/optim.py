@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class Optimizer:
             fused=device in ("cpu", "cuda"),
         )
         self._scaler = torch.amp.GradScaler(device) if fp16 else None
+        self.skips = fp16  # a step whose gradients overflow is left out, and the scale halved
 
     def backward(self, loss: Tensor) -> None:
         scaled: Tensor = self._scaler.scale(loss) if self._scaler else loss
@@ -51,3 +53,25 @@ class Optimizer:
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's running moments of one parameter."""
+        state = self.adamw.state[parameter]
+        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+
+    def restore(self, parameter: nn.Parameter, step: int, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+        """Put one parameter's state back, as after ``step`` steps."""
+        device = parameter.device if self.adamw.defaults["fused"] else "cpu"
+        self.adamw.state[parameter] = {
+            "step": torch.tensor(float(step), dtype=torch.float32, device=device),
+            "exp_avg": exp_avg,
+            "exp_avg_sq": exp_avg_sq,
+        }
+
+    def scaler_state(self) -> dict[str, Any]:
+        """fp16's loss scaling; empty elsewhere."""
+        return dict(self._scaler.state_dict()) if self._scaler else {}
+
+    def restore_scaler(self, state: dict[str, Any]) -> None:
+        if self._scaler and state:
+            self._scaler.load_state_dict(state)

@@ -3,6 +3,7 @@
 run.yaml            the resolved configuration
 data-report.json    what became of every row
 metrics.jsonl       a line a step
+checkpoints/        what an interrupted run goes on from
 adapter/            written once, at the end
 summary.json        written last: its presence means that the run is finished
 """
@@ -10,12 +11,15 @@ summary.json        written last: its presence means that the run is finished
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from luthier import adapter as adapters
 from luthier import config as configs
 from luthier import files
 from luthier.config import RunConfig
@@ -33,6 +37,10 @@ class RunDir:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
@@ -56,33 +64,47 @@ class RunDir:
     def config(self) -> RunConfig:
         return configs.load(self.config_file)
 
-    def claim(self, config: RunConfig, identity: dict[str, str]) -> bool:
-        """True where the run may start, False where this very run is finished already.
+    def claim(self, config: RunConfig) -> None:
+        """Raise ConfigError where the directory holds another run (with the differences), or other people's files."""
+        if self.path.exists():
+            files.ensure_dir(self.path)
+        if self.adapter.exists() and not (self.adapter / adapters.META).is_file():
+            raise ConfigError(f"{self.adapter}: was not written by luthier", "choose another --output-dir")
+        if not self.config_file.exists():
+            return
+        try:
+            old = self.config()
+        except ConfigError as e:
+            raise ConfigError(f"{e.message}: not a run of luthier's", "choose another --output-dir") from None
+        if not self.adapter.exists() and not self.checkpoints.exists():
+            return  # it never came to anything worth keeping
+        self._refuse(configs.differences(_what_matters(old), _what_matters(config)))
 
-        identity: digests of data and base model, which a configuration only names.
-        Raises ConfigError, with the differences, where the directory holds another finished run.
-        """
-        files.ensure_dir(self.path)
-        if not self.finished:
-            return True
-        differ = configs.differences(_what_matters(self.config()), _what_matters(config))
-        old = self.summary().get("identity", {})
-        differ += [f"{key}: the content has changed" for key, value in identity.items() if old.get(key) != value]
-        if differ:
+    def same_identity(self, old: Mapping[str, str], new: Mapping[str, str]) -> None:
+        """Raise ConfigError where data or base model, which a configuration only names, are not what they were."""
+        self._refuse([f"{k}: the content has changed" for k, v in new.items() if old.get(k) != v])
+
+    def _refuse(self, differences: list[str]) -> None:
+        if differences:
+            what = "a finished" if self.finished else "an unfinished"
             raise ConfigError(
-                f"{self.path}: holds a finished run with other settings: {'; '.join(differ)}",
+                f"{self.path}: holds {what} run with other settings: {'; '.join(differences)}",
                 "choose another --output-dir, or delete that one",
             )
-        return False
 
     def start(self, config: RunConfig, report: dict[str, Any]) -> None:
-        files.write_text(
-            self.config_file, yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True, width=120)
-        )
+        """Write what is known before the first step; an adapter of an earlier, unfinished try is removed."""
+        files.ensure_dir(self.path)
+        self.summary_file.unlink(missing_ok=True)
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        text = yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True, width=120)
+        files.write_text(self.config_file, text)
         files.write_json(self.path / "data-report.json", report)
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary, the sign of a finished run; its checkpoints are of no more use."""
         files.write_json(self.summary_file, summary)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
 def _what_matters(config: RunConfig) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""Checkpoints: everything that the rest of a run depends on, whole or absent.
+
+    checkpoints/step-00000040/state.safetensors   A, B and AdamW's two moments of every adapter, fp32
+    checkpoints/step-00000040/state.json          progress, identity, machine, and the tensors' SHA-256
+
+Order of rows and dropout follow from (seed, step), so no generator's state is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from luthier import files
+from luthier.lora import LoraLinear
+from luthier.training.metrics import Progress
+from luthier.training.optim import Optimizer
+
+TENSORS, STATE = "state.safetensors", "state.json"
+_PARTS = ("lora_A", "lora_B")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One that was read and found whole."""
+
+    path: Path
+    progress: Progress
+    identity: dict[str, str]
+    machine: dict[str, Any]
+    scaler: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def machine() -> dict[str, Any]:
+    """What must be the same for the bits to be the same."""
+    return {
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "cpu": platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def write(
+    folder: Path,
+    layers: Mapping[str, LoraLinear],
+    optimizer: Optimizer,
+    progress: Progress,
+    identity: Mapping[str, str],
+    limit: int,
+) -> Path:
+    """Write the checkpoint of ``progress.step``, then delete all but the newest ``limit``."""
+    target = folder / f"step-{progress.step:08d}"
+    data = save(_tensors(layers, optimizer))
+    with files.new_dir(target) as temp:
+        files.write_bytes(temp / TENSORS, data)
+        state = {
+            "progress": asdict(progress),
+            "identity": dict(identity),
+            "machine": machine(),
+            "scaler": optimizer.scaler_state(),
+            "sha256": files.sha256(temp / TENSORS),
+        }
+        files.write_json(temp / STATE, state)
+    for old in steps(folder)[:-limit]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def steps(folder: Path) -> list[Path]:
+    """Checkpoint directories, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
+
+
+def latest(folder: Path, say: Say = lambda _: None) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged ones are named and passed over. Half-written ones are deleted."""
+    if folder.is_dir():
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    for path in reversed(steps(folder)):
+        try:
+            return read(path)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+            say(f"{path}: is damaged ({e}); using the one before it")
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """Raises ValueError and the like where anything is not as it was written."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if files.sha256(path / TENSORS) != state["sha256"]:
+        raise ValueError("its SHA-256 is not the recorded one")
+    return Checkpoint(
+        path=path,
+        progress=Progress(**state["progress"]),
+        identity=state["identity"],
+        machine=state["machine"],
+        scaler=state["scaler"],
+        tensors=load_file(path / TENSORS),
+    )
+
+
+def restore(found: Checkpoint, layers: Mapping[str, LoraLinear], optimizer: Optimizer) -> None:
+    """Put adapter and optimizer back as they were after ``found.progress.step`` steps."""
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for part in _PARTS:
+                parameter = getattr(layer, part)
+                parameter.copy_(found.tensors[f"{name}.{part}"])
+                moments = (found.tensors[f"{name}.{part}.{m}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq"))
+                optimizer.restore(parameter, found.progress.step, *moments)
+    optimizer.restore_scaler(found.scaler)
+
+
+def _tensors(layers: Mapping[str, LoraLinear], optimizer: Optimizer) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        for part in _PARTS:
+            parameter = getattr(layer, part)
+            found[f"{name}.{part}"] = parameter.detach().cpu().contiguous()
+            for moment, value in optimizer.moments(parameter).items():
+                found[f"{name}.{part}.{moment}"] = value.cpu().contiguous()
+    return found
