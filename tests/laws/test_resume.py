@@ -1,7 +1,7 @@
 """Law "resume": killed at any moment and started again = never killed, bit for bit.
 
-A child process trains a tiny model with dropout and is killed with SIGKILL, some kills in the middle of a save (which is
-made slow by a hook in the child); the same command is run until it finishes. The adapter file must be the same bytes.
+A child process trains a tiny model with dropout and is killed with SIGKILL, some kills in the middle of a save (made
+slow by a hook in the child); the same command is run until it finishes. The adapter file must be the same bytes.
 
 Shown able to fail: a checkpoint that forgets one of AdamW's moments, and one that is off by a step, give other bytes.
 """
