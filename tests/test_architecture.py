@@ -24,7 +24,8 @@ LAYERS: list[set[str]] = [
     {"models", "lora"},
     {"adapter", "generate", "evaluate", "preflight"},
     {"training"},
-    {"hub"},
+    {"hub", "chatting"},
+    {"evaluation"},
     {"api"},
     {"cli"},
 ]

@@ -28,7 +28,7 @@ def test_help_is_instant_and_imports_no_torch() -> None:
     def once() -> float:
         start = time.perf_counter()
         done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
-        for verb in ("demo", "pull", "check", "train", "chat"):
+        for verb in ("demo", "pull", "check", "train", "eval", "chat"):
             assert f"\n  {verb} " in done.stdout
         return time.perf_counter() - start
 
@@ -52,7 +52,7 @@ def test_every_verb_is_a_function_of_the_library() -> None:
     import luthier.training
 
     assert luthier.training
-    for verb in ("demo", "pull", "check", "train", "chat"):
+    for verb in ("demo", "pull", "check", "train", "eval", "chat"):
         assert callable(getattr(library, verb))
     assert set(library.__all__) <= set(dir(library))
     with pytest.raises(AttributeError):

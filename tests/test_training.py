@@ -103,6 +103,7 @@ def test_a_run_writes_what_it_promises(config: RunConfig) -> None:
     run_dir = config.output_dir
     assert sorted(p.name for p in run_dir.iterdir()) == [
         "adapter",
+        "checkpoints",
         "data-report.json",
         "metrics.jsonl",
         "run.yaml",

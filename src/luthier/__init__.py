@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from luthier.api import Chat, DemoResult, chat, check, demo, pull, train
+    from luthier.api import Chat, DemoResult, Stopped, chat, check, demo, eval, pull, train  # noqa: A004
     from luthier.config import RunConfig, build, load
     from luthier.errors import UserError
     from luthier.generate import Reply, Sampling
@@ -23,11 +23,13 @@ _EXPORTS = {
     "Reply": "luthier.generate",
     "RunConfig": "luthier.config",
     "Sampling": "luthier.generate",
+    "Stopped": "luthier.api",
     "UserError": "luthier.errors",
     "build": "luthier.config",
     "chat": "luthier.api",
     "check": "luthier.api",
     "demo": "luthier.api",
+    "eval": "luthier.api",
     "load": "luthier.config",
     "pull": "luthier.api",
     "train": "luthier.api",
@@ -39,12 +41,14 @@ __all__ = [
     "Reply",
     "RunConfig",
     "Sampling",
+    "Stopped",
     "UserError",
     "__version__",
     "build",
     "chat",
     "check",
     "demo",
+    "eval",
     "load",
     "pull",
     "train",

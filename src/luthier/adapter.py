@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from luthier import __version__, files
 from luthier.config import LoraConfig
 from luthier.errors import AdapterError
-from luthier.lora import LoraLinear, Targets, attach, resolve
+from luthier.lora import LoraLinear, Targets, attach
 from luthier.models.directory import Fingerprint
 
 FORMAT = 1
@@ -50,9 +50,9 @@ class Adapter:
 
     path: Path
     lora: LoraConfig
-    targets: tuple[str, ...]
+    modules: tuple[str, ...]
     tensors: dict[str, Tensor]
-    facts: Facts
+    facts: Facts | None
     base_path: str
 
 
@@ -86,50 +86,77 @@ def save(
 
 
 def load(path: Path) -> Adapter:
-    """Read and check a directory. Raises AdapterError where it is incomplete or damaged."""
-    config, meta = _json(path / CONFIG), _json(path / META)
+    """Read and check a directory; without ``luthier.json`` as a stock PEFT one. Raises AdapterError."""
+    config = _json(path / CONFIG)
+    facts: Facts | None = None
     weights = path / WEIGHTS
     if not weights.is_file():
         raise AdapterError(f"{path}: holds no {WEIGHTS}", "train again, or copy the whole adapter directory")
+    try:
+        if (path / META).exists():
+            facts = _facts(path)
+        tensors = load_file(weights)
+        modules = tuple(dict.fromkeys(n.removeprefix(_PREFIX).rpartition(".lora_")[0] for n in tensors))
+        _only_plain_lora(path, config, tensors)
+        lora = LoraConfig(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            lora_dropout=config.get("lora_dropout", 0.0),
+            target_modules=modules,
+            use_rslora=config.get("use_rslora", False),
+        )
+        base = str(config.get("base_model_name_or_path"))
+    except (KeyError, TypeError, ValueError, SafetensorError) as e:
+        raise AdapterError(f"{path}: is incomplete or damaged ({e})", "copy the adapter directory again") from None
+    return Adapter(path, lora, modules, tensors, facts, base)
+
+
+def _facts(path: Path) -> Facts:
+    """``luthier.json``, after the tensors were found to be those it was written with."""
+    meta = _json(path / META)
     if meta.get("format") != FORMAT:
         raise AdapterError(
             f"{path / META}: format {meta.get('format')!r}, this version reads {FORMAT}", "upgrade luthier"
         )
-    try:
-        if files.sha256(weights) != meta["files"][WEIGHTS]:
-            raise AdapterError(
-                f"{weights}: is damaged or was altered (its SHA-256 is not the recorded one)",
-                "train again, or copy the adapter directory again",
-            )
-        tensors = load_file(weights)
-        template = dict(meta["template"])
-        facts = Facts(
-            system=meta["system"],
-            template_sha256=template.pop("sha256"),
-            template=template,
-            stop_ids=tuple(meta["stop_ids"]),
-            base=Fingerprint(meta["base"]["shape"], meta["base"]["weights"]),
-            tokenizer_sha256=meta["tokenizer_sha256"],
-            data_sha256=meta["data_sha256"],
+    if files.sha256(path / WEIGHTS) != meta["files"][WEIGHTS]:
+        raise AdapterError(
+            f"{path / WEIGHTS}: is damaged or was altered (its SHA-256 is not the recorded one)",
+            "train again, or copy the adapter directory again",
         )
-        lora = LoraConfig(
-            r=config["r"],
-            lora_alpha=config["lora_alpha"],
-            lora_dropout=config["lora_dropout"],
-            target_modules=tuple(config["target_modules"]),
-            use_rslora=config["use_rslora"],
-        )
-        base = str(config["base_model_name_or_path"])
-        if not isinstance(template["name"], str):
-            raise TypeError("its template has no name")
-    except (KeyError, TypeError, ValueError, SafetensorError) as e:
-        raise AdapterError(f"{path}: is incomplete or damaged ({e})", "copy the adapter directory again") from None
-    assert lora.target_modules is not None
-    return Adapter(path, lora, lora.target_modules, tensors, facts, base)
+    template = dict(meta["template"])
+    if not isinstance(template["name"], str):
+        raise TypeError("its template has no name")
+    return Facts(
+        system=meta["system"],
+        template_sha256=template.pop("sha256"),
+        template=template,
+        stop_ids=tuple(meta["stop_ids"]),
+        base=Fingerprint(meta["base"]["shape"], meta["base"]["weights"]),
+        tokenizer_sha256=meta["tokenizer_sha256"],
+        data_sha256=meta["data_sha256"],
+    )
+
+
+def _only_plain_lora(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what PEFT can write and luthier would read wrongly, all at once."""
+    found = [f"{k} {config[k]!r}" for k in _FOREIGN if config.get(k) not in (None, False, "none", {}, [])]
+    if config.get("peft_type") != "LORA":
+        found.append(f"peft_type {config.get('peft_type')!r}")
+    known = (".lora_A.weight", ".lora_B.weight")
+    found += [f"tensor {n}" for n in tensors if not n.startswith(_PREFIX) or not n.endswith(known)]
+    if found:
+        raise AdapterError(f"{path}: is not a plain LoRA adapter: {', '.join(found[:8])}", "use it with peft itself")
+
+
+_FOREIGN = (
+    "use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias",
+    "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "target_parameters",
+)  # fmt: skip
 
 
 def verify(adapter: Adapter, base: Path, found: Fingerprint, tokenizer_sha256: str) -> None:
     """Raise AdapterError, every mismatch listed, unless ``base`` is the model that the adapter was trained on."""
+    assert adapter.facts
     wrong = found.mismatches(adapter.facts.base)
     if tokenizer_sha256 != adapter.facts.tokenizer_sha256:
         wrong.append("the tokenizer differs")
@@ -142,8 +169,14 @@ def verify(adapter: Adapter, base: Path, found: Fingerprint, tokenizer_sha256: s
 
 def apply(model: nn.Module, adapter: Adapter) -> dict[str, LoraLinear]:
     """Attach the adapter to its base model, in place, and return its layers."""
-    targets = resolve(model, adapter.targets)
-    layers = attach(model, adapter.lora, targets, seed=0)
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    unknown = [n for n in adapter.modules if n not in linear]
+    if unknown:
+        shown = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
+        raise AdapterError(
+            f"{adapter.path}: has adapters of {shown}, which the base has no place for", "use the base it belongs to"
+        )
+    layers = attach(model, adapter.lora, Targets(adapter.modules, adapter.modules), seed=0)
     expected = {
         f"{_PREFIX}{name}.{part}.weight": getattr(layer, part) for name, layer in layers.items() for part in _AB
     }

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from luthier import adapter as adapters
-from luthier import hub, templates
+from luthier import evaluation, hub, templates
 from luthier import personas as demos
+from luthier.chatting import Chat, open_chat
 from luthier.config import RunConfig, differences
-from luthier.errors import ConfigError, ModelError
-from luthier.evaluate import held_out_loss
-from luthier.generate import Generator, Reply, Sampling
+from luthier.errors import ConfigError
+from luthier.evaluate import Scores, score
+from luthier.evaluation import Comparison
+from luthier.generate import Generator, Reply
 from luthier.lora import LoraLinear, attach, trainable_parameters
 from luthier.models.directory import fingerprint
 from luthier.models.forward import prove_segments
 from luthier.models.load import load_weights, pick_device, pick_dtype
-from luthier.preflight import Inspection, Voice, inspect, voice
+from luthier.preflight import Inspection, inspect
 from luthier.training import checkpoint, loop
 from luthier.training.metrics import MetricsFile, Progress, StepRecord, peak_rss_bytes
 from luthier.training.optim import Optimizer
 from luthier.training.run_dir import RunDir
-from luthier.types import Message
 
-__all__ = ["Chat", "DemoResult", "chat", "check", "demo", "pull", "train"]
+__all__ = ["Chat", "DemoResult", "Stopped", "chat", "check", "demo", "eval", "pull", "train"]
 
 Say = Callable[[str], None]
 pull = hub.pull
+chat = open_chat
 
 
 def check(config: RunConfig, show: int = 0) -> Inspection:
@@ -99,6 +99,13 @@ def train(
         "device": model.device.type,
         "identity": identity,
     }
+    if len(found.held_out):
+        evaluation.write_rows(run.path / evaluation.HELD_OUT, found.chats)
+    if len(found.held_out) and config.train.eval_time_ratio:
+        generator = Generator(model, found.voice.tokenizer, found.voice.template, found.voice.stop_ids)
+        seconds = done.seconds * config.train.eval_time_ratio
+        result = evaluation.at_the_end(run.path, found, generator, layers, seconds, say)
+        summary["held_out"] = {"base": result.base.as_dict(), "tuned": result.tuned.as_dict()}
     run.finish(summary)
     return summary
 
@@ -166,127 +173,74 @@ class Stopped(Exception):
     """A run was asked to stop and did, after saving a checkpoint."""
 
 
-@dataclass(slots=True)
-class Chat:
-    """A conversation with a base model, or with a run's adapter as it was trained."""
-
-    generator: Generator
-    system: str | None
-    history: list[Message]
-
-    def __post_init__(self) -> None:
-        if self.system:
-            self.generator.check(self.system, "the system prompt")
-
-    def send(self, text: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None) -> Reply:
-        """Add a user's message and the model's reply to the conversation; returns the reply."""
-        self.generator.check(text, "the message")
-        self.history.append(Message("user", text))
-        try:
-            reply = self.generator.reply(self.messages(), sampling or Sampling(), on_text)
-        except BaseException:
-            self.history.pop()
-            raise
-        self.history.append(Message("assistant", reply.text))
-        return reply
-
-    def messages(self) -> list[Message]:
-        return [*self.opening(), *self.history]
-
-    def opening(self) -> list[Message]:
-        return [Message("system", self.system)] if self.system else []
-
-    def reset(self) -> None:
-        self.history.clear()
-
-
-def chat(path: Path, system: str | None = None, dtype: str = "auto") -> Chat:
-    """Open a run directory, an adapter directory or a base model directory for chatting.
-
-    system: system prompt; None: the one of the run's training, if any. dtype "auto": fp32 on CPU, so that greedy
-    replies are reproducible; the device's own type elsewhere.
-    """
-    path = Path(path)
-    directory = path / "adapter" if (path / "adapter" / adapters.CONFIG).is_file() else path
-    device = pick_device()
-    kind = torch.float32 if dtype == "auto" and device.type == "cpu" else pick_dtype(dtype, device)
-    if not (directory / adapters.META).is_file():
-        if (path / "run.yaml").is_file():
-            raise ModelError(f"{path}: the run has no adapter yet", "finish it with luthier train")
-        if (directory / adapters.CONFIG).is_file():
-            raise ModelError(f"{directory}: has no {adapters.META}", "give a directory that luthier train wrote")
-        found = voice(path)
-        return _chat(load_weights(path, kind, device), found, system)
-    adapter = adapters.load(directory)
-    base = _base_path(path, adapter)
-    found = replace(voice(base, described=adapter.facts.template), stop_ids=adapter.facts.stop_ids)
-    adapters.verify(adapter, base, fingerprint(base, found.config), found.tokenizer.digest())
-    model = load_weights(base, kind, device)
-    adapters.apply(model, adapter)
-    return _chat(model, found, adapter.facts.system if system is None else system)
-
-
-def _chat(model: Any, found: Voice, system: str | None) -> Chat:
-    return Chat(Generator(model, found.tokenizer, found.template, found.stop_ids), system, [])
-
-
-def _base_path(path: Path, adapter: adapters.Adapter) -> Path:
-    run = RunDir(path)
-    base = run.config().model.path if run.config_file.is_file() else Path(adapter.base_path)
-    if not base.is_dir():
-        raise ModelError(
-            f"{base}: the base model of {adapter.path} is not there", "put the base model back at that place"
-        )
-    return base
+def eval(  # noqa: A001 - the verb's name
+    path: Path | str | None = None,
+    data: Sequence[Path] = (),
+    dtype: str = "auto",
+    model: Path | str | None = None,
+    adapter: Path | str | None = None,
+    checkpoint: int | None = None,
+) -> Comparison:
+    """The verb ``eval``: base and tuned model on held-out rows (the run's own where ``data`` is empty)."""
+    opened = open_chat(path, None, dtype, model, adapter, checkpoint)
+    return evaluation.evaluate(opened, Path(path) if path else None, data)
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """The demo's figures: held-out loss in nats a token, and replies of both models to every held-out prompt."""
+    """Both models on every held-out prompt, in fp32 on the CPU, and the run's summary."""
 
-    base_loss: float
-    tuned_loss: float
+    base: Scores
+    tuned: Scores
     prompts: list[str]
-    base_replies: list[Reply]
-    tuned_replies: list[Reply]
     summary: dict[str, Any]
 
     @property
-    def stop_rate(self) -> float:
-        return sum(r.stopped for r in self.tuned_replies) / len(self.tuned_replies)
+    def base_loss(self) -> float:
+        """Held-out loss in nats a token."""
+        return self.base.held_out.loss
+
+    @property
+    def tuned_loss(self) -> float:
+        return self.tuned.held_out.loss
 
     @property
     def loss_fall(self) -> float:
         """Share of the base's held-out loss that training took away."""
         return 1 - self.tuned_loss / self.base_loss
 
+    @property
+    def stop_rate(self) -> float:
+        return self.tuned.stop_rate or 0.0
+
+    @property
+    def base_replies(self) -> tuple[Reply, ...]:
+        return self.base.replies
+
+    @property
+    def tuned_replies(self) -> tuple[Reply, ...]:
+        return self.tuned.replies
+
 
 def demo(
-    output_dir: Path,
+    output_dir: Path | str,
     on_step: Callable[[StepRecord], None] = lambda _: None,
     say: Say = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> DemoResult:
     """Pull the embedded model, teach it the shipped persona, and compare both on prompts it has never seen."""
     base = pull("smollm2-135m", say=say)
-    config = demos.config(base, output_dir)
+    config = demos.config(base, Path(output_dir))
     RunDir(Path(output_dir)).claim(_absolute(config))
-    held_out = inspect(config)
-    if held_out.error:
-        raise held_out.error
-    prompts = [c.messages[:-1] for c in held_out.chats]
-    sampling = Sampling(max_new_tokens=200)
-    say(f"asking the base model {len(prompts)} held-out questions")
-    untuned = chat(base)
-    base_loss = held_out_loss(untuned.generator.model, held_out.held_out).loss
-    base_replies = untuned.generator.replies(prompts, sampling)
-    del untuned
+    found = inspect(config)
+    if found.error:
+        raise found.error
+    say(f"asking the base model {len(found.chats)} held-out questions")
+    before = score(chat(base).generator, found.held_out, found.chats)
     summary = train(config, on_step, say, stop)
     say("asking the tuned model the same questions")
-    tuned = chat(output_dir)
-    tuned_loss = held_out_loss(tuned.generator.model, held_out.held_out).loss
-    replies = tuned.generator.replies(prompts, sampling)
-    return DemoResult(base_loss, tuned_loss, [p[-1].content for p in prompts], base_replies, replies, summary)
+    after = score(chat(output_dir).generator, found.held_out, found.chats)
+    return DemoResult(before, after, [c.messages[-2].content for c in found.chats], summary)
 
 
 def _absolute(config: RunConfig) -> RunConfig:

@@ -103,6 +103,9 @@ class TrainConfig(Section):
     seed: int = Field(42, ge=0, lt=2**32, description="order of rows, adapter's start, dropout")
     save_steps: int = Field(50, ge=1, description="a checkpoint every so many steps")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; older ones are deleted")
+    eval_time_ratio: float = Field(
+        0.1, ge=0, le=10, description="most time that evaluation at the end may take, as a share of training's"
+    )
     logging_steps: int = Field(1, ge=1, description="a line of metrics.jsonl every so many steps")
 
 

@@ -1,40 +1,98 @@
-"""Figures on held-out rows."""
+"""Figures on held-out rows: loss, perplexity, and how many replies end by themselves."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from luthier.batch import collate
+from luthier.generate import Generator, Reply, Sampling
 from luthier.kernels.segments import to_device
 from luthier.models.forward import segment_attention, token_losses
-from luthier.types import Example
+from luthier.types import Conversation, Example
 
 _ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Mean negative log-likelihood of a supervised token (nats), and over how many."""
+    """Mean negative log-likelihood of a supervised token (nats), over how many tokens and rows."""
 
     loss: float
     tokens: int
+    rows: int
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
 
-def held_out_loss(model: Any, examples: Sequence[Example]) -> HeldOut:
-    """Loss over every supervised token of ``examples``, whatever their order; leaves the model in eval mode."""
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One model on the held-out rows. ``complete`` is false where the time given ran out."""
+
+    held_out: HeldOut
+    replies: tuple[Reply, ...]
+    complete: bool
+    seconds: float
+
+    @property
+    def stop_rate(self) -> float | None:
+        """Share of the replies that ended by a stop token; None where there was no time for any."""
+        return sum(r.stopped for r in self.replies) / len(self.replies) if self.replies else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "loss": self.held_out.loss,
+            "perplexity": self.held_out.perplexity,
+            "tokens": self.held_out.tokens,
+            "rows": self.held_out.rows,
+            "stop_rate": self.stop_rate,
+            "replies": len(self.replies),
+            "complete": self.complete,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def held_out_loss(model: Any, examples: Sequence[Example], deadline: float | None = None) -> HeldOut:
+    """Loss over every supervised token, rows in their order; leaves the model in eval mode.
+
+    deadline: on ``time.monotonic``'s clock; after it no further batch is begun (one always is).
+    """
     model.eval()
-    total, tokens = 0.0, 0
-    ordered = sorted(examples, key=len)
+    total, tokens, rows = 0.0, 0, 0
     with segment_attention(model):
-        for at in range(0, len(ordered), _ROWS):
-            batch = collate(ordered[at : at + _ROWS])
+        for at in range(0, len(examples), _ROWS):
+            if rows and deadline is not None and time.monotonic() > deadline:
+                break
+            batch = collate(examples[at : at + _ROWS])
             total += float(token_losses(model, to_device(batch, model.device)).double().sum())
             tokens += batch.supervised
-    return HeldOut(total / tokens, tokens)
+            rows += len(batch.sources)
+    return HeldOut(total / tokens, tokens, rows)
+
+
+def score(
+    generator: Generator,
+    examples: Sequence[Example],
+    chats: Sequence[Conversation],
+    most_replies: int = 24,
+    max_new_tokens: int = 200,
+    seconds: float | None = None,
+) -> Scores:
+    """Loss on all rows, then greedy replies to the first ``most_replies`` prompts, within ``seconds`` if given."""
+    start = time.monotonic()
+    deadline = None if seconds is None else start + seconds
+    loss = held_out_loss(generator.model, examples, deadline)
+    prompts = [c.messages[:-1] for c in chats[:most_replies]]
+    replies: list[Reply] = []
+    for at in range(0, len(prompts), most_replies if deadline is None else _ROWS):
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        size = most_replies if deadline is None else _ROWS
+        replies += generator.replies(prompts[at : at + size], Sampling(max_new_tokens))
+    complete = loss.rows == len(examples) and len(replies) == len(prompts)
+    return Scores(loss, tuple(replies), complete, time.monotonic() - start)

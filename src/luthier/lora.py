@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scaling = scaling(config)
         self.dropout = config.lora_dropout
+        self.enabled = True
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, dtype=torch.float32, device=device))
@@ -41,6 +43,9 @@ class LoraLinear(nn.Module):
             self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            plain: Tensor = self.base(x)
+            return plain
         u = F.dropout(x, self.dropout, self.training) if self.dropout else x
         inner = F.linear(u, self.lora_A.to(x.dtype)) * self.scaling
         out: Tensor = self.base(x) + F.linear(inner, self.lora_B.to(x.dtype))
@@ -121,6 +126,19 @@ def detach(model: nn.Module, layers: dict[str, LoraLinear], merge: bool = False)
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.merged() if merge else layer.base)
+
+
+@contextmanager
+def plain(layers: Mapping[str, LoraLinear]) -> Iterator[None]:
+    """Within the block the model is its base: every adapter is switched off."""
+    before = [layer.enabled for layer in layers.values()]
+    for layer in layers.values():
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers.values(), before, strict=True):
+            layer.enabled = enabled
 
 
 def trainable_parameters(layers: dict[str, LoraLinear]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,15 @@ def is_held_out(conversation: Conversation, fraction: float, seed: int) -> bool:
     for m in conversation.messages[:-1]:
         key.update(f"{m.role}\0{m.content.strip()}\0".encode())
     return int.from_bytes(key.digest(), "little") < fraction * 2**64
+
+
+def read_held_out(v: Voice, config: RunConfig, paths: Sequence[Path]) -> Inspection:
+    """Rows for evaluation alone, read and encoded as the run's own were. Raises UserError."""
+    found = Inspection(config, voice=v)
+    loader = Loader(paths, config.data.format, config.data.system, config.data.rename)
+    found.report = loader.report
+    for conversation, example in _encoder(v, config).stream(loader, found.report):
+        found.held_out.add(example)
+        found.chats.append(conversation)
+    refuse(found.report)
+    return found

@@ -100,7 +100,6 @@ def test_stopped_and_resumed_is_never_stopped(every: int, model: Path, whole: Pa
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines] == list(range(1, STEPS + 1))
     assert [x["loss"] for x in lines] == losses(whole)
-    assert not (run / "checkpoints").exists()
 
 
 CHILD = """

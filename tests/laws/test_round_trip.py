@@ -102,8 +102,8 @@ def test_a_wrong_base_is_refused_with_every_mismatch(model_dir: Callable[[str], 
     assert "model_type is phi3, the adapter's base has llama" in e.value.message
     assert "weights differ" in e.value.message
     assert "the tokenizer differs" in e.value.message
-    narrow = replace(adapter, targets=("o_proj",))
-    with pytest.raises(AdapterError, match=r"has base_model.*no place for|lacks"):
+    narrow = replace(adapter, modules=adapter.modules[:3])
+    with pytest.raises(AdapterError, match=r"no place for"):
         adapters.apply(load_weights(other, torch.float32), narrow)
 
 

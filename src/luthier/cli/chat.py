@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.console import say
-from luthier.cli.options import Json
+from luthier.cli.options import Adapter, Checkpoint, Json, Model
 from luthier.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def run(
-    path: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, an adapter or a model directory.")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="RUN|DIR", help="A run, an adapter or a model directory.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Ask once and stop; - reads it from stdin.")
     ] = None,
@@ -38,6 +40,9 @@ def run(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="auto (fp32 on CPU), float32, bfloat16 or float16.")
     ] = "auto",
+    model: Model = None,
+    adapter: Adapter = None,
+    checkpoint: Checkpoint = None,
     as_json: Json = False,
 ) -> None:
     """Talk to a run, an adapter or a base model, with the very prompt format of its training."""
@@ -52,7 +57,7 @@ def run(
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty", "give --prompt TEXT")
-    talk = chat(path, system, dtype)
+    talk = chat(path, system, dtype, model, adapter, checkpoint)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     if prompt is None:
         _converse(talk, sampling)

@@ -14,6 +14,7 @@ import typer
 
 from luthier import __version__
 from luthier.cli import chat, check, demo, pull, train
+from luthier.cli import eval as evaluate
 from luthier.cli.console import fail
 from luthier.errors import UserError
 from luthier.files import mishap
@@ -39,6 +40,7 @@ app.command("demo", short_help="The whole story on a small model, in minutes.")(
 app.command("pull", short_help="Download a model and check it.")(pull.run)
 app.command("check", short_help="Prove data, template and targets; trains nothing.")(check.run)
 app.command("train", short_help="Train an adapter.")(train.run)
+app.command("eval", short_help="Base and tuned model on held-out rows, side by side.")(evaluate.run)
 app.command("chat", short_help="Talk to a run, an adapter or a base model.")(chat.run)
 
 

@@ -23,6 +23,8 @@ Set = Annotated[
 Rename = Annotated[
     list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="Read a key of the rows under another name.")
 ]
+Adapter = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter for --model; PEFT's too.")]
+Checkpoint = Annotated[int | None, typer.Option("--checkpoint", metavar="N", help="A step of the run's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 

@@ -90,15 +90,16 @@ def prove_segments(model: Any, examples: Sequence[Example], kernel: str = "auto"
         expected = model(input_ids=alone, use_cache=False).logits[0].float()[torch.from_numpy(rows[1].trained[1:])]
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, KeyError) as e:
         raise _cannot(model, f"a flat batch fails in it ({' '.join(str(e).split())[:120]})") from None
-    if float((flat - changed).abs().max()) > _apart(flat):
+    if _distance(changed, flat) > 1e-3:
         raise _cannot(model, "its layers carry state from one row of a flat batch to the next")
-    if float((flat - expected).abs().mean()) > _apart(expected):
+    # 30 layers in bf16 measured 0.06 apart from nothing but the order of sums; fp32 1e-6
+    if _distance(flat, expected) > (1e-3 if model.dtype is torch.float32 else 0.2):
         raise _cannot(model, "its own attention differs from plain causal attention")
 
 
-def _apart(logits: Tensor) -> float:
-    """How far rounding may move a logit: generous for half precision, far below a real leak."""
-    return 1e-3 + 0.02 * float(logits.std())
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm of the logits around their mean."""
+    return float((a - b).norm() / (b - b.mean()).norm().clamp_min(1e-30))
 
 
 def _short(example: Example, tokens: int = 24) -> Example:

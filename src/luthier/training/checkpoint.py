@@ -117,14 +117,22 @@ def read(path: Path) -> Checkpoint:
 
 def restore(found: Checkpoint, layers: Mapping[str, LoraLinear], optimizer: Optimizer) -> None:
     """Put adapter and optimizer back as they were after ``found.progress.step`` steps."""
+    restore_adapter(found, layers)
     with torch.no_grad():
         for name, layer in layers.items():
             for part in _PARTS:
                 parameter = getattr(layer, part)
-                parameter.copy_(found.tensors[f"{name}.{part}"])
                 moments = (found.tensors[f"{name}.{part}.{m}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq"))
                 optimizer.restore(parameter, found.progress.step, *moments)
     optimizer.restore_scaler(found.scaler)
+
+
+def restore_adapter(found: Checkpoint, layers: Mapping[str, LoraLinear]) -> None:
+    """Put the adapter alone back."""
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for part in _PARTS:
+                getattr(layer, part).copy_(found.tensors[f"{name}.{part}"])
 
 
 def _tensors(layers: Mapping[str, LoraLinear], optimizer: Optimizer) -> dict[str, Tensor]:

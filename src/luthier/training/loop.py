@@ -95,7 +95,7 @@ def train(
                 done.seconds = before + time.perf_counter() - start
                 session.on_step(record)
                 stopped = session.stop() and done.step < schedule.steps
-                if stopped or done.step % config.save_steps == 0:
+                if stopped or done.step % config.save_steps == 0 or done.step == schedule.steps:
                     began = time.perf_counter()
                     session.save(optimizer, done)
                     start += time.perf_counter() - began  # saving is not training

@@ -102,9 +102,8 @@ class RunDir:
         files.write_json(self.path / "data-report.json", report)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary, the sign of a finished run; its checkpoints are of no more use."""
+        """Write the summary, the sign of a finished run."""
         files.write_json(self.summary_file, summary)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
 def _what_matters(config: RunConfig) -> dict[str, Any]:
