@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"adapter", "generate", "evaluate", "preflight"},
     {"training"},
     {"hub", "chatting"},
-    {"evaluation"},
+    {"evaluation", "diagnosis", "report"},
     {"api"},
     {"cli"},
 ]

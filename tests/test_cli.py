@@ -15,6 +15,7 @@ import torch
 
 import luthier as library
 from luthier import __version__, personas
+from luthier import config as configs
 from luthier.models.directory import read_config
 from luthier.models.load import load_weights
 
@@ -28,7 +29,7 @@ def test_help_is_instant_and_imports_no_torch() -> None:
     def once() -> float:
         start = time.perf_counter()
         done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
-        for verb in ("demo", "pull", "check", "train", "eval", "chat"):
+        for verb in ("demo", "pull", "init", "check", "train", "eval", "chat", "doctor"):
             assert f"\n  {verb} " in done.stdout
         return time.perf_counter() - start
 
@@ -52,7 +53,7 @@ def test_every_verb_is_a_function_of_the_library() -> None:
     import luthier.training
 
     assert luthier.training
-    for verb in ("demo", "pull", "check", "train", "eval", "chat"):
+    for verb in ("demo", "pull", "init", "check", "train", "eval", "chat", "doctor"):
         assert callable(getattr(library, verb))
     assert set(library.__all__) <= set(dir(library))
     with pytest.raises(AttributeError):
@@ -287,6 +288,31 @@ def test_demo_tells_the_whole_story(luthier: Run, model: Path, tmp_path: Path, m
     again = luthier("demo", "--output-dir", tmp_path / "run")
     assert again.code == 0
     assert "finished already" in again.err
+
+
+def test_init_writes_a_run_that_trains(luthier: Run, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    argv = ["--model", model, "--data", personas.TEAHOUSE, "--output-dir", tmp_path / "run", "--to", file]
+    assert luthier("init", *argv).code == 0
+    text = file.read_text(encoding="utf-8")
+    for key in configs.all_keys():
+        assert f"{key.rpartition('.')[2]}: " in text
+        assert configs.describe(key) in text
+    again = luthier("init", *argv)
+    assert again.code == 2
+    assert "is there already" in again.err
+    assert luthier("train", file, "--set", "train.max_steps=2").code == 0
+    assert len(json.loads((tmp_path / "run" / "summary.json").read_text())["losses"]) == 2
+    other = luthier("train", file)
+    assert other.code == 2
+    assert "train.max_steps: 2 -> None" in other.err
+
+
+def test_doctor_tries_a_step(luthier: Run) -> None:
+    found = json.loads(luthier("doctor", "--json").out)
+    assert found["smoke"]["ok"] is True
+    assert found["packages"]["torch"] == torch.__version__
+    assert "one step  works" in luthier("doctor").out
 
 
 @pytest.mark.smollm2

@@ -106,6 +106,7 @@ def test_a_run_writes_what_it_promises(config: RunConfig) -> None:
         "checkpoints",
         "data-report.json",
         "metrics.jsonl",
+        "report.html",
         "run.yaml",
         "summary.json",
     ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from luthier.api import Chat, DemoResult, Stopped, chat, check, demo, eval, pull, train  # noqa: A004
+    from luthier.api import Chat, DemoResult, Stopped, chat, check, demo, doctor, eval, init, pull, train  # noqa: A004
     from luthier.config import RunConfig, build, load
     from luthier.errors import UserError
     from luthier.generate import Reply, Sampling
@@ -29,7 +29,9 @@ _EXPORTS = {
     "chat": "luthier.api",
     "check": "luthier.api",
     "demo": "luthier.api",
+    "doctor": "luthier.api",
     "eval": "luthier.api",
+    "init": "luthier.api",
     "load": "luthier.config",
     "pull": "luthier.api",
     "train": "luthier.api",
@@ -48,7 +50,9 @@ __all__ = [
     "chat",
     "check",
     "demo",
+    "doctor",
     "eval",
+    "init",
     "load",
     "pull",
     "train",

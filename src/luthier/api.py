@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from luthier import adapter as adapters
-from luthier import evaluation, hub, templates
+from luthier import config as configs
+from luthier import evaluation, files, hub, report, templates
 from luthier import personas as demos
 from luthier.chatting import Chat, open_chat
 from luthier.config import RunConfig, differences
+from luthier.diagnosis import examine
 from luthier.errors import ConfigError
 from luthier.evaluate import Scores, score
 from luthier.evaluation import Comparison
@@ -27,11 +29,12 @@ from luthier.training.metrics import MetricsFile, Progress, StepRecord, peak_rss
 from luthier.training.optim import Optimizer
 from luthier.training.run_dir import RunDir
 
-__all__ = ["Chat", "DemoResult", "Stopped", "chat", "check", "demo", "eval", "pull", "train"]
+__all__ = ["Chat", "DemoResult", "Stopped", "chat", "check", "demo", "doctor", "eval", "init", "pull", "train"]
 
 Say = Callable[[str], None]
 pull = hub.pull
 chat = open_chat
+doctor = examine
 
 
 def check(config: RunConfig, show: int = 0) -> Inspection:
@@ -40,6 +43,23 @@ def check(config: RunConfig, show: int = 0) -> Inspection:
     Never raises for a user's mistake: it is in ``.error`` of what is returned, beside the complete counts.
     """
     return inspect(config, keep=False, show=show)
+
+
+def init(
+    to: Path | str,
+    model: Path | str | None = None,
+    data: Sequence[Path | str] = (),
+    output_dir: Path | str | None = None,
+) -> Path:
+    """Write a commented ``run.yaml``; an existing file is never overwritten."""
+    to = Path(to)
+    if to.exists():
+        raise ConfigError(f"{to}: is there already", "choose another name with --to, or delete it")
+    text = configs.template(
+        str(model or "MODEL_DIR"), [str(p) for p in data] or ["ROWS.jsonl"], str(output_dir or "run")
+    )
+    files.write_text(to, text)
+    return to
 
 
 def train(
@@ -97,6 +117,8 @@ def train(
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
+        "target_modules": list(found.targets.leaves),
+        "template": found.voice.template.name,
         "identity": identity,
     }
     if len(found.held_out):
@@ -106,6 +128,7 @@ def train(
         seconds = done.seconds * config.train.eval_time_ratio
         result = evaluation.at_the_end(run.path, found, generator, layers, seconds, say)
         summary["held_out"] = {"base": result.base.as_dict(), "tuned": result.tuned.as_dict()}
+    report.write(run.path, config, summary, found.train.lengths())
     run.finish(summary)
     return summary
 

@@ -6,8 +6,9 @@ them one to one. Every mistake is reported at once, an unknown key with its near
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -197,7 +198,11 @@ def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None)
 
 def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a ``run.yaml``."""
-    path = Path(path)
+    return build(read(Path(path)), overrides)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The values of a YAML file, not yet checked."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
@@ -205,7 +210,30 @@ def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> RunCon
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no keys", "write model.path and data.train at least")
-    return build(values, overrides)
+    return values
+
+
+def template(model: str, data: Sequence[str], output_dir: str) -> str:
+    """A commented ``run.yaml``: every key with its default and what it means."""
+    values = build({"model": {"path": model}, "data": {"train": list(data)}, "output_dir": output_dir}).dump()
+    lines = [
+        "# A run of luthier. Start it with: luthier train FILE",
+        "# Every setting is here; what you delete keeps its default.",
+    ]
+    section = None
+    for key in all_keys():
+        head, _, leaf = key.rpartition(".")
+        if head and head != section:
+            lines += ["", f"{head}:"]
+        elif not head:
+            lines.append("")
+        section = head
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        text = f"{'  ' if head else ''}{leaf}: {json.dumps(value, ensure_ascii=False)}"
+        lines.append(f"{text:44}  # {describe(key)}")
+    return "\n".join(lines) + "\n"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

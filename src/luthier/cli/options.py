@@ -34,15 +34,16 @@ def config(
     output_dir: Path | None,
     settings: list[str] | None,
     rename: list[str] | None = None,
+    file: Path | None = None,
 ) -> Any:
     """A validated RunConfig. Raises ConfigError with every mistake."""
     from luthier import config as configs
 
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = configs.read(file) if file else {}
     if model is not None:
-        values["model"] = {"path": str(model)}
+        values["model"] = {**values.get("model", {}), "path": str(model)}
     if data:
-        values["data"] = {"train": [str(p) for p in data]}
+        values["data"] = {**values.get("data", {}), "train": [str(p) for p in data]}
     if output_dir is not None:
         values["output_dir"] = str(output_dir)
     overrides = configs.parse_overrides(settings or [])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from luthier.cli.console import say, step_progress, stopping
@@ -9,10 +12,17 @@ from luthier.cli.options import Data, Model, OutputDir, Rename, Set, config
 
 
 def run(
-    model: Model = None, data: Data = None, output_dir: OutputDir = None, settings: Set = None, rename: Rename = None
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A run.yaml, as luthier init writes it.")
+    ] = None,
+    model: Model = None,
+    data: Data = None,
+    output_dir: OutputDir = None,
+    settings: Set = None,
+    rename: Rename = None,
 ) -> None:
     """Train an adapter: check everything first, then learn, then write RUN/adapter."""
-    wanted = config(model, data, output_dir, settings, rename)
+    wanted = config(model, data, output_dir, settings, rename, file)
     from luthier.api import Stopped, train
 
     try:
@@ -27,4 +37,5 @@ def run(
         f"({summary['tokens_per_s']:.0f} tokens/s, peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB); "
         f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
     )
+    print(f"report:     {wanted.output_dir}/report.html")
     print(f"talk to it: luthier chat {wanted.output_dir}")

@@ -1,0 +1,92 @@
+"""``report.html``: one self-contained file that a browser shows, with people's text as text."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import luthier
+from luthier import config as configs
+from luthier import personas
+
+
+@pytest.fixture(scope="module")
+def page(model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    rows = folder / "rows.jsonl"
+    rows.write_text(personas.TEAHOUSE.read_text(encoding="utf-8"), encoding="utf-8")
+    held = folder / "held.jsonl"
+    held.write_text(
+        '{"instruction": "<script>alert(1)</script> & 你好", "output": "</td><b>x</b>"}\n', encoding="utf-8"
+    )
+    made = configs.build(
+        {
+            "model": {"path": model_dir("llama")},
+            "data": {"train": rows, "eval": held},
+            "train": {"max_steps": 40, "learning_rate": 5e-3, "eval_time_ratio": 5, "per_device_train_batch_size": 2},
+            "output_dir": folder / "run",
+        }
+    )
+    luthier.train(made)
+    return folder / "run" / "report.html"
+
+
+def test_it_holds_everything_and_asks_for_nothing(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for part in (
+        "Loss a trained token",
+        "Learning rate",
+        "Tokens of the rows",
+        "held out",
+        "What was trained",
+        "q_proj",
+    ):
+        assert part in text
+    assert text.count("<svg") == 3
+    assert not re.search(r"https?://|<script|<link|@import|url\(", text)
+    for key in configs.all_keys():
+        assert f"<td>{key}</td>" in text
+    points = re.findall(r'class="curve faint" points="([^"]+)"', text)[0].split()
+    assert len(points) == 40
+
+
+def test_peoples_text_is_text(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; 你好" in text
+    assert "&lt;/td&gt;&lt;b&gt;x&lt;/b&gt;" in text
+    opened: list[str] = []
+
+    class Balanced(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in ("meta", "line", "rect", "polyline"):
+                opened.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            if tag not in ("line", "rect", "polyline"):
+                assert opened.pop() == tag
+
+    Balanced().feed(text)
+    assert opened == []
+
+
+def test_a_browser_shows_it(page: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("chromium is not installed")
+    shot = tmp_path / "report.png"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    command += ["--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1000,2400",
+        f"--screenshot={shot}",
+        page.as_uri(),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert shot.stat().st_size > 20_000  # an empty page of that size packs to a few kB
