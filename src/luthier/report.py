@@ -22,14 +22,14 @@ body { font: 16px/1.5 system-ui, "Noto Sans CJK SC", "Microsoft YaHei", sans-ser
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; width: 100%; } .wide { overflow-x: auto; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); }
-th { color: var(--dim); font-weight: 500; } td.text { white-space: pre-wrap; min-width: 14rem; }
+th { color: var(--dim); font-weight: 500; } td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9rem; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; }
 .figures div { min-width: 7rem; } .figures b { display: block; font-size: 1.5rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--dim); font-size: 12px; }
 .curve { fill: none; stroke: var(--blue); stroke-width: 2; } .faint { opacity: .35; stroke-width: 1; }
 .grid { stroke: var(--line); } .bar { fill: var(--blue); } details summary { cursor: pointer; color: var(--dim); }
 """
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 240, 56, 28
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 240, 64, 28
 
 
 def write(run: Path, config: RunConfig, summary: Mapping[str, Any], lengths: Sequence[int]) -> Path:
