@@ -19,6 +19,7 @@ from luthier.types import RowRef
 
 _BLOCK = 1 << 20
 _WHOLE = 1 << 28  # a JSON object over several lines is read whole up to this size
+_CELL = 1 << 27  # longest cell of a table
 CONTAINERS = ("data", "rows", "train", "examples", "items", "instances", "records", "dataset")
 ROW_KEYS = {"instruction", "output", "messages", "conversations", "prompt", "completion"}
 Rows = Iterator[tuple[RowRef, Any]]
@@ -238,7 +239,7 @@ class _Array:
 
 def _csv(path: Path, encoding: str) -> Rows:
     """A header line, then records; cells that are JSON lists (history, messages) are read as such."""
-    csv.field_size_limit(1 << 27)
+    csv.field_size_limit(_CELL)
     with open_text(path, encoding) as f:
         header_line = f.readline()
         f.seek(0)
