@@ -56,6 +56,22 @@ def test_it_holds_everything_and_asks_for_nothing(page: Path) -> None:
     assert len(points) == 40
 
 
+def test_without_held_out_rows_it_shows_training_questions(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    made = configs.build(
+        {
+            "model": {"path": model_dir("llama")},
+            "data": {"train": personas.TEAHOUSE},
+            "train": {"max_steps": 2, "eval_time_ratio": 10},
+            "output_dir": tmp_path / "run",
+        }
+    )
+    luthier.train(made)
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "from the training rows" in text
+    assert "你是谁？" in text
+    assert "held-out loss" not in text
+
+
 def test_peoples_text_is_text(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; 你好" in text

@@ -105,6 +105,7 @@ def test_a_run_writes_what_it_promises(config: RunConfig) -> None:
         "adapter",
         "checkpoints",
         "data-report.json",
+        "evaluation.json",
         "metrics.jsonl",
         "report.html",
         "run.yaml",

@@ -123,11 +123,13 @@ def train(
     }
     if len(found.held_out):
         evaluation.write_rows(run.path / evaluation.HELD_OUT, found.chats)
+    generator = Generator(model, found.voice.tokenizer, found.voice.template, found.voice.stop_ids)
+    seconds = done.seconds * config.train.eval_time_ratio
     if len(found.held_out) and config.train.eval_time_ratio:
-        generator = Generator(model, found.voice.tokenizer, found.voice.template, found.voice.stop_ids)
-        seconds = done.seconds * config.train.eval_time_ratio
         result = evaluation.at_the_end(run.path, found, generator, layers, seconds, say)
         summary["held_out"] = {"base": result.base.as_dict(), "tuned": result.tuned.as_dict()}
+    elif config.train.eval_time_ratio:
+        evaluation.samples_at_the_end(run.path, found, generator, layers, seconds)
     report.write(run.path, config, summary, found.train.lengths())
     run.finish(summary)
     return summary

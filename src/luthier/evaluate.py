@@ -12,7 +12,7 @@ from luthier.batch import collate
 from luthier.generate import Generator, Reply, Sampling
 from luthier.kernels.segments import to_device
 from luthier.models.forward import segment_attention, token_losses
-from luthier.types import Conversation, Example
+from luthier.types import Conversation, Example, Message
 
 _ROWS = 8
 
@@ -88,11 +88,23 @@ def score(
     deadline = None if seconds is None else start + seconds
     loss = held_out_loss(generator.model, examples, deadline)
     prompts = [c.messages[:-1] for c in chats[:most_replies]]
-    replies: list[Reply] = []
-    for at in range(0, len(prompts), most_replies if deadline is None else _ROWS):
-        if deadline is not None and time.monotonic() > deadline:
-            break
-        size = most_replies if deadline is None else _ROWS
-        replies += generator.replies(prompts[at : at + size], Sampling(max_new_tokens))
+    replies = answers(generator, prompts, max_new_tokens, deadline)
     complete = loss.rows == len(examples) and len(replies) == len(prompts)
     return Scores(loss, tuple(replies), complete, time.monotonic() - start)
+
+
+def answers(
+    generator: Generator, prompts: Sequence[Sequence[Message]], max_new_tokens: int, deadline: float | None = None
+) -> list[Reply]:
+    """Greedy replies, in batches; with a deadline (``time.monotonic``) those that were whole before it."""
+    replies: list[Reply] = []
+    size = _ROWS if deadline is not None else max(1, len(prompts))
+    for at in range(0, len(prompts), size):
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            break
+        batch = generator.replies(prompts[at : at + size], Sampling(max_new_tokens, max_seconds=left))
+        if deadline is not None and time.monotonic() > deadline:
+            batch = batch if all(r.stopped for r in batch) else []  # cut by the clock, not by the model
+        replies += batch
+    return replies

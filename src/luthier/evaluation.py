@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from luthier import files
 from luthier.chatting import Chat
 from luthier.config import RunConfig, build
 from luthier.errors import ConfigError
-from luthier.evaluate import Scores, score
+from luthier.evaluate import Scores, answers, score
 from luthier.generate import Generator
 from luthier.lora import LoraLinear, plain
 from luthier.preflight import Inspection, read_held_out
@@ -114,6 +115,28 @@ def at_the_end(
     if not (result.tuned.complete and result.base.complete):
         say(f"evaluation stopped after its time ({seconds:.0f} s); luthier eval {run} takes as long as it needs")
     return result
+
+
+def samples_at_the_end(
+    run: Path, found: Inspection, generator: Generator, layers: dict[str, LoraLinear], seconds: float
+) -> None:
+    """Without held-out rows: replies of both models to a few training questions, for the report."""
+    prompts = [c.messages[:-1] for c in found.samples]
+    after = answers(generator, prompts, 200, time.monotonic() + seconds / 2)
+    with plain(layers):
+        before = answers(generator, prompts[: len(after)], 200, time.monotonic() + seconds / 2)
+    rows = zip(found.samples, before, after, strict=False)
+    samples = [
+        {
+            "prompt": c.messages[-2].content,
+            "reference": c.messages[-1].content,
+            "base": b.text,
+            "tuned": t.text,
+            "stopped": t.stopped,
+        }
+        for c, b, t in rows
+    ]
+    files.write_json(run / RESULTS, {"data": None, "samples": samples})
 
 
 def _defaults(rows: Sequence[Path]) -> RunConfig:

@@ -19,13 +19,17 @@ from luthier.types import Message, Template
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. temperature 0: always the likeliest token (reproducible)."""
+    """How tokens are drawn. temperature 0: always the likeliest token (reproducible).
+
+    max_seconds: after it replies are cut where they are.
+    """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    max_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ class Generator:
             do_sample=s.temperature > 0,
             eos_token_id=self.stop_ids,
             pad_token_id=pad,
+            max_time=s.max_seconds,
             **sampled,
         )
         if s.temperature > 0:

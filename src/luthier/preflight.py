@@ -24,6 +24,8 @@ from luthier.models.tokenizer import Tokenizer, load_tokenizer
 from luthier.store import ExampleStore
 from luthier.types import Conversation, Example, Template
 
+SAMPLES = 4  # training questions that a run without held-out rows is asked at its end
+
 
 @dataclass(frozen=True, slots=True)
 class Voice:
@@ -61,6 +63,7 @@ class Inspection:
     train, held_out: the encoded rows (lengths alone where nothing will be trained).
     chats:           the held-out conversations themselves.
     first:           the first few encoded rows, for showing.
+    samples:         the first few training conversations.
     eval_report:     the account of ``data.eval``'s files, where there are any.
     """
 
@@ -73,6 +76,7 @@ class Inspection:
     held_out: ExampleStore = field(default_factory=ExampleStore)
     chats: list[Conversation] = field(default_factory=list)
     first: list[Example] = field(default_factory=list)
+    samples: list[Conversation] = field(default_factory=list)
     fingerprint: str = ""
     seconds: float = 0.0
     error: UserError | None = None
@@ -174,6 +178,8 @@ def _read(found: Inspection, show: int) -> None:
             found.chats.append(conversation)
         else:
             found.train.add(example)
+            if len(found.samples) < SAMPLES:
+                found.samples.append(conversation)
     found.fingerprint = loader.fingerprint()
     refuse(found.report)
     if not len(found.train):  # refuse() has seen to the case of no rows at all

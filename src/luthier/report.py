@@ -63,7 +63,8 @@ def render(
         _histogram(lengths),
     ]
     if results and results["samples"]:
-        parts += ["<h2>Replies to questions that were held out</h2>", _samples(results["samples"])]
+        which = "that were held out" if results["data"] else "from the training rows"
+        parts += [f"<h2>Replies to questions {which}</h2>", _samples(results["samples"])]
     parts += ["<h2>What was trained</h2>", _trained(config, summary), "<h2>Settings</h2>", _settings(config)]
     body = "\n".join(parts)
     return (
@@ -82,7 +83,7 @@ def _figures(summary: Mapping[str, Any], results: Mapping[str, Any] | None) -> s
         "tokens a second": f"{summary['tokens_per_s']:,.0f}",
         "peak memory": f"{summary['peak_rss_bytes'] / 1e9:.2f} GB",
     }
-    if results:
+    if results and results["data"]:
         base, tuned = results["base"], results["tuned"]
         shown["held-out loss, base and tuned"] = f"{base['loss']:.3f} &rarr; {tuned['loss']:.3f}"
         if tuned["stop_rate"] is not None:
