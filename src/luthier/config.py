@@ -177,6 +177,11 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
 
 def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Nested values and dotted overrides -> a validated configuration. Raises ConfigError with every mistake."""
+    given = overrides or {}
+    if given.get("train.max_steps") is not None and "train.num_train_epochs" in given:
+        raise ConfigError(
+            "train.num_train_epochs would be ignored: train.max_steps takes its place", "give one of the two"
+        )
     merged = _copy(values)
     for dotted, value in (overrides or {}).items():
         *sections, leaf = dotted.split(".")
