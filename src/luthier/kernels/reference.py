@@ -1,4 +1,4 @@
-"""The definitions: attention over segments, the LoRA linear, the loss at supervised positions.
+"""The definitions: attention over segments and the loss at supervised positions.
 
 Written to be read. Whatever is faster is elsewhere, and tested against these forward and backward.
 """
@@ -39,14 +39,6 @@ def attention(
         visible &= distance < sliding_window
     weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1).to(query.dtype)
     return (F.dropout(weights, dropout) @ v).transpose(1, 2)
-
-
-def lora_linear(x: Tensor, base: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``base + scaling * (x A^T) B^T`` where ``base`` is the frozen layer's output.
-
-    x [..., in], base [..., out], A [r, in], B [out, r]. Source: Hu et al. 2021, arXiv 2106.09685.
-    """
-    return base + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scaling
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
