@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from luthier.errors import ModelError, nearest
+from luthier.errors import ConfigError, ModelError, nearest
+from luthier.models.families import FAMILIES, Family, recognise
+from luthier.models.shards import Shards, read_json
 
 _SHAPE_KEYS = (
     "model_type",
@@ -27,8 +28,12 @@ _SHAPE_KEYS = (
 )
 
 
-def read_config(path: Path) -> PretrainedConfig:
-    """The model's configuration. Raises ModelError where the directory is not one of a native causal LM."""
+def read_config(path: Path, rope_theta: float | None = None) -> PretrainedConfig:
+    """The model's configuration as a native class's, whatever its published layout.
+
+    rope_theta: in place of the published rotary base (``model.rope_theta``).
+    Raises ModelError where the directory is not one of a causal LM that a native class computes.
+    """
     if not path.is_dir():
         guess = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else None
         raise ModelError(
@@ -43,26 +48,45 @@ def read_config(path: Path) -> PretrainedConfig:
     except (OSError, ValueError) as e:
         raise ModelError(f"{file}: cannot be read ({e})", "download the model again") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *FAMILIES}:
         raise ModelError(
             f"{file}: model_type {kind!r} is not a chat model that can be loaded without running the model's own code",
             "use a model of a type that transformers knows natively",
         )
+    if raw.get("quantization_config"):
+        raise ModelError(f"{file}: the checkpoint is quantised already", "download the model's 16-bit checkpoint")
+    config = _native_config(path, raw)
+    if rope_theta is not None:
+        _set_rope_theta(config, rope_theta)
+    return config
+
+
+def _native_config(path: Path, raw: dict[str, Any]) -> PretrainedConfig:
+    family, file = recognise(raw), path / "config.json"
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if family.config is None:
+            return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return family.config(raw)
+    except ModelError as e:
+        raise ModelError(f"{file}: {e.message}", e.fix) from None
     except Exception as e:  # transformers validates with many kinds of error
         raise ModelError(f"{file}: is not a valid configuration ({e})", "download the model again") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of the directory, empty where it is absent."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{path}: cannot be read ({e})", "download the model again") from None
-    return value if isinstance(value, dict) else {}
+def _set_rope_theta(config: PretrainedConfig, theta: float) -> None:
+    """Raises ConfigError for a model without one rotary base."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
+        raise ConfigError(
+            f"model.rope_theta would be ignored: {config.model_type} models have no single rotary base",
+            "leave model.rope_theta out",
+        )
+    config.rope_parameters = {**parameters, "rope_theta": float(theta)}
+
+
+def family_of(path: Path) -> Family:
+    """The family of a model directory, by its config.json."""
+    return recognise(read_json(path / "config.json"))
 
 
 def eos_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
@@ -70,22 +94,6 @@ def eos_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
     value = read_json(path / "generation_config.json").get("eos_token_id", getattr(config, "eos_token_id", None))
     ids = [] if value is None else value if isinstance(value, list) else [value]
     return tuple(int(i) for i in ids)
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of the model, in name order. Raises ModelError where one is missing."""
-    index = read_json(path / "model.safetensors.index.json")
-    names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
-    files = [path / name for name in names]
-    missing = [f.name for f in files if not f.is_file()]
-    if missing and index:
-        raise ModelError(f"{path}: lacks {', '.join(missing)}", "download the model again")
-    if missing:
-        raise ModelError(
-            f"{path}: holds no safetensors weights ({', '.join(missing)})",
-            "download the model's safetensors files; pickle files (.bin) are not read",
-        )
-    return files
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,35 +121,29 @@ def fingerprint(path: Path, config: PretrainedConfig) -> Fingerprint:
     left out."""
     text = config.get_text_config()
     shape = {key: getattr(text, key, None) for key in _SHAPE_KEYS}
-    parts: list[tuple[str, bytes]] = []
     tied = bool(getattr(text, "tie_word_embeddings", False))
-    for file in weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as f:
-                for name in f.keys():  # noqa: SIM118 - not a dict
-                    if name.endswith("inv_freq") or (tied and name == "lm_head.weight"):
-                        continue
-                    parts.append((name, _sample(f.get_slice(name))))
-        except (SafetensorError, OSError) as e:
-            raise ModelError(f"{file}: is damaged ({e})", "download the model again") from None
+    shards = Shards.open(path)
+    parts: list[tuple[str, bytes]] = []
+    for name in shards.in_file_order():
+        if not name.endswith("inv_freq") and not (tied and name == "lm_head.weight"):
+            parts.append((name, _sample(shards, name)))
     digest = hashlib.sha256()
     for name, sample in sorted(parts):
         digest.update(name.encode() + b"\0" + sample)
     return Fingerprint(shape, digest.hexdigest())
 
 
-def _sample(tensor: Any) -> bytes:
+def _sample(shards: Shards, name: str) -> bytes:
     """Shape, and up to 64 values of the first, middle and last row."""
-    shape = tensor.get_shape()
+    shape = shards.shapes[name]
     header = repr(list(shape)).encode()
     if not shape or 0 in shape:
         return header
     if len(shape) == 1:
-        rows = [tensor[: min(64, shape[0])]]
+        values = shards.read(name)[:64]
     else:
-        rows = [tensor[i : i + 1].flatten()[:64] for i in (0, shape[0] // 2, shape[0] - 1)]
-    values = torch.cat(rows).to(torch.bfloat16).view(torch.int16).numpy()
-    return header + bytes(values.tobytes())
+        values = shards.rows(name, (0, shape[0] // 2, shape[0] - 1)).flatten(1)[:, :64].flatten()
+    return header + bytes(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
 
 
 def check_names(
@@ -154,9 +156,25 @@ def check_names(
     listed = ", ".join(leaves)
     names = ", ".join(f"'{n}'" for n in unknown)
     verb = "is not a module" if len(unknown) == 1 else "are not modules"
-    guesses = [(n, nearest(n, leaves, cutoff=0.5)) for n in unknown]
+    guesses = [(n, _counterpart(n, leaves)) for n in unknown]
     advice = [f"write {g} for {n}" for n, g in guesses if g]
     raise fail(
         f"lora.target_modules: {names} {verb} of {model_name}; its linear layers are {listed}",
         f"{', '.join(advice) or 'use names from that list'}, or leave target_modules out to train them all",
     )
+
+
+_COUNTERPARTS = (  # modules that do the same work in different models
+    ("q_attn", "q_proj"),
+    ("q_proj", "k_proj", "v_proj", "qkv_proj", "W_pack", "query_key_value", "c_attn", "wqkv"),
+    ("o_proj", "dense", "out_proj", "wo"),
+    ("gate_proj", "up_proj", "gate_up_proj", "dense_h_to_4h", "w1", "w3"),
+    ("down_proj", "dense_4h_to_h", "w2"),
+)
+
+
+def _counterpart(name: str, leaves: Sequence[str]) -> str | None:
+    """What another model's module is called in this one, else the nearest name."""
+    leaf = name.rpartition(".")[2]
+    same = next((group for group in _COUNTERPARTS if leaf in group), ())
+    return ", ".join(n for n in leaves if n in same) or nearest(name, leaves, cutoff=0.5)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
 from luthier.errors import ModelError
-from luthier.models.directory import read_config, weight_files
+from luthier.models.directory import family_of, read_config
+from luthier.models.fit import Fit, collapse, match
+from luthier.models.shards import Shards
 
+Say = Callable[[str], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,27 +46,115 @@ def _cpu_has_bf16() -> bool:
 
 def empty_model(config: PretrainedConfig) -> nn.Module:
     """The model on the meta device: names and shapes without memory."""
+    with torch.device("meta"):
+        model: nn.Module = _build(config)
+    return model
+
+
+def base_parameters(config: PretrainedConfig) -> int:
+    """Parameters of the model itself, tied ones once."""
+    return sum(p.numel() for p in empty_model(config).parameters())
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Any:
     try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as e:  # sizes that do not fit each other, unknown activations, ...
         raise ModelError(
             f"config.json describes no model that can be built ({' '.join(str(e).split())[:200]})",
             "download the model again",
         ) from None
-    return model
 
 
-def load_weights(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-    """The whole model in ``dtype`` on ``device``. Raises ModelError listing every tensor that does not fit."""
-    read_config(path)
-    weight_files(path)
+def load_weights(
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    config: PretrainedConfig | None = None,
+    say: Say = lambda _: None,
+) -> Any:
+    """The whole model in ``dtype`` on ``device``, from its published layout, one tensor in memory at a time.
+
+    config: what ``read_config`` returned, perhaps with settings of the run's. Raises ModelError listing every tensor
+    that is missing, surplus or of another shape; nothing is loaded then.
+    """
+    config = config or read_config(path)
+    family = family_of(path)
+    shards = Shards.open(path)
+    model = hollow(config, dtype)
+    fit = match(shards.shapes, family.rules(config), model)
+    if fit.problems and family.layer_rules is None:
+        return _general(path, config, dtype, fit.problems).to(device).eval()  # transformers may know other names
+    if fit.ignored:
+        say(f"{path}: not used, as the model computes them: {', '.join(collapse(fit.ignored))}")
+    for name, tensor in native_tensors(shards, fit, dtype):
+        put(model, name, tensor.to(device))
+    return finish(model, path, fit, device)
+
+
+def finish(model: Any, path: Path, fit: Fit, device: torch.device | str) -> Any:
+    """Tie what is tied, read generation_config.json, and hand the model over in evaluation mode."""
+    model.tie_weights(missing_keys=set(fit.missing), recompute_mapping=False)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = _generation_config(path)
+    return model.to(device).eval()
+
+
+def checkpoint_tensors(path: Path, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """(native name, tensor in its stored type), one at a time. Raises ModelError as ``load_weights`` does."""
+    shards = Shards.open(path)
+    yield from native_tensors(shards, match(shards.shapes, family_of(path).rules(config), empty_model(config)))
+
+
+def native_tensors(
+    shards: Shards, fit: Fit, dtype: torch.dtype | None = None, as_stored: Collection[str] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every native tensor in ``dtype`` (None, and those named in ``as_stored``: in the type it is stored in).
+
+    Raises ModelError where the checkpoint does not fit.
+    """
+    if fit.problems:
+        raise ModelError(f"{shards.path}: the weights do not fit the model ({fit.told()})", "download the model again")
+    for name in shards.in_file_order():
+        if rule := fit.rules.get(name):
+            tensor = shards.read(name)
+            kept = dtype is None or not set(rule.parts).isdisjoint(as_stored)
+            yield from rule.split(tensor, tensor.dtype if kept else dtype)  # type: ignore[arg-type]
+
+
+def hollow(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """The model with parameters on meta and its computed tables in memory, as ``from_pretrained`` makes them."""
+    with init_empty_weights(include_buffers=False):
+        return _build(config, dtype)
+
+
+def put(model: Any, name: str, tensor: torch.Tensor) -> None:
+    """Give a parameter or a buffer its value."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(path, local_files_only=True)
+    except Exception as e:  # transformers validates with many kinds of error
+        file = path / "generation_config.json"
+        raise ModelError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]})", "download it again") from None
+
+
+def _general(path: Path, config: PretrainedConfig, dtype: torch.dtype, problems: Sequence[str]) -> Any:
+    """transformers' own loading, for models whose published names it converts itself."""
     hf_logging.disable_progress_bar()
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
@@ -75,11 +168,9 @@ def load_weights(path: Path, dtype: torch.dtype, device: torch.device | str = "c
         ) from None
     finally:
         hf_logging.set_verbosity(verbosity)
-    wrong = [f"{kind.split('_')[0]}: {name}" for kind in _WRONG for name in sorted(map(str, info.get(kind, ())))]
-    if wrong:
-        shown = "; ".join(wrong[:20]) + (f"; and {len(wrong) - 20} more" if len(wrong) > 20 else "")
-        raise ModelError(f"{path}: the weights do not fit the model ({shown})", "download the model again")
-    return model.to(device).eval()
-
-
-_WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    if any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        raise ModelError(
+            f"{path}: the weights do not fit the model ({Fit(problems=list(problems)).told()})",
+            "download the model again",
+        )
+    return model

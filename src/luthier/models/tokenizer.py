@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError as JinjaError
-from transformers import AutoTokenizer
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.errors import ModelError, TemplateError
+from luthier.models import sentencepiece, tiktoken
+from luthier.models.shards import read_json
 from luthier.templates import RefusedConversation
 from luthier.types import Encoding, Message
 
+_VOCABULARY = "tokenizer.model"
+_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_RESERVED = re.compile(r"<reserved_\d+>")  # Baichuan's turn markers are two of these
 _MARKER = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?[A-Z_]+\]")
+# Ordinary text that some vocabularies (Baichuan, Gemma) keep whole.
+_HTML = re.compile(
+    r"</?(a|b|br|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|span|strong|sub|sup|table|tbody|td|th|thead|tr|ul)/?>"
+)
 # Templates that write the date get this one (Llama 3's own fallback): training and chat must not differ by the day.
 _DATE = "26 Jul 2024"
 
@@ -35,9 +45,10 @@ class Tokenizer:
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """Special added tokens, and other added ones that look like markers (``<|im_end|>``, ``[INST]``)."""
-        added = self._fast.get_added_tokens_decoder().values()
-        return tuple(t.content for t in added if t.special or _MARKER.fullmatch(t.content))
+        """Special added tokens, and other added ones that look like markers (``<|im_end|>``, ``[INST]``) and are not
+        HTML."""
+        added = [(t.special, t.content) for t in self._fast.get_added_tokens_decoder().values()]
+        return tuple(t for special, t in added if special or (_MARKER.fullmatch(t) and not _HTML.fullmatch(t)))
 
     def token_id(self, text: str) -> int | None:
         ids = self._fast.encode(text, add_special_tokens=False).ids
@@ -53,9 +64,21 @@ class Tokenizer:
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text, control tokens included (for showing them)."""
-        texts = [self._fast.decode(list(ids[: i + 1]), skip_special_tokens=False) for i in range(len(ids))]
-        return [b[len(a) :] if b.startswith(a) else b for a, b in zip(["", *texts], texts, strict=False)]
+        """What each token adds to the text, control tokens included (for showing them).
+
+        A character in several tokens is the last one's, and the others add nothing.
+        """
+        found: list[str] = []
+        shown = ""
+        for count in range(1, len(ids) + 1):
+            text = self._fast.decode(list(ids[:count]), skip_special_tokens=False)
+            if text.endswith("\ufffd") and count < len(ids):  # bytes of a character; those before may be hidden too
+                found.append("")
+                continue
+            grown = text.startswith(shown)
+            found.append(text[len(shown) :] if grown else "\ufffd" + text.rpartition("\ufffd")[2])
+            shown = text
+        return found
 
     @property
     def chat_template(self) -> str | None:
@@ -85,13 +108,150 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises ModelError where the directory holds no tokenizer that can be read without the model's own code."""
+    """The tokenizer of a published checkpoint. Raises ModelError where the directory holds none that can be read
+    without the model's own code.
+
+    Baichuan and GLM-4 (original) publish a vocabulary and code: the vocabulary alone is read. Llama checkpoints with a
+    SentencePiece model (Yi) are held to it; tokenizer.json is never rebuilt into something that loses spaces (DeepSeek)
+    or what follows a special token (Phi-3). All others are as ``AutoTokenizer`` loads them.
+    """
+    kind = read_json(path / "config.json").get("model_type")
+    whole = (path / "tokenizer.json").is_file()
+    if kind == "baichuan":
+        return Tokenizer(_from_sentencepiece(path, sentencepiece.read(path / _VOCABULARY), add_dummy_prefix=False))
+    if kind in ("chatglm", "glm") and not whole:
+        return Tokenizer(_from_tiktoken(path))
+    if kind in ("chatglm", "phi3") and whole:
+        return Tokenizer(_read(path, PreTrainedTokenizerFast))
+    hf = _read(path, AutoTokenizer)
+    if not getattr(hf, "is_fast", False):
+        raise ModelError(f"{path}: its tokenizer has no fast form (tokenizer.json)", "download tokenizer.json too")
+    if kind == "llama" and (exact := _held_to_sentencepiece(path, hf)):
+        return Tokenizer(exact)
+    if whole and not _keeps_spaces(hf) and _keeps_spaces(verbatim := _read(path, PreTrainedTokenizerFast)):
+        return Tokenizer(verbatim)
+    return Tokenizer(hf)
+
+
+def _read(path: Path, loader: Any) -> Any:
+    """loader: AutoTokenizer, which may rebuild a tokenizer.json, or PreTrainedTokenizerFast, which takes it as is."""
     try:
-        hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises many kinds for a missing or damaged file
         raise ModelError(
             f"{path}: its tokenizer cannot be read ({' '.join(str(e).split())[:200]})", "download the model again"
         ) from None
-    if not getattr(hf, "is_fast", False):
-        raise ModelError(f"{path}: its tokenizer has no fast form (tokenizer.json)", "download tokenizer.json too")
-    return Tokenizer(hf)
+
+
+def _keeps_spaces(hf: Any) -> bool:
+    """False where a byte-level vocabulary was wrapped in SentencePiece's treatment of spaces."""
+    text, fast = "a  b\n c", hf.backend_tokenizer
+    return bool(fast.decode(fast.encode(text, add_special_tokens=False).ids) == text)
+
+
+def _held_to_sentencepiece(path: Path, hf: Any) -> Any:
+    """A Llama checkpoint's tokenizer made from its SentencePiece model, where ``hf`` is not equal to that; else None.
+
+    Where the model asks for a dummy prefix, checkpoints differ in what follows a special token: ``hf`` is kept.
+    """
+    if _names(path).get("tokenizer_class") not in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
+        return None
+    try:
+        proto = sentencepiece.read(path / _VOCABULARY)
+    except ModelError:  # none, or of another kind: then tokenizer.json alone counts
+        return None
+    added = hf.backend_tokenizer.get_added_tokens_decoder().values()
+    markers = [t.content for t in added if t.special and not (t.lstrip or t.rstrip)]
+    if proto.normalizer_spec.add_dummy_prefix or sentencepiece.agrees(hf.backend_tokenizer, proto, markers):
+        return None
+    return _from_sentencepiece(path, proto, add_dummy_prefix=False)
+
+
+def _from_sentencepiece(path: Path, proto: Any, add_dummy_prefix: bool) -> Any:
+    proto.normalizer_spec.add_dummy_prefix = add_dummy_prefix
+    spec, pieces = proto.trainer_spec, [p.piece for p in proto.pieces]
+    names = _names(path)
+    special = {name for key, value in names.items() if key.endswith(("_token", "_tokens")) for name in _contents(value)}
+    declared = {
+        i: AddedToken(piece, special=True, normalized=False)
+        for i, piece in enumerate(pieces)
+        if piece in special or _RESERVED.fullmatch(piece)
+    } | _declared(path)
+    fast = sentencepiece.from_proto(proto, declared, path / _VOCABULARY)
+    ids = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.unk_id}
+    tokens = {key: fast.id_to_token(i) or "" for key, i in ids.items() if 0 <= i < len(pieces)}
+    return _wrap(path, fast, tokens)
+
+
+def _from_tiktoken(path: Path) -> Any:
+    fast = tiktoken.from_ranks(tiktoken.read(path / _VOCABULARY), _declared(path), path / _VOCABULARY)
+    end = "<|endoftext|>"
+    return _wrap(path, fast, {"eos_token": end, "pad_token": end})
+
+
+def _wrap(path: Path, fast: Any, tokens: dict[str, str]) -> Any:
+    """``fast`` as transformers' tokenizer. tokens: its special tokens, where the directory's files name no others."""
+    names = _names(path)
+    for key in _ROLES:
+        if found := _contents(names.get(key)):
+            tokens[key] = found[0]
+    strangers = [f"{key} {token!r}" for key, token in tokens.items() if fast.token_to_id(token) is None]
+    if strangers:
+        raise ModelError(f"{path}: {', '.join(strangers)} is not in its vocabulary", "download the model again")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        chat_template=_chat_template(path),
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **tokens,
+        **{key: names[key] for key in ("model_max_length",) if key in names},
+    )
+
+
+def _names(path: Path) -> dict[str, Any]:
+    """What the directory's configuration files say of its tokenizer."""
+    return read_json(path / "special_tokens_map.json") | read_json(path / "tokenizer_config.json")
+
+
+def _contents(value: Any) -> list[str]:
+    """The texts in one entry of a configuration: a text, a token written as a table, or a list of them."""
+    if isinstance(value, list):
+        return [text for one in value for text in _contents(one)]
+    found = value.get("content") if isinstance(value, dict) else value
+    return [found] if isinstance(found, str) else []
+
+
+def _declared(path: Path) -> dict[int, AddedToken]:
+    """Added tokens by id. ``single_word`` is left out: a ``</s>`` after a letter is an end too."""
+    try:
+        if table := _names(path).get("added_tokens_decoder"):
+            return {
+                int(i): AddedToken(
+                    t["content"],
+                    lstrip=t.get("lstrip", False),
+                    rstrip=t.get("rstrip", False),
+                    normalized=False,
+                    special=t.get("special", False),
+                )
+                for i, t in table.items()
+            }
+        more = read_json(path / "added_tokens.json")
+        return {int(i): AddedToken(text, normalized=False, special=True) for text, i in more.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ModelError(f"{path}: its added tokens cannot be read ({e!r})", "download the model again") from None
+
+
+def _chat_template(path: Path) -> str | None:
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = read_json(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
+    return found if isinstance(found, str) else None
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a directory holds a vocabulary at all."""
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))

@@ -1,0 +1,135 @@
+"""Law "family": a published checkpoint, loaded, computes what its own publication says, and goes back unchanged.
+
+Shown able to fail: the wrong rotary base, un-normalised rows, and a shifted cut of a fused matrix each break it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import luthier
+from luthier.adapter_layout import Update, to_native, to_original
+from luthier.config import LoraConfig
+from luthier.models.directory import family_of, read_config
+from luthier.models.load import checkpoint_tensors, load_weights
+from tests import published
+from tests.definitions import baichuan2_logits, glm4_logits
+from tests.published import PUBLISHED, read_tensors
+
+IDS = torch.randint(0, 700, (2, 40), generator=torch.Generator().manual_seed(5))
+ORIGINAL = {"baichuan2": baichuan2_logits, "glm4": glm4_logits}
+
+
+def logits(path: Path, **kwargs: Any) -> Tensor:
+    model = load_weights(path, torch.float32, config=read_config(path, **kwargs))
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_it_computes_the_independent_definition(name: str, tmp_path: Path) -> None:
+    path = PUBLISHED[name](tmp_path)
+    expected = ORIGINAL[name](read_tensors(path), published.read_config(path), IDS)
+    assert (logits(path) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLISHED) - set(ORIGINAL)))
+def test_native_checkpoints_load_as_transformers_loads_them(name: str, tmp_path: Path) -> None:
+    path = PUBLISHED[name](tmp_path)
+    ours = load_weights(path, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    for (a, x), (b, y) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert a == b and torch.equal(x, y)
+    for (a, x), (b, y) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert a == b and torch.equal(x, y)
+    with torch.no_grad():
+        assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("weights", ["bin", "bin-shards", "safetensors"])
+def test_every_container_holds_the_same_model(weights: Any, tmp_path: Path) -> None:
+    path = published.baichuan2(tmp_path / weights, weights)
+    assert torch.equal(logits(path), logits(published.baichuan2(tmp_path / "plain", "safetensors")))
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_there_and_back_is_the_same_checkpoint(name: str, tmp_path: Path) -> None:
+    path = PUBLISHED[name](tmp_path)
+    native = dict(checkpoint_tensors(path, read_config(path)))
+    before = read_tensors(path)
+    for rule in family_of(path).rules(read_config(path)):
+        after = rule.join(native)
+        if rule.unit_rows:  # rows up to their norm; bfloat16 keeps 8 bits
+            unit = before[rule.source].float() / before[rule.source].float().norm(dim=1, keepdim=True)
+            torch.testing.assert_close(after.float(), unit, rtol=2**-8, atol=1e-6)
+        else:
+            assert torch.equal(after, before[rule.source])
+    assert {r.source for r in family_of(path).rules(read_config(path))} == {
+        n for n in before if not n.endswith("inv_freq")
+    }
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_the_law_sees_a_lost_fact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = PUBLISHED[name](tmp_path)
+    expected = ORIGINAL[name](read_tensors(path), published.read_config(path), IDS)
+    if name == "glm4":
+        assert (logits(path, rope_theta=10000.0) - expected).abs().max() > 1e-3  # rope_ratio lost
+    else:
+        monkeypatch.setattr("luthier.models.families.base.F.normalize", lambda x, **_: x)
+        assert (logits(path) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_adapters_of_the_original_modules_are_the_same_update(name: str, tmp_path: Path) -> None:
+    """Rank r on a fused matrix cut by rows, and three updates stacked to rank 3r: the same weights, both ways."""
+    path = PUBLISHED[name](tmp_path)
+    config = read_config(path)
+    modules = family_of(path).modules(config)
+    tensors = read_tensors(path)
+    torch.manual_seed(0)
+    lora = LoraConfig.model_validate({"r": 4, "lora_alpha": 8})
+    shapes = {source: tensors[f"{source}.weight"].shape for source in modules}
+    fused = {n: Update(torch.randn(4, wide), torch.randn(high, 4), lora) for n, (high, wide) in shapes.items()}
+    native = to_native(fused, modules)
+    for source, parts in modules.items():
+        whole = torch.cat([native[part].b @ native[part].a for part, _ in parts])
+        torch.testing.assert_close(whole, fused[source].b @ fused[source].a)
+    apart = {n: Update(torch.randn_like(u.a), u.b, lora) for n, u in native.items()}
+    apart.pop(next(n for n in apart if n.endswith("k_proj")))  # one that was not trained
+    stacked = to_original(apart, modules)
+    back = to_native(stacked, modules)
+    for part, update in back.items():
+        expected = apart[part].b @ apart[part].a if part in apart else torch.zeros(update.b.shape[0], update.a.shape[1])
+        torch.testing.assert_close(update.b @ update.a, expected)
+        scale = update.config.lora_alpha / update.config.r
+        assert scale == pytest.approx(2.0)
+
+
+def test_the_hf_checkpoint_keeps_its_published_base_and_says_so(tmp_path: Path) -> None:
+    path = published.glm4_hf(tmp_path)
+    config = read_config(path)
+    assert config.rope_parameters["rope_theta"] == 10000.0
+    assert "5000000" in " ".join(family_of(path).notes(config))
+    other = read_config(path, rope_theta=5e6)
+    assert family_of(path).notes(other) == ()
+    assert (logits(path) - logits(path, rope_theta=5e6)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_load_model_gives_what_training_uses(name: str, tmp_path: Path) -> None:
+    path = PUBLISHED[name](tmp_path)
+    model, _ = luthier.load_model(path)
+    assert model.dtype is torch.float32
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, logits(path))
+    for file in ("tokenizer.json", "tokenizer.model"):
+        (path / file).unlink(missing_ok=True)
+    assert luthier.load_model(path)[1] is None
