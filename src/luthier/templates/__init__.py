@@ -1,4 +1,4 @@
-"""Choosing the renderer. ``auto`` takes the model's own chat template, natively where it provably is ChatML.
+"""Choosing the renderer. ``auto`` takes the model's own chat template, natively where it provably is one we know.
 
 A native template is only taken for a model's own one when both give the same text on every probe, default system
 prompt included; otherwise the model's own template is run as it is.
@@ -8,46 +8,119 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from luthier.errors import TemplateError
+from luthier.errors import TemplateError, nearest
+from luthier.templates import baichuan2, deepseek, glm4, llama3, phi3
 from luthier.templates.chatml import END, START, ChatML
 from luthier.templates.jinja import Jinja, RefusedConversation, Render
-from luthier.types import ChatTokenizer, Message, Template
+from luthier.templates.merge import MergedSystem
+from luthier.templates.turns import Turns
+from luthier.types import ChatTokenizer, Message, SystemRole, Template
 
-__all__ = ["ChatML", "Jinja", "RefusedConversation", "digest", "from_description", "pick", "stop_ids"]
+__all__ = [
+    "NATIVE", "ChatML", "Jinja", "MergedSystem", "RefusedConversation", "Turns",
+    "digest", "from_description", "pick", "stop_ids",
+]  # fmt: skip
+
+# the published forms of each, the current one first; ChatML has one, with or without a default system prompt
+NATIVE: dict[str, tuple[Turns, ...]] = {
+    "phi3": phi3.FORMS,
+    "baichuan2": baichuan2.FORMS,
+    "glm4": glm4.FORMS,
+    "deepseek": deepseek.FORMS,
+    "llama3": llama3.FORMS,
+}
+# what the published jinja may write after the last reply's text in place of our stop and gap
+_ENDINGS = {"phi3": phi3.ENDING, "glm4": glm4.ENDING}
 
 
 def pick(
-    choice: Literal["auto", "chatml", "jinja"], render: Render | None, source: str | None, stop: tuple[str, ...]
+    choice: str,
+    render: Render | None,
+    source: str | None,
+    stop: tuple[str, ...],
+    family: str | None = None,
+    system_role: SystemRole = "template",
 ) -> Template:
     """The template of a run.
 
-    choice: ``data.template``.
-    render: the tokenizer's own template, None where it has none; source: its text.
-    stop:   texts of the model's stop tokens.
+    choice:      ``data.template``.
+    render:      the tokenizer's own template, None where it has none; source: its text.
+    stop:        texts of the model's stop tokens.
+    family:      name of the template that the model was taught, for models published without one.
+    system_role: ``data.system_role``.
     """
-    if choice == "chatml":
-        return ChatML(_chatml_default(render) if render else None)
+    found = _pick(choice, render, source, stop, family)
+    return MergedSystem(found) if system_role == "merge" else found
+
+
+def _pick(
+    choice: str, render: Render | None, source: str | None, stop: tuple[str, ...], family: str | None
+) -> Template:
+    if choice not in ("auto", "jinja"):
+        return _named(choice, render)
     if render is None or source is None:
+        if choice == "auto" and family is not None:
+            return _named(family, None)
         raise TemplateError(
             "the model has no chat template (is it a base model?), so it does not say how a prompt looks",
             "take a chat model, or choose a template: --set data.template=chatml",
         )
     if choice == "auto":
-        native = ChatML(_chatml_default(render))
-        if _same_text(native, render):
-            return native
+        for native in _natives(render):
+            if _same_text(native, render):
+                return native
     return Jinja(render, source, stop)
 
 
+def _named(name: str, render: Render | None) -> Template:
+    """A native template by name: the form that is the model's own where one is, else the current one."""
+    if name not in ("chatml", *NATIVE):
+        known = ("auto", "jinja", "chatml", *NATIVE)
+        raise TemplateError(
+            f"data.template: '{name}' is not a template; they are {', '.join(known)}",
+            f"--set data.template={nearest(name, known) or 'auto'}",
+        )
+    if name == "chatml":
+        return ChatML(_chatml_default(render) if render else None)
+    forms = NATIVE[name]
+    return next((f for f in forms if render and _same_text(f, render)), forms[0])
+
+
+def _natives(render: Render) -> Iterator[ChatML | Turns]:
+    yield ChatML(_chatml_default(render))
+    for forms in NATIVE.values():
+        yield from forms
+
+
 def from_description(
-    described: dict[str, Any], render: Render | None, source: str | None, stop: tuple[str, ...]
+    described: Mapping[str, Any], render: Render | None, source: str | None, stop: tuple[str, ...]
 ) -> Template:
     """The template an adapter was trained with, from what ``describe`` recorded."""
-    if described["name"] == "chatml":
+    plain = {k: v for k, v in described.items() if k != "system_role"}
+    found = _described(plain, render, source, stop)
+    return MergedSystem(found) if described.get("system_role") == "merge" else found
+
+
+def _described(
+    described: Mapping[str, Any], render: Render | None, source: str | None, stop: tuple[str, ...]
+) -> Template:
+    name = described["name"]
+    if name == "chatml":
         return ChatML(described["default_system"])
+    if name in NATIVE:
+        try:
+            return Turns.read(described)
+        except TypeError as e:
+            raise TemplateError(
+                f"the adapter's record of its {name} template cannot be read ({e})", "upgrade luthier"
+            ) from None
+    if name != "jinja":
+        raise TemplateError(
+            f"the adapter was trained with template {name}, which this version does not know", "upgrade luthier"
+        )
     if render is None:
         raise TemplateError(
             "the adapter was trained with the base model's chat template, but the base model has none",
@@ -68,17 +141,22 @@ def digest(template: Template) -> str:
 
 
 def stop_ids(template: Template, tokenizer: ChatTokenizer) -> tuple[int, ...]:
-    """Ids of the template's stop tokens. Raises TemplateError for a stop that is not one token."""
-    found: list[int] = []
-    for text in template.stop:
-        token = tokenizer.token_id(text)
-        if token is None:
+    """Ids of the template's stop tokens. Raises TemplateError where a stop or another marker is not one token."""
+    for text in (*template.stop, *template.markers):
+        if tokenizer.token_id(text) is None:
+            fits = _fitting(tokenizer)
             raise TemplateError(
-                f"{text} is not one token of this model's tokenizer, so a reply could never end by it",
-                "use the model's own template: --set data.template=auto",
+                f"{text} is not one token of this model's tokenizer, so template {template.name} is not the model's: "
+                "it would read markers as ordinary text",
+                f"--set data.template={fits}" if fits else "use the model's own template: --set data.template=auto",
             )
-        found.append(token)
-    return tuple(found)
+    return tuple(token for text in template.stop if (token := tokenizer.token_id(text)) is not None)
+
+
+def _fitting(tokenizer: ChatTokenizer) -> str | None:
+    """The template whose markers this vocabulary has, if any."""
+    markers = {"chatml": ChatML().markers, **{name: forms[0].markers for name, forms in NATIVE.items()}}
+    return next((n for n, texts in markers.items() if all(tokenizer.token_id(t) is not None for t in texts)), None)
 
 
 _PROBES: tuple[tuple[Message, ...], ...] = (
@@ -100,16 +178,21 @@ def _chatml_default(render: Render) -> str | None:
     return body.removeprefix(head) if text.startswith(head) else None
 
 
-def _same_text(native: ChatML, render: Render) -> bool:
+def _same_text(native: ChatML | Turns, render: Render) -> bool:
+    """Prompts must be equal, and conversations too, but for the ending that a published template is known to have."""
+    system = not isinstance(native, Turns) or native.system is not None
     try:
         for probe in _PROBES:
-            reply = (*probe, Message("assistant", " x \n"))
-            if native.prompt(probe) != render(probe, True) or _whole(native, reply) != render(reply, False):
+            if probe[0].role == "system" and not system:
+                continue
+            prompt, reply = native.prompt(probe), Message("assistant", " x \n")
+            spans = native.spans((*probe, reply))
+            whole = "".join(s.text for s in spans)
+            allowed = [whole]
+            if native.name in _ENDINGS:
+                allowed.append(prompt + spans[-2].text.removesuffix(native.stop[0]) + _ENDINGS[native.name])
+            if prompt != render(probe, True) or render((*probe, reply), False) not in allowed:
                 return False
     except RefusedConversation:
         return False
     return True
-
-
-def _whole(template: Template, messages: Sequence[Message]) -> str:
-    return "".join(span.text for span in template.spans(messages))

@@ -20,6 +20,8 @@ class ChatML:
     default_system: str | None = None
     name: str = "chatml"
     stop: tuple[str, ...] = (END,)
+    markers: tuple[str, ...] = (START, END)
+    reply_prefix: str = ""
 
     def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
         spans: list[Span] = []

@@ -18,6 +18,7 @@ from luthier.errors import TemplateError
 from luthier.types import Message, Span, TrainOn
 
 Render = Callable[[Sequence[Message], bool], str]
+_PROBE = "probe-reply"
 
 
 class RefusedConversation(ValueError):
@@ -34,7 +35,7 @@ class Jinja:
     name: str = "jinja"
 
     def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
-        whole = self.render(messages, False)
+        whole = self._text(messages, False)
         replies = [i for i, m in enumerate(messages) if m.role == "assistant"]
         if train_on == "last_reply":
             replies = replies[-1:]
@@ -47,10 +48,38 @@ class Jinja:
         return [*spans, Span(whole[done:], False)]
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        return self.render(messages, True)
+        return self._text(messages, True)
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return self.stop
+
+    @property
+    def reply_prefix(self) -> str:
+        """What the template itself opens a reply with (a space, an empty thought), told from a probe."""
+        history = (Message("user", "a"),)
+        try:
+            prompt, whole = self.render(history, True), self.render((*history, Message("assistant", _PROBE)), False)
+        except RefusedConversation:
+            return ""
+        if not whole.startswith(prompt):
+            return ""
+        prefix, found, _ = whole[len(prompt) :].partition(_PROBE)
+        return prefix if found else ""
 
     def describe(self) -> dict[str, str]:
         return {"name": self.name, "source": self.source}
+
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        text = self.render(messages, add_generation_prompt)
+        first = messages[0]
+        if first.role == "system" and first.content.strip() not in text:
+            raise TemplateError(
+                "the model's chat template leaves the system prompt out",
+                "leave the system prompt out, or train with --set data.system_role=merge, which writes it before the "
+                "first user message",
+            )
+        return text
 
     def _reply(self, messages: Sequence[Message], i: int, whole: str, train_on: TrainOn) -> tuple[int, int]:
         prompt = self.render(messages[:i], True)

@@ -1,0 +1,28 @@
+"""Llama 3: ``<|start_header_id|>user<|end_header_id|>\\n\\nq<|eot_id|>``, messages trimmed as in its jinja.
+
+Llama 3.1 and later write a date and run as their own jinja. Source: Meta's Llama 3 model card and chat_template.
+"""
+
+from __future__ import annotations
+
+from luthier.templates.turns import Turns
+
+START, END, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+
+
+def _head(role: str) -> str:
+    return f"{START}{role}{END}\n\n"
+
+
+FORMS = (
+    Turns(
+        name="llama3",
+        opening="<|begin_of_text|>",
+        system=(_head("system"), EOT),
+        user=(_head("user"), EOT),
+        reply=_head("assistant"),
+        stop=(EOT,),
+        markers=("<|begin_of_text|>", START, END, EOT),
+        trim=True,
+    ),
+)

@@ -1,0 +1,48 @@
+"""``data.system_role: merge``: the system prompt as the first user message's opening, for models without that role."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.types import Message, Span, Template, TrainOn
+
+
+@dataclass(frozen=True, slots=True)
+class MergedSystem:
+    """``inner``, shown conversations without a system message. A template itself: training and chat cannot differ."""
+
+    inner: Template
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return self.inner.stop
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return self.inner.markers
+
+    @property
+    def reply_prefix(self) -> str:
+        return self.inner.reply_prefix
+
+    def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
+        return self.inner.spans(_merged(messages), train_on)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        return self.inner.prompt(_merged(messages))
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.inner.describe(), "system_role": "merge"}
+
+
+def _merged(messages: Sequence[Message]) -> Sequence[Message]:
+    if len(messages) < 2 or messages[0].role != "system":
+        return messages
+    system, first, *rest = messages
+    return (Message(first.role, f"{system.content}\n\n{first.content}"), *rest)

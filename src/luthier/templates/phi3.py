@@ -1,0 +1,30 @@
+"""Phi-3: ``<|user|>\\nq<|end|>\\n<|assistant|>\\na<|end|>\\n``, in the three forms that were published.
+
+2024-07 ("3.1", Phi-3.5): a system role, no BOS; its jinja writes ``<|endoftext|>`` after a finished conversation, which
+no reply ends by and which is not trained. 2024-04 (mini): BOS, no system role. 2024-05 (medium): neither.
+Source: the chat_template of each revision, as llama.cpp's and xinference's tests have them.
+"""
+
+from __future__ import annotations
+
+from luthier.templates.turns import Turns
+
+_MARKERS = ("<|user|>", "<|assistant|>", "<|end|>")
+
+
+def _form(opening: str = "", system: tuple[str, str] | None = None) -> Turns:
+    markers = (*_MARKERS, *([opening] if opening else []), *(["<|system|>"] if system else []))
+    return Turns(
+        name="phi3",
+        opening=opening,
+        system=system,
+        user=("<|user|>\n", "<|end|>\n"),
+        reply="<|assistant|>\n",
+        stop=("<|end|>",),
+        gap="\n",
+        markers=markers,
+    )
+
+
+FORMS = (_form(system=("<|system|>\n", "<|end|>\n")), _form(opening="<s>"), _form())
+ENDING = "<|end|>\n<|endoftext|>"  # of a conversation, in the published jinja
