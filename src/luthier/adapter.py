@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from luthier import __version__, files
+from luthier.adapter_layout import Update, to_native
 from luthier.config import LoraConfig
 from luthier.errors import AdapterError
 from luthier.lora import LoraLinear, Targets, attach
 from luthier.models.directory import Fingerprint
+from luthier.models.families import Modules
+from luthier.models.quant import QuantLinear
 
 FORMAT = 1
 WEIGHTS, CONFIG, META = "adapter_model.safetensors", "adapter_config.json", "luthier.json"
@@ -42,11 +46,15 @@ class Facts:
     base: Fingerprint
     tokenizer_sha256: str
     data_sha256: str
+    rope_theta: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A directory that was read and found whole. ``tensors`` are named as in the file."""
+    """A directory that was read and found whole.
+
+    tensors: named as in the file. configs: rank and alpha of modules that differ from ``lora``.
+    """
 
     path: Path
     lora: LoraConfig
@@ -54,6 +62,7 @@ class Adapter:
     tensors: dict[str, Tensor]
     facts: Facts | None
     base_path: str
+    configs: Mapping[str, LoraConfig] = field(default_factory=dict)
 
 
 def save(
@@ -75,6 +84,7 @@ def save(
             "base": {"shape": facts.base.shape, "weights": facts.base.weights},
             "tokenizer_sha256": facts.tokenizer_sha256,
             "data_sha256": facts.data_sha256,
+            "rope_theta": facts.rope_theta,
             "files": {WEIGHTS: files.sha256(temp / WEIGHTS)},
             "versions": {
                 "python": platform.python_version(),
@@ -83,6 +93,25 @@ def save(
             },
         }
         files.write_json(temp / META, meta)
+
+
+def save_plain(path: Path, updates: Mapping[str, Update], base: Path) -> None:
+    """A stock PEFT directory of any updates; ranks and alphas of their own become PEFT's patterns."""
+    tensors, ranks, alphas = dict[str, Tensor](), dict[str, int](), dict[str, float]()
+    configs = [u.config for u in updates.values()]
+    lora = max(configs, key=configs.count)
+    for name, update in updates.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = update.a.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = update.b.contiguous()
+        if update.config.r != lora.r:
+            ranks[name] = update.config.r
+        if update.config.lora_alpha != lora.lora_alpha:
+            alphas[name] = update.config.lora_alpha
+    leaves = tuple(dict.fromkeys(n.rpartition(".")[2] for n in updates))
+    with files.new_dir(path) as temp:
+        save_file(tensors, temp / WEIGHTS, metadata={"format": "pt"})
+        config = _peft_config(lora, Targets(tuple(updates), leaves), base)
+        files.write_json(temp / CONFIG, {**config, "rank_pattern": ranks, "alpha_pattern": alphas})
 
 
 def load(path: Path) -> Adapter:
@@ -105,10 +134,27 @@ def load(path: Path) -> Adapter:
             target_modules=modules,
             use_rslora=config.get("use_rslora", False),
         )
+        configs = _patterns(config, lora, modules)
         base = str(config.get("base_model_name_or_path"))
     except (KeyError, TypeError, ValueError, SafetensorError) as e:
         raise AdapterError(f"{path}: is incomplete or damaged ({e})", "copy the adapter directory again") from None
-    return Adapter(path, lora, modules, tensors, facts, base)
+    return Adapter(path, lora, modules, tensors, facts, base, configs)
+
+
+def _patterns(config: Mapping[str, Any], lora: LoraConfig, modules: Sequence[str]) -> dict[str, LoraConfig]:
+    """PEFT's ``rank_pattern`` and ``alpha_pattern``: regular expressions of module names, ends suffice."""
+
+    def of(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+        hit = next((k for k in patterns if re.fullmatch(rf"(.*\.)?({k})", module)), None)
+        return default if hit is None else patterns[hit]
+
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    found = {}
+    for module in modules:
+        update = {"r": int(of(ranks, module, lora.r)), "lora_alpha": float(of(alphas, module, lora.lora_alpha))}
+        if update != {"r": lora.r, "lora_alpha": lora.lora_alpha}:
+            found[module] = lora.model_copy(update=update)
+    return found
 
 
 def _facts(path: Path) -> Facts:
@@ -134,6 +180,7 @@ def _facts(path: Path) -> Facts:
         base=Fingerprint(meta["base"]["shape"], meta["base"]["weights"]),
         tokenizer_sha256=meta["tokenizer_sha256"],
         data_sha256=meta["data_sha256"],
+        rope_theta=meta.get("rope_theta"),
     )
 
 
@@ -149,7 +196,7 @@ def _only_plain_lora(path: Path, config: Mapping[str, Any], tensors: Mapping[str
 
 
 _FOREIGN = (
-    "use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias",
+    "use_dora", "bias", "modules_to_save", "fan_in_fan_out", "lora_bias",
     "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "target_parameters",
 )  # fmt: skip
 
@@ -167,34 +214,53 @@ def verify(adapter: Adapter, base: Path, found: Fingerprint, tokenizer_sha256: s
         )
 
 
-def apply(model: nn.Module, adapter: Adapter) -> dict[str, LoraLinear]:
-    """Attach the adapter to its base model, in place, and return its layers."""
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    unknown = [n for n in adapter.modules if n not in linear]
+def apply(model: nn.Module, adapter: Adapter, modules: Modules | None = None) -> dict[str, LoraLinear]:
+    """Attach the adapter to its base model, in place, and return its layers.
+
+    modules: the base family's published module names, for adapters that were trained on those.
+    """
+    found = to_native(updates(adapter), modules or {})
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
+    unknown = [n for n in found if n not in linear]
     if unknown:
         shown = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
         raise AdapterError(
             f"{adapter.path}: has adapters of {shown}, which the base has no place for", "use the base it belongs to"
         )
-    layers = attach(model, adapter.lora, Targets(adapter.modules, adapter.modules), seed=0)
-    expected = {
-        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part) for name, layer in layers.items() for part in _AB
-    }
-    wrong = [f"lacks {n}" for n in expected if n not in adapter.tensors]
-    wrong += [f"has {n}, which the base has no place for" for n in adapter.tensors if n not in expected]
-    wrong += [
-        f"{n} is {list(t.shape)}, the base needs {list(expected[n].shape)}"
-        for n, t in adapter.tensors.items()
-        if n in expected and t.shape != expected[n].shape
+    wrong = [
+        f"{name}.{part} is {list(tensor.shape)}, the base needs {list(needed)}"
+        for name, u in found.items()
+        for part, tensor, needed in (
+            ("lora_A", u.a, (u.config.r, linear[name].in_features)),
+            ("lora_B", u.b, (linear[name].out_features, u.config.r)),
+        )
+        if tuple(tensor.shape) != needed
     ]
     if wrong:
         raise AdapterError(
             f"{adapter.path}: does not fit the base: {'; '.join(wrong[:20])}", "use the right base model"
         )
+    names = tuple(found)
+    layers = attach(model, adapter.lora, Targets(names, names), seed=0, configs={n: u.config for n, u in found.items()})
     with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(adapter.tensors[name])
+        for name, u in found.items():
+            layers[name].lora_A.copy_(u.a)
+            layers[name].lora_B.copy_(u.b)
     return layers
+
+
+def updates(adapter: Adapter) -> dict[str, Update]:
+    """Each module's A and B, named as in the file. Raises AdapterError where one is missing."""
+    found, lost = {}, []
+    for module in adapter.modules:
+        names = [f"{_PREFIX}{module}.{part}.weight" for part in _AB]
+        lost += [n for n in names if n not in adapter.tensors]
+        if not lost:
+            a, b = (adapter.tensors[n] for n in names)
+            found[module] = Update(a, b, adapter.configs.get(module, adapter.lora))
+    if lost:
+        raise AdapterError(f"{adapter.path}: does not fit the base: lacks {', '.join(lost[:8])}", "copy it again")
+    return found
 
 
 _AB = ("lora_A", "lora_B")

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from luthier.config import LoraConfig
 from luthier.errors import ConfigError
 from luthier.models.directory import check_names
+from luthier.models.families import Modules
+from luthier.models.quant import QuantLinear
 
 
 class LoraLinear(nn.Module):
@@ -24,13 +26,13 @@ class LoraLinear(nn.Module):
     Source: Hu et al. 2021, arXiv 2106.09685; rank-stabilised scaling: Kalajdzievski 2023, arXiv 2312.03732.
     """
 
-    def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
+    def __init__(self, base: nn.Linear | QuantLinear, config: LoraConfig) -> None:
         super().__init__()
         self.base = base
         self.scaling = scaling(config)
         self.dropout = config.lora_dropout
         self.enabled = True
-        device = base.weight.device
+        device = base.device if isinstance(base, QuantLinear) else base.weight.device
         self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, dtype=torch.float32, device=device))
 
@@ -52,19 +54,17 @@ class LoraLinear(nn.Module):
         return out
 
     def merged(self) -> nn.Linear:
-        """A plain layer with the update added in fp32 and rounded once to the layer's type."""
+        """A plain layer, the update added in fp32 and rounded once to the layer's type (quantised: fp32)."""
+        base = self.base
+        plain = base.dequantised(torch.float32) if isinstance(base, QuantLinear) else base.weight
         linear = nn.Linear(
-            self.base.in_features,
-            self.base.out_features,
-            bias=self.base.bias is not None,
-            device=self.base.weight.device,
-            dtype=self.base.weight.dtype,
+            base.in_features, base.out_features, bias=base.bias is not None, device=plain.device, dtype=plain.dtype
         )
         with torch.no_grad():
             update = self.scaling * (self.lora_B @ self.lora_A)
-            linear.weight.copy_((self.base.weight.float() + update).to(self.base.weight.dtype))
-            if self.base.bias is not None:
-                linear.bias.copy_(self.base.bias)
+            linear.weight.copy_((plain.float() + update).to(plain.dtype))
+            if base.bias is not None:
+                linear.bias.copy_(base.bias)
         return linear.requires_grad_(False)
 
 
@@ -78,42 +78,71 @@ class Targets:
 
     modules: tuple[str, ...]
     leaves: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def resolve(model: nn.Module, requested: Sequence[str] | None) -> Targets:
+def resolve(model: nn.Module, requested: Sequence[str] | None, published: Modules | None = None) -> Targets:
     """Which linear layers get an adapter; works on the meta device, before weights are read.
 
     None: every linear layer inside the decoder blocks (the head is not one). A name matches as in PEFT: the whole
-    module name or the end of it after a dot. Raises ConfigError listing every name that matches nothing.
+    module name or the end of it after a dot; ``published`` names (``Family.modules``) mean the native modules they
+    became. Raises ConfigError listing every name that matches nothing.
     """
     head_of: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = head_of()
     decoder_of: Any = getattr(model, "get_decoder", lambda: None)
     inside = {id(m) for m in (decoder_of() or model).modules()}  # not the vision tower, say
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and id(m) in inside]
+    kinds = (nn.Linear, QuantLinear)
+    linear = [n for n, m in model.named_modules() if isinstance(m, kinds) and m is not head and id(m) in inside]
     leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in linear))
     if not linear:
         name = str(getattr(getattr(model, "config", None), "model_type", "this model"))
         raise ConfigError(f"{name} models have no linear layer that an adapter could go on", "use another model")
     if requested is None:
         return Targets(tuple(linear), tuple(leaves))
+    requested, notes = _native(requested, linear, published or {})
     unknown = [r for r in requested if not any(_matches(n, r) for n in linear)]
     name = str(getattr(getattr(model, "config", None), "model_type", "this model"))
     check_names(unknown, leaves, f"a {name} model", ConfigError)
     chosen = tuple(n for n in linear if any(_matches(n, r) for r in requested))
-    return Targets(chosen, tuple(dict.fromkeys(requested)))
+    return Targets(chosen, tuple(dict.fromkeys(requested)), notes)
 
 
-def attach(model: nn.Module, config: LoraConfig, targets: Targets, seed: int) -> dict[str, LoraLinear]:
-    """Freeze the model and put a ``LoraLinear`` in place of every target, in place. Returns them by module name."""
+def _native(requested: Sequence[str], linear: Sequence[str], published: Modules) -> tuple[list[str], tuple[str, ...]]:
+    """Names of the checkpoint's own modules replaced by those of the native modules they became, and what to say."""
+    names: list[str] = []
+    notes: list[str] = []
+    for name in requested:
+        became = [part for old, parts in published.items() if _matches(old, name) for part, _ in parts]
+        if not became or any(_matches(n, name) for n in linear):
+            names.append(name)
+            continue
+        short = became if "." in name else [part.rpartition(".")[2] for part in became]
+        means = list(dict.fromkeys(short))
+        names += means
+        notes.append(f"{name} means {', '.join(means)} here")
+    return names, tuple(notes)
+
+
+def attach(
+    model: nn.Module,
+    config: LoraConfig,
+    targets: Targets,
+    seed: int,
+    configs: Mapping[str, LoraConfig] | None = None,
+) -> dict[str, LoraLinear]:
+    """Freeze the model and put a ``LoraLinear`` in place of every target, in place. Returns them by module name.
+
+    configs: of modules whose rank or alpha is their own.
+    """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, LoraLinear] = {}
     for name in targets.modules:
         parent, _, leaf = name.rpartition(".")
         base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
-        layer = LoraLinear(base, config)
+        assert isinstance(base, nn.Linear | QuantLinear)
+        layer = LoraLinear(base, (configs or {}).get(name, config))
         if not layer.lora_A.is_meta:
             layer.reset(generator)
         setattr(model.get_submodule(parent), leaf, layer)
@@ -139,6 +168,11 @@ def plain(layers: Mapping[str, LoraLinear]) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers.values(), before, strict=True):
             layer.enabled = enabled
+
+
+def frozen_dtype(model: nn.Module) -> torch.dtype:
+    """The type that the base computes in (adapters are fp32 whatever that is)."""
+    return next((p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()), torch.float32)
 
 
 def trainable_parameters(layers: dict[str, LoraLinear]) -> int:

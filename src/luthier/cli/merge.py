@@ -1,0 +1,25 @@
+"""``luthier merge``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from luthier.cli.console import say
+from luthier.cli.options import Adapter, Model
+
+
+def run(
+    output_dir: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where the merged model goes.")],
+    path: Annotated[Path | None, typer.Argument(metavar="RUN|DIR", help="A run or an adapter directory.")] = None,
+    model: Model = None,
+    adapter: Adapter = None,
+) -> None:
+    """Write base and adapter as one plain model, tensor by tensor, for stock transformers and other tools."""
+    from luthier.api import merge
+
+    done = merge(path, output_dir, model, adapter, say)
+    print(f"{done.path}: {done.tensors} tensors, {done.changed} of them changed by the adapter")
+    print(f"talk to it: luthier chat {done.path}")
