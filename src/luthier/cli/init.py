@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.options import Data, Model, OutputDir
+from luthier.cli.options import Data, Model, OutputDir, Recipe
 
 
 def run(
     model: Model = None,
     data: Data = None,
     output_dir: OutputDir = None,
+    recipe: Recipe = None,
     to: Annotated[Path, typer.Option("--to", metavar="FILE", help="The file to write.")] = Path("run.yaml"),
 ) -> None:
     """Write a run.yaml with every setting explained; luthier train FILE runs it."""
     from luthier.api import init
 
-    print(f"wrote {init(to, model, data or (), output_dir)}; look it over, then: luthier train {to}")
+    print(f"wrote {init(to, model, data or (), output_dir, recipe)}; look it over, then: luthier train {to}")
