@@ -1,0 +1,229 @@
+"""How much memory a run takes, by part, from configuration and row lengths alone; no weight is read.
+
+Fixed parts are counted from shapes. What autograd keeps is not guessed: one micro-batch runs forward on the meta
+device, where tensors have shapes but no values, and every tensor that is saved for the backward pass is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from luthier.batch import Plan, collate
+from luthier.config import LoraConfig, TrainConfig
+from luthier.kernels.segments import to_device
+from luthier.lora import Targets, attach, trainable_parameters
+from luthier.models.forward import checkpointing, loss_sum, segment_attention
+from luthier.models.load import empty_model
+from luthier.models.quant import Quantisation
+from luthier.types import Example, RowRef
+
+_BATCHES = 20_000  # micro-batches looked through for the heaviest
+_OPTIMIZER_BYTES = {"adamw_torch": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2.1}  # a trainable parameter
+_RUNTIME = 120e6  # an allowance for thread pools, kernels' packing buffers and the allocator's own
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Token counts of the rows, whole and supervised: [n] each."""
+
+    lengths: Sequence[int]
+    supervised: Sequence[int]
+
+    @classmethod
+    def of_length(cls, length: int, rows: int = 1) -> Rows:
+        """Where there are no rows to count: every one as long as allowed, half of it supervised."""
+        return cls([length] * rows, [length // 2] * rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How the base is stored and computed with."""
+
+    name: str
+    dtype: torch.dtype
+    quantisation: Quantisation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes, by part, of a training process; ``on_disk`` is not counted in the sums."""
+
+    base: float
+    embedding_and_head: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    workspace: float
+    library: float
+    on_disk: float
+    largest_on_load: float
+
+    @property
+    def training(self) -> float:
+        """The most that is resident while training."""
+        return float(sum(getattr(self, f.name) for f in fields(self) if f.name not in ("on_disk", "largest_on_load")))
+
+    @property
+    def load(self) -> float:
+        """The most that is resident while loading."""
+        return self.library + self.base + self.embedding_and_head + self.largest_on_load
+
+    @property
+    def peak(self) -> float:
+        return max(self.training, self.load)
+
+    def as_dict(self) -> dict[str, int]:
+        parts = {f"{f.name}_bytes": int(getattr(self, f.name)) for f in fields(self)}
+        return {
+            **parts,
+            "load_bytes": int(self.load),
+            "training_bytes": int(self.training),
+            "peak_bytes": int(self.peak),
+        }
+
+
+def estimate(
+    config: PretrainedConfig,
+    targets: Targets,
+    lora: LoraConfig,
+    train: TrainConfig,
+    rows: Rows,
+    precision: Precision,
+    recompute: bool,
+    kernel: str = "auto",
+) -> Memory:
+    """The memory of one run. recompute: gradient checkpointing."""
+    model: Any = empty_model(config).to(precision.dtype)
+    wide = precision.dtype.itemsize
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    linears = [m for m in model.modules() if type(m) is nn.Linear and m is not head]
+    inside = sum(m.weight.numel() for m in linears)
+    ends = embedding.weight.numel() + (0 if tied else head.weight.numel())
+    others = sum(p.numel() for p in model.parameters()) - inside - ends
+    how = precision.quantisation
+    stored = sum(how.bytes_of(m.out_features, m.in_features) if how else wide * m.weight.numel() for m in linears)
+    narrow = 2 if how and not tied else wide  # an untied head stays in 16 bits, its embedding on disk
+    resident = wide * ends if tied or not how else narrow * head.weight.numel()
+    biggest = max(m.weight.numel() for m in linears)
+    layers = attach(model, lora, targets, seed=0)
+    trainable = trainable_parameters(layers)
+    heaviest = _heaviest(rows, train)
+    vocabulary = embedding.weight.shape[0]
+    return Memory(
+        base=stored + wide * others,
+        embedding_and_head=resident,
+        adapter=4 * trainable,
+        gradients=4 * trainable,
+        optimizer=_OPTIMIZER_BYTES[train.optim] * trainable,
+        activations=_saved(model, heaviest, recompute, kernel),
+        logits=sum(e.supervised for e in heaviest) * vocabulary * (8 + wide),
+        workspace=biggest * wide * (1 if how else 0)
+        + (0 if tied or not how or wide == 2 else 8192 * 4 * head.weight.shape[1]),
+        library=resident_now() + _RUNTIME,
+        on_disk=narrow * embedding.weight.numel() if how and not tied else 0,
+        largest_on_load=_on_load(biggest, embedding.weight.numel(), wide, how),
+    )
+
+
+def _on_load(linear: int, ends: int, wide: int, how: Quantisation | None) -> float:
+    """The tensor in hand: as read and as converted; two workers quantise at once."""
+    if how is None:
+        return 2 * ends * wide if wide == 4 else ends * 2
+    return max(2 * linear * (2 * wide + 1), ends * (2 + wide))
+
+
+def resident_now() -> float:
+    """Bytes of this process that are resident: interpreter and libraries, before a model is loaded."""
+    return float(psutil.Process().memory_info().rss)
+
+
+def available() -> float:
+    """Bytes that this process could have in all: free memory and what it has, or the container's limit."""
+    free = float(psutil.virtual_memory().available) + resident_now()
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(file, encoding="ascii") as f:
+                text = f.read().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            free = min(free, float(text))
+    return free
+
+
+def _heaviest(rows: Rows, train: TrainConfig) -> list[Example]:
+    """The micro-batch of the run that holds most: by tokens, as the run's own order puts rows together."""
+    lengths = np.asarray(rows.lengths)
+    plan = Plan(
+        len(lengths),
+        train.per_device_train_batch_size,
+        train.gradient_accumulation_steps,
+        train.seed,
+        train.num_train_epochs,
+        train.max_steps,
+    )
+    seen, best, most = 0, [0], -1
+    for step in range(plan.steps):
+        for micro in plan.step(step):
+            tokens = int(lengths[micro].sum())
+            seen += 1
+            if tokens > most:
+                most, best = tokens, micro
+        if seen > _BATCHES:
+            break
+    return [_row(int(rows.lengths[i]), int(rows.supervised[i])) for i in best]
+
+
+def _row(length: int, supervised: int) -> Example:
+    length = max(2, length)
+    trained = np.arange(length) >= length - max(1, min(supervised, length - 1))
+    return Example(np.zeros(length, dtype=np.int64), trained, RowRef("", 1))
+
+
+def _saved(model: Any, examples: Sequence[Example], recompute: bool, kernel: str) -> float:
+    """Bytes that autograd keeps for the backward pass, parameters left out; with ``recompute`` also one layer's."""
+    if recompute:
+        kept = _count(model, examples, True, kernel)
+        whole = _count(model, examples, False, kernel)
+        layers = int(model.config.get_text_config().num_hidden_layers)
+        return kept + (whole - kept) / layers
+    return _count(model, examples, False, kernel)
+
+
+def _count(model: Any, examples: Sequence[Example], recompute: bool, kernel: str) -> float:
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in parameters:
+            kept[key] = tensor  # held, so that no other storage takes its place
+        return tensor
+
+    model.train()
+    with (
+        segment_attention(model, kernel),
+        checkpointing(model, recompute),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
+        loss_sum(model, to_device(collate(examples), "meta"))
+    return float(sum(t.untyped_storage().nbytes() for t in kept.values()))
+
+
+def with_micro_batch(train: TrainConfig, rows: int) -> TrainConfig:
+    """The same effective batch, cut finer."""
+    whole = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return train.model_copy(
+        update={"per_device_train_batch_size": rows, "gradient_accumulation_steps": -(-whole // rows)}
+    )

@@ -1,0 +1,170 @@
+"""A frozen linear layer stored in 4 or 8 bits: bitsandbytes' quantise and dequantise functions, our own autograd.
+
+bitsandbytes' own ``Linear4bit`` repacks its weight at the first forward without gradients (AVX512-BF16), after which
+a backward reads other bytes; here a weight is never touched after loading.
+
+    nf4, fp4   packed [out * in / 2] uint8, a scale for each 64 values; with double quantisation the scales are 8-bit
+               themselves, with a scale for each 256 and an offset. Source: Dettmers et al. 2023, arXiv 2305.14314
+    int8       values [out, in] int8, a scale for each row. Source: Dettmers et al. 2022, arXiv 2208.07339
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luthier.errors import MissingPackageError
+
+BLOCK, NESTED_BLOCK = 64, 256
+Kind = Literal["nf4", "fp4", "int8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """How frozen linears are stored. double: 4-bit scales are quantised too."""
+
+    kind: Kind
+    double: bool = True
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the tensors that one weight becomes."""
+        if self.kind == "int8":
+            return ("values", "scale")
+        return ("packed", "absmax", "nested_absmax", "offset") if self.double else ("packed", "absmax")
+
+    def bytes_of(self, out_features: int, in_features: int) -> int:
+        """Memory of one weight."""
+        n = out_features * in_features
+        if self.kind == "int8":
+            return n + 4 * out_features
+        blocks = -(-n // BLOCK)
+        return (n + 1) // 2 + (blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if self.double else 4 * blocks)
+
+
+@lru_cache(1)
+def library() -> Any:
+    """bitsandbytes' functions. It fetches compute kernels from a hub where the package ``kernels`` is installed: never.
+
+    Raises MissingPackageError.
+    """
+    before = sys.modules.get("kernels", ...)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        from bitsandbytes import functional
+    except ImportError:
+        raise MissingPackageError(
+            "a quantised base needs the package bitsandbytes", "pip install 'luthier[qlora]'"
+        ) from None
+    finally:
+        if before is ...:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = before
+    return functional
+
+
+def quantise(weight: Tensor, how: Quantisation) -> dict[str, Tensor]:
+    """[out, in] floats -> the tensors to store, by part."""
+    bnb = library()
+    if how.kind == "int8":
+        scale = weight.float().abs().amax(dim=1).clamp_min(1e-12) / 127
+        values = torch.round(weight.float() / scale[:, None]).to(torch.int8)
+        return {"values": values, "scale": scale}
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK, quant_type=how.kind, compress_statistics=how.double
+    )
+    parts = {"packed": packed.flatten(), "absmax": state.absmax}
+    if how.double:
+        parts |= {"nested_absmax": state.state2.absmax, "offset": state.offset.reshape(1)}
+    return parts
+
+
+def dequantise(parts: Mapping[str, Tensor], how: Quantisation, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The stored weight as floats: [out, in] in ``dtype``."""
+    if how.kind == "int8":
+        return (parts["values"].to(torch.float32) * parts["scale"][:, None]).to(dtype)
+    bnb = library()
+    absmax = parts["absmax"]
+    if how.double:
+        code = _nested_code(absmax.device)
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+            absmax, parts["nested_absmax"], code, NESTED_BLOCK, torch.float32
+        )
+        absmax = absmax + parts["offset"]
+    state = bnb.QuantState(
+        absmax=absmax,
+        shape=torch.Size(shape),
+        dtype=dtype,
+        blocksize=BLOCK,
+        code=_code(how.kind, absmax.device),
+        quant_type=how.kind,
+    )
+    found: Tensor = bnb.dequantize_4bit(parts["packed"].view(-1, 1), state)
+    return found
+
+
+@lru_cache(8)
+def _nested_code(device: torch.device) -> Tensor:
+    code: Tensor = library().create_dynamic_map().to(device)
+    return code
+
+
+@lru_cache(8)
+def _code(kind: str, device: torch.device) -> Tensor:
+    code: Tensor = library().get_4bit_type(kind, device=device)
+    return code
+
+
+class QuantLinear(nn.Module):
+    """``nn.Linear`` whose frozen weight is stored quantised; computes in ``compute``, returns the input's type.
+
+    x [..., in] -> [..., out]. The parts are buffers of the module, filled by the loader.
+    """
+
+    def __init__(self, linear: nn.Linear, how: Quantisation, compute: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.how, self.compute = how, compute
+        self.bias = linear.bias
+        for part in how.parts:
+            self.register_buffer(part, None)
+
+    @property
+    def device(self) -> torch.device:
+        stored: Tensor = getattr(self, self.how.parts[0])
+        return stored.device
+
+    def dequantised(self, dtype: torch.dtype | None = None) -> Tensor:
+        """[out, in] floats."""
+        parts = {part: getattr(self, part) for part in self.how.parts}
+        return dequantise(parts, self.how, (self.out_features, self.in_features), dtype or self.compute)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _Matmul.apply(x, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.how.kind}"
+
+
+class _Matmul(torch.autograd.Function):
+    """x @ W.T + bias with W dequantised for the moment of use, in forward and again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.layer = layer
+        bias = None if layer.bias is None else layer.bias.to(layer.compute)
+        return F.linear(x.to(layer.compute), layer.dequantised(), bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        layer: QuantLinear = ctx.layer
+        return (grad.to(layer.compute) @ layer.dequantised()).to(grad.dtype), None

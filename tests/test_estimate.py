@@ -1,0 +1,210 @@
+"""The estimate: the parts that are counted are there; a run that cannot fit is refused, with settings that fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import luthier as library
+from luthier import config as configs
+from luthier import estimating, memory, personas
+from luthier.batch import collate
+from luthier.config import LoraConfig, TrainConfig
+from luthier.errors import UserError
+from luthier.kernels.segments import to_device
+from luthier.lora import attach, resolve
+from luthier.memory import Precision, Rows, estimate
+from luthier.models.directory import read_config
+from luthier.models.forward import checkpointing, loss_sum, segment_attention
+from luthier.models.load import empty_model, load_weights
+from luthier.models.quant import Quantisation, QuantLinear
+from luthier.models.quantised import FourOrEight, load_quantised
+
+from .conftest import Result
+
+Run = Callable[..., Result]
+FP32 = Precision("float32", torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(estimating, "_flops", lambda *_: 1e11)
+    monkeypatch.setattr(estimating, "_dequantised", lambda *_: 1e9)
+
+
+def look(path: Path, rows: Rows, recompute: bool = False, precision: Precision = FP32) -> memory.Memory:
+    config = read_config(path)
+    targets = resolve(empty_model(config), None)
+    train = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    return estimate(config, targets, LoraConfig(), train, rows, precision, recompute)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3", "glm", "gemma2"])
+def test_what_autograd_keeps_is_counted_to_the_byte(
+    arch: str, recompute: bool, model_dir: Callable[[str], Path]
+) -> None:
+    """The same forward pass with values, on the CPU, keeps exactly what the one without values was counted to."""
+    path = model_dir(arch)
+    rows = [memory._row(40, 12), memory._row(25, 20)]
+    model = load_weights(path, torch.float32)
+    attach(model, LoraConfig(), resolve(model, None), seed=0)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    model.train()
+    with (
+        segment_attention(model, "padded"),
+        checkpointing(model, recompute),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
+        loss_sum(model, to_device(collate(rows), "cpu"))
+    there = sum(t.untyped_storage().nbytes() for t in kept.values())
+    blank = empty_model(read_config(path)).to(torch.float32)
+    attach(blank, LoraConfig(), resolve(blank, None), seed=0)
+    counted = memory._count(blank, rows, recompute, "padded")
+    assert counted == pytest.approx(there, rel=0.01)
+
+
+def test_base_and_adapter_are_those_in_memory(model_dir: Callable[[str], Path]) -> None:
+    path = model_dir("qwen2")
+    found = look(path, Rows.of_length(50, 4))
+    model = load_weights(path, torch.float32)
+    assert found.base + found.embedding_and_head == sum(p.numel() * 4 for p in model.parameters())
+    layers = attach(model, LoraConfig(), resolve(model, None), seed=0)
+    trained = sum(p.numel() * 4 for m in layers.values() for p in (m.lora_A, m.lora_B))
+    assert (found.adapter, found.gradients, found.optimizer) == (trained, trained, 2 * trained)
+    how = Quantisation("nf4")
+    small = load_quantised(
+        path, torch.float32, torch.device("cpu"), read_config(path), FourOrEight(how, torch.float32, cache=False)
+    )
+    stored = sum(
+        getattr(m, part).numel() * getattr(m, part).element_size()
+        for m in small.modules()
+        if isinstance(m, QuantLinear)
+        for part in how.parts
+    )
+    norms = sum(p.numel() * 4 for n, p in small.named_parameters() if "norm" in n or "bias" in n)
+    four = look(path, Rows.of_length(50, 4), precision=Precision("nf4", torch.float32, how))
+    assert four.base == stored + norms
+    assert four.on_disk > 0  # the embedding
+
+
+def test_longer_rows_take_more_and_recomputation_takes_less(model_dir: Callable[[str], Path]) -> None:
+    short, long = (look(model_dir("llama"), Rows.of_length(n, 4)) for n in (50, 200))
+    assert long.activations > 3.5 * short.activations
+    assert look(model_dir("llama"), Rows.of_length(200, 4), recompute=True).activations < 0.8 * long.activations
+
+
+def test_the_heaviest_micro_batch_is_the_runs_own() -> None:
+    lengths = list(range(10, 110))
+    train = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2)
+    found = sum(len(e) for e in memory._heaviest(Rows(lengths, [5] * 100), train))
+    plan = memory.Plan(100, 2, 3, train.seed, train.num_train_epochs, 2)
+    assert found == max(sum(lengths[i] for i in micro) for step in range(2) for micro in plan.step(step))
+
+
+def made(model: Path, run: Path | None = None, **train: Any) -> configs.RunConfig:
+    values = {"model": {"path": model}, "data": {"train": personas.TEAHOUSE}, "output_dir": run}
+    return configs.build({**values, "train": {"max_steps": 1, **train}})
+
+
+def test_a_run_that_cannot_fit_is_refused_and_the_fix_fits(
+    model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model_dir("llama")
+    whole, lean = (
+        library.estimate(made(path, gradient_checkpointing=r, per_device_train_batch_size=b)).chosen.memory.peak
+        for r, b in ((False, 8), (True, 8))
+    )
+    base = memory.resident_now()
+    limit = (whole + lean) / 2
+    monkeypatch.setattr(memory, "resident_now", lambda: base)
+    monkeypatch.setattr(estimating, "available", lambda: limit)
+    argv = ["train", "--model", path, "--data", personas.TEAHOUSE, "--output-dir", tmp_path / "run"]
+    argv += ["--set", "train.max_steps=1", "--set", "train.per_device_train_batch_size=8"]
+    done = luthier(*argv, "--set", "train.gradient_checkpointing=false")
+    assert done.code == 2
+    assert re.search(r"the run needs about \d+\.\d GB of memory, and \d+\.\d GB are free", done.err)
+    fix = done.err.strip().splitlines()[-1].removeprefix("  fix: ")
+    assert "to start all the same: --force" in fix
+    assert not (tmp_path / "run" / "run.yaml").exists()
+    again = luthier(*argv, *shlex.split(fix.split(", or ")[0].split(" (")[0]))
+    assert again.code == 0, again.err
+    assert "estimate: " in again.err
+
+
+def test_forced_it_starts(model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimating, "available", lambda: 1.0)
+    with pytest.raises(UserError):
+        library.train(made(model_dir("llama"), tmp_path / "run"))
+    said: list[str] = []
+    summary = library.train(made(model_dir("llama"), tmp_path / "run"), say=said.append, force=True)
+    assert summary["steps"] == 1
+    assert any("gradient checkpointing is on, as memory is short" in s for s in said)
+
+
+def test_the_command_and_its_json(model_dir: Callable[[str], Path], luthier: Run) -> None:
+    argv = ["estimate", "--model", model_dir("llama")]
+    done = luthier(*argv, "--length", 100)
+    assert done.code == 0, done.err
+    assert [line.split()[0] for line in done.out.splitlines()[2:6]] == ["float32", "bfloat16", "int8", "nf4"]
+    assert all(len(line) <= 80 for line in done.out.splitlines()[1:6])
+    found = json.loads(luthier(*argv, "--data", personas.TEAHOUSE, "--json").out)
+    assert found["trainable_parameters"] > 0
+    assert {r["precision"] for r in found["rows"]} == {"float32", "bfloat16", "int8", "nf4"}
+    for row in found["rows"]:
+        assert row["peak_bytes"] == max(row["load_bytes"], row["training_bytes"])
+        assert row["seconds_per_epoch"] > 0
+    assert library.estimate(made(model_dir("llama"))).parameters == found["parameters"]
+    assert luthier("estimate", "--model", model_dir("llama"), "--data", "none.json").code == 2
+
+
+def test_the_calibration_is_measured_once(model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = estimating.calibration(torch.float32)
+    monkeypatch.setattr(estimating, "_flops", lambda *_: 5.0)
+    assert estimating.calibration(torch.float32) == first
+    assert estimating.calibration(torch.float64)["flops"] == 5.0
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4"])
+def test_the_peak_is_within_ten_per_cent(
+    kind: str, recompute: bool, smollm2: Path, huanhuan: Path, tmp_path: Path
+) -> None:
+    """A process of its own for each, two steps; the estimate is the line that the run printed first."""
+    settings = {
+        "train.max_steps": 2,
+        "train.gradient_accumulation_steps": 1,
+        "train.per_device_train_batch_size": 8,
+        "train.gradient_checkpointing": str(recompute).lower(),
+        "train.eval_time_ratio": 0,
+        "model.dtype": "float32" if kind == "nf4" else kind,
+        "model.load_in_4bit": str(kind == "nf4").lower(),
+        "model.quantised_cache": "false",
+    }
+    command = [sys.executable, "-m", "luthier.cli.main", "train", "--model", str(smollm2), "--data", str(huanhuan)]
+    command += ["--output-dir", str(tmp_path / "run"), *(x for k, v in settings.items() for x in ("--set", f"{k}={v}"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = float(re.findall(r"estimate: ([\d.]+) GB", done.stderr)[0]) * 1e9
+    peak = json.loads((tmp_path / "run" / "summary.json").read_text())["peak_rss_bytes"]
+    print(f"{kind} checkpointing={recompute}: estimated {said / 1e9:.2f} GB, measured {peak / 1e9:.2f} GB")
+    assert np.isclose(said, peak, rtol=0.10)
