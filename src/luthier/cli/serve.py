@@ -1,0 +1,61 @@
+"""``luthier serve``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from luthier.cli.console import say
+from luthier.cli.options import Adapter, Model
+from luthier.errors import ConfigError
+
+
+def run(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="RUN|DIR...", help="Runs or adapters of one base; or a base or merged model."),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Where to listen; 0.0.0.0: everywhere.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0: a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", metavar="KEY", help="What clients must send; default: a random one.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="auto (fp32 on CPU), float32, bfloat16 or float16.")
+    ] = "auto",
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", metavar="N", min=1, help="Replies that are written together.")
+    ] = 16,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", metavar="N", min=1, help="Requests that may wait; more get a 429.")
+    ] = 64,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="NAME", help="luthier, or vllm: hand over to an installed vLLM.")
+    ] = "luthier",
+    only_print: Annotated[bool, typer.Option("--print", help="Print vLLM's command and stop.")] = False,
+    model: Model = None,
+    adapter: Adapter = None,
+) -> None:
+    """Serve runs over the base that they share, to any client of OpenAI's protocol.
+
+    Requests choose by name: a run's directory name, or the base's. Prompts are written as in training. Requests that
+    arrive together are decoded together.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype}: is not a type", "use auto, float32, bfloat16 or float16")
+    if engine not in ("luthier", "vllm"):
+        raise ConfigError(f"--engine {engine}: is not an engine", "use luthier or vllm")
+    if only_print and engine != "vllm":
+        raise ConfigError("--print would be ignored: luthier's engine has no command to print", "add --engine vllm")
+    if engine == "vllm":
+        from luthier.serving.vllm import hand_over
+
+        hand_over(paths or [], host, port, api_key, dtype, model, adapter, only_print, say)
+        return
+    from luthier.api import serve
+
+    serve(paths or [], host, port, api_key, dtype, model, adapter, max_batch, max_queue, say)

@@ -1,0 +1,236 @@
+"""OpenAI's protocol: what a request may hold, and the JSON of errors (``replies`` has that of replies).
+
+Source: the public API reference of OpenAI (chat completions, legacy completions, models, errors). A setting that
+would be ignored is refused, unless its value changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from luthier.errors import UserError
+from luthier.generate import Sampling
+from luthier.serving.engine import QueueFull
+from luthier.serving.sampler import random_seed
+from luthier.types import Message
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # what is not served, and its values that ask for nothing
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+}
+_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # these say nothing about the reply
+
+
+class RequestError(UserError):
+    """A request that cannot be answered: its HTTP status, and which part of it is at fault."""
+
+    def __init__(
+        self, message: str, fix: str, status: int = 400, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message, fix)
+        self.status, self.param, self.code = status, param, code
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: None = None
+    refusal: None = None
+    tool_calls: list[None] | None = Field(None, max_length=0)
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Common(_Strict):
+    """What chat and completions share. top_k, repetition_penalty, no_repeat_ngram_size: extensions of OpenAI's."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    repetition_penalty: float | None = Field(None, gt=0)
+    no_repeat_ngram_size: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=1)
+    seed: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asks_for_nothing_else(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        asked = [k for k, neutral in _NEUTRAL.items() if given.get(k) is not None and given[k] not in neutral]
+        if asked:
+            raise ValueError(f"{', '.join(asked)}: would be ignored here, so leave it out")
+        return {k: v for k, v in given.items() if k not in _NEUTRAL and k not in _LABELS}
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop
+        if stops is not None and (len(stops) > 4 or not all(stops)):
+            raise ValueError("up to four texts, none of them empty")
+        return stops
+
+    @property
+    def stops(self) -> Sequence[str]:
+        return self.stop or ()
+
+    @property
+    def usage_wanted(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, own: Sampling, longest: int | None) -> Sampling:
+        """The run's own settings, with what the request gives in their place. Raises ConfigError.
+
+        longest: where neither says how long. Temperature 0 takes the likeliest token, whatever top_p says; top_p
+        without a temperature means the protocol's default of 1 where the run draws nothing.
+        """
+        temperature, top_p, top_k = self.temperature, self.top_p, self.top_k
+        if temperature is None and own.temperature == 0 and (top_p not in (None, 1) or top_k):
+            temperature = 1.0
+        if (own.temperature if temperature is None else temperature) == 0:
+            top_p = top_k = None
+        return own.changed(
+            max_new_tokens=longest,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=random_seed() if self.seed is None else self.seed,
+            repetition_penalty=self.repetition_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+        )
+
+
+class ChatRequest(_Common):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs=true")
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ: give one")
+        return self
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def conversation(self, system: str | None) -> list[Message]:
+        """With the run's system prompt where the request has none. Raises RequestError unless turns alternate."""
+        said = [Message("system" if m.role == "developer" else m.role, m.text) for m in self.messages]
+        if said[0].role != "system" and system:
+            said.insert(0, Message("system", system))
+        turns = said[1:] if said[0].role == "system" else said
+        expected = ["user", "assistant"] * len(turns)
+        if not turns or [m.role for m in turns] != expected[: len(turns)] or turns[-1].role != "user":
+            raise RequestError(
+                f"messages: the roles are {', '.join(m.role for m in self.messages)}",
+                "send an optional system message, then user and assistant in turn, a user message last",
+                param="messages",
+            )
+        return said
+
+
+class CompletionRequest(_Common):
+    prompt: str | list[str] | list[int]
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    @property
+    def longest(self) -> int:
+        return self.max_tokens or 16  # the protocol's default
+
+    @property
+    def logprob_count(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def text(self) -> str | None:
+        """None where the prompt is token ids. Raises RequestError for several prompts."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        if self.prompt and all(isinstance(p, int) for p in self.prompt):
+            return None
+        if len(self.prompt) != 1:
+            raise RequestError(
+                f"prompt: holds {len(self.prompt)} prompts", "send one a request; they are batched here", param="prompt"
+            )
+        return str(self.prompt[0])
+
+
+R = TypeVar("R", bound=_Common)
+
+
+def parse(kind: type[R], body: bytes) -> R:
+    """Raises RequestError naming everything that is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as e:
+        told = [(".".join(str(p) for p in one["loc"]), one["msg"].removeprefix("Value error, ")) for one in e.errors()]
+        message = "; ".join(f"{where}: {what}" if where else what for where, what in dict(told).items())
+        raise RequestError(f"the request is not valid: {message}", "correct it", param=told[0][0] or None) from None
+
+
+def status_of(error: Exception) -> int:
+    if isinstance(error, RequestError):
+        return error.status
+    return 429 if isinstance(error, QueueFull) else 400 if isinstance(error, UserError) else 500
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """OpenAI's shape. What is our own fault is told without details: they are in the log."""
+    status = status_of(error)
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
+    codes = {401: "invalid_api_key", 429: "queue_full"}
+    text = f"{error.message}; {error.fix}" if isinstance(error, UserError) else "the server failed on this request"
+    return {
+        "error": {
+            "message": text,
+            "type": kinds.get(status, "invalid_request_error"),
+            "param": getattr(error, "param", None),
+            "code": getattr(error, "code", None) or codes.get(status),
+        }
+    }
