@@ -1,7 +1,8 @@
-"""Figures on held-out rows: loss, perplexity, and how many replies end by themselves."""
+"""Figures on held-out rows: loss, perplexity, how many replies end by themselves, and how close they come."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from luthier.batch import collate
 from luthier.generate import Generator, Reply, Sampling
 from luthier.kernels.segments import to_device
 from luthier.models.forward import segment_attention, token_losses
+from luthier.text_metrics import TextMetrics, measure
 from luthier.types import Conversation, Example, Message
 
+REPLIES, NEW_TOKENS = 24, 200  # replies to how many held-out prompts, and how long they may get
 _ROWS = 8
 
 
@@ -32,10 +35,14 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One model on the held-out rows. ``complete`` is false where the time given ran out."""
+    """One model on the held-out rows. ``complete`` is false where the time given ran out.
+
+    text: the replies against the rows' own.
+    """
 
     held_out: HeldOut
     replies: tuple[Reply, ...]
+    text: TextMetrics
     complete: bool
     seconds: float
 
@@ -51,6 +58,7 @@ class Scores:
             "tokens": self.held_out.tokens,
             "rows": self.held_out.rows,
             "stop_rate": self.stop_rate,
+            **self.text.as_dict(),
             "replies": len(self.replies),
             "complete": self.complete,
             "seconds": round(self.seconds, 3),
@@ -75,22 +83,30 @@ def held_out_loss(model: Any, examples: Sequence[Example], deadline: float | Non
     return HeldOut(total / tokens, tokens, rows)
 
 
+def askable(generator: Generator, chats: Sequence[Conversation], most: int) -> list[Conversation]:
+    """The first ``most`` rows whose prompt the model can read whole (in training longer rows are cut)."""
+    fitting = (c for c in chats if generator.fits(c.messages[:-1]))
+    return list(itertools.islice(fitting, most))
+
+
 def score(
     generator: Generator,
     examples: Sequence[Example],
     chats: Sequence[Conversation],
-    most_replies: int = 24,
-    max_new_tokens: int = 200,
+    most_replies: int = REPLIES,
+    max_new_tokens: int = NEW_TOKENS,
     seconds: float | None = None,
 ) -> Scores:
     """Loss on all rows, then greedy replies to the first ``most_replies`` prompts, within ``seconds`` if given."""
     start = time.monotonic()
     deadline = None if seconds is None else start + seconds
     loss = held_out_loss(generator.model, examples, deadline)
-    prompts = [c.messages[:-1] for c in chats[:most_replies]]
-    replies = answers(generator, prompts, max_new_tokens, deadline)
-    complete = loss.rows == len(examples) and len(replies) == len(prompts)
-    return Scores(loss, tuple(replies), complete, time.monotonic() - start)
+    asked = askable(generator, chats, most_replies)
+    replies = answers(generator, [c.messages[:-1] for c in asked], max_new_tokens, deadline)
+    complete = loss.rows == len(examples) and len(replies) == len(asked)
+    took = time.monotonic() - start
+    text = measure([r.text for r in replies], [c.messages[-1].content for c in asked[: len(replies)]])
+    return Scores(loss, tuple(replies), text, complete, took)
 
 
 def answers(

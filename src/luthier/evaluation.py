@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier import files
+from luthier import files, text_metrics
 from luthier.chatting import Chat
 from luthier.config import RunConfig, build
 from luthier.errors import ConfigError
-from luthier.evaluate import Scores, answers, score
+from luthier.evaluate import NEW_TOKENS, REPLIES, Scores, answers, askable, score
 from luthier.generate import Generator
-from luthier.lora import LoraLinear, plain
+from luthier.lora import LoraLinear, frozen_dtype, plain
 from luthier.preflight import Inspection, read_held_out
 from luthier.types import Conversation, Example
 
@@ -54,19 +54,23 @@ def compare(
     chats: Sequence[Conversation],
     data: Path,
     seconds: float | None = None,
+    most_replies: int = REPLIES,
+    max_new_tokens: int = NEW_TOKENS,
 ) -> Comparison:
     """Score the tuned model, then the base (the adapter switched off) on what was scored; half of the time each."""
     half = None if seconds is None else seconds / 2
-    after = score(generator, examples, chats, seconds=half)
+    asked = askable(generator, chats, most_replies)
+    after = score(generator, examples, asked, most_replies, max_new_tokens, half)
+    scored = asked[: len(after.replies)]
     with plain(layers):
-        before = score(generator, examples[: after.held_out.rows], chats, most_replies=len(after.replies), seconds=half)
+        before = score(generator, examples[: after.held_out.rows], scored, most_replies, max_new_tokens, half)
     return Comparison(
         data=str(data),
         base=before,
         tuned=after,
-        dtype=str(generator.model.dtype).removeprefix("torch."),
-        prompts=tuple(c.messages[-2].content for c in chats[: len(after.replies)]),
-        references=tuple(c.messages[-1].content for c in chats[: len(after.replies)]),
+        dtype=str(frozen_dtype(generator.model)).removeprefix("torch."),
+        prompts=tuple(c.messages[-2].content for c in scored),
+        references=tuple(c.messages[-1].content for c in scored),
     )
 
 
@@ -76,7 +80,13 @@ def write_rows(path: Path, chats: Sequence[Conversation]) -> None:
     files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def evaluate(chat: Chat, run: Path | None, data: Sequence[Path]) -> Comparison:
+def evaluate(
+    chat: Chat,
+    run: Path | None,
+    data: Sequence[Path],
+    most_replies: int = REPLIES,
+    max_new_tokens: int = NEW_TOKENS,
+) -> Comparison:
     """The verb: ``data``'s rows, or the run's own held-out ones. Raises UserError where there are none."""
     rows = list(data)
     own = run / HELD_OUT if run else None
@@ -87,14 +97,12 @@ def evaluate(chat: Chat, run: Path | None, data: Sequence[Path]) -> Comparison:
             "there are no held-out rows",
             "give --data FILE, or train with --set data.eval=FILE or --set data.eval_fraction=0.05",
         )
-    if not chat.layers:
-        raise ConfigError("there is no adapter to compare with its base", "give a run directory")
     found = read_held_out(chat.voice, chat.config or _defaults(rows), rows)
     file = rows[0]
     if len(rows) > 1 or not set(found.report.formats.values()) <= {"alpaca", "messages"}:
         file = (run or Path()) / "eval-rows.jsonl"  # one file in a format that everything reads
         write_rows(file, found.chats)
-    return compare(chat.generator, chat.layers, found.held_out, found.chats, file)
+    return compare(chat.generator, chat.layers, found.held_out, found.chats, file, None, most_replies, max_new_tokens)
 
 
 def at_the_end(
@@ -112,6 +120,8 @@ def at_the_end(
         f"held-out loss: {result.base.held_out.loss:.3f} before, {result.tuned.held_out.loss:.3f} after "
         f"({result.tuned.held_out.rows} of {len(found.held_out)} rows)"
     )
+    if note := text_metrics.note():
+        say(f"note: {note}")
     if not (result.tuned.complete and result.base.complete):
         say(f"evaluation stopped after its time ({seconds:.0f} s); luthier eval {run} takes as long as it needs")
     return result
@@ -121,11 +131,12 @@ def samples_at_the_end(
     run: Path, found: Inspection, generator: Generator, layers: dict[str, LoraLinear], seconds: float
 ) -> None:
     """Without held-out rows: replies of both models to a few training questions, for the report."""
-    prompts = [c.messages[:-1] for c in found.samples]
-    after = answers(generator, prompts, 200, time.monotonic() + seconds / 2)
+    asked = askable(generator, found.samples, len(found.samples))
+    prompts = [c.messages[:-1] for c in asked]
+    after = answers(generator, prompts, NEW_TOKENS, time.monotonic() + seconds / 2)
     with plain(layers):
-        before = answers(generator, prompts[: len(after)], 200, time.monotonic() + seconds / 2)
-    rows = zip(found.samples, before, after, strict=False)
+        before = answers(generator, prompts[: len(after)], NEW_TOKENS, time.monotonic() + seconds / 2)
+    rows = zip(asked, before, after, strict=False)
     samples = [
         {
             "prompt": c.messages[-2].content,

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from luthier.config import GenerationSettings
 from luthier.control import ControlTokens
-from luthier.errors import DataError, UserError
+from luthier.errors import ConfigError, DataError, TemplateError, UserError
 from luthier.models.tokenizer import Tokenizer
+from luthier.templates import RefusedConversation
 from luthier.types import Message, Template
+
+_BATCH_TOKENS = 4096  # prompts and replies of one batch together
+_DRAWN: dict[str, Any] = {"top_p": 1.0, "top_k": 0}  # where tokens are drawn; these values change nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are drawn. temperature 0: always the likeliest token (reproducible).
 
-    max_seconds: after it replies are cut where they are.
+    max_seconds: after it replies are cut where they are; several replies share it.
+    repetition_penalty, no_repeat_ngram_size: as in transformers, over the tokens of prompt and reply; 1 and 0: off.
+    Raises ConfigError where a setting would be ignored.
     """
 
     max_new_tokens: int = 512
@@ -30,17 +37,78 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     max_seconds: float | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+
+    def __post_init__(self) -> None:
+        likeliest = self.temperature == 0
+        unused = [k for k, neutral in _DRAWN.items() if getattr(self, k) != neutral]
+        if likeliest and unused:
+            raise ConfigError(
+                f"{' and '.join(unused)} would be ignored: at temperature 0 the likeliest token is always taken",
+                "give a temperature too (--temperature 0.7), or leave it out",
+            )
+        if not likeliest and self.top_k == 1:
+            raise ConfigError(
+                "the temperature would be ignored: top_k 1 leaves only the likeliest token to draw",
+                "use temperature 0 (--temperature 0), which takes the likeliest token, without top_k",
+            )
+
+    @classmethod
+    def of(cls, chosen: GenerationSettings, seed: int = 0) -> Self:
+        """A run's own settings."""
+        drawn = {k: getattr(chosen, k) for k in _DRAWN} if chosen.do_sample else {}
+        return cls(
+            max_new_tokens=chosen.max_new_tokens,
+            temperature=chosen.temperature if chosen.do_sample else 0.0,
+            seed=seed,
+            repetition_penalty=chosen.repetition_penalty,
+            no_repeat_ngram_size=chosen.no_repeat_ngram_size,
+            **drawn,
+        )
+
+    def changed(self, **given: float | None) -> Self:
+        """With what is given (not None) in the place of its own; temperature 0 takes its top_p and top_k away."""
+        chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        if chosen.get("temperature") == 0:
+            chosen = {**_DRAWN, **chosen}
+        return replace(self, **chosen)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """text without the stop token; stopped: it ended by a stop token, not by ``max_new_tokens``."""
+    """text without the stop token and the template's ``reply_prefix``.
+
+    stopped: it ended by a stop token, not by ``max_new_tokens``.
+    """
 
     text: str
     stopped: bool
     prompt_tokens: int
     reply_tokens: int
     seconds: float
+
+
+def check_text(text: str, what: str, tokenizer: Tokenizer, template: Template) -> None:
+    """Raise DataError where a text is no text, or would be read as one of the model's control tokens."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{what} holds bytes that are not text", "type it in UTF-8") from None
+    control = ControlTokens.of([*tokenizer.control_tokens, *template.markers], "refuse")
+    if control:
+        control.check(text, what)
+
+
+def prompt_text(template: Template, messages: Sequence[Message]) -> str:
+    """What the model sees before its reply. Raises TemplateError where the template refuses the conversation."""
+    try:
+        return template.prompt(messages)
+    except RefusedConversation as e:
+        raise TemplateError(
+            f"the model's chat template refuses this conversation: {e}",
+            "leave the system prompt out, or train with --set data.system_role=merge",
+        ) from None
 
 
 class Generator:
@@ -54,48 +122,87 @@ class Generator:
         model.generation_config = GenerationConfig()  # what is sampled is in ``Sampling``, never hidden defaults
 
     def check(self, text: str, what: str) -> None:
-        """Raise DataError where a text is no text, or would be read as one of the model's control tokens."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise DataError(f"{what} holds bytes that are not text", "type it in UTF-8") from None
-        control = ControlTokens.of([*self.tokenizer.control_tokens, *self.template.stop], "refuse")
-        if control:
-            control.check(text, what)
+        """As ``check_text``, for this model."""
+        check_text(text, what, self.tokenizer, self.template)
+
+    def fits(self, messages: Sequence[Message]) -> bool:
+        """Whether the model can read this prompt and write at least one token."""
+        return self._room(len(self.prompt_ids(messages)), 1) >= 1
 
     def reply(
         self, messages: Sequence[Message], sampling: Sampling, on_text: Callable[[str], None] | None = None
     ) -> Reply:
         """One reply; ``on_text`` gets the text as it is written."""
-        streamer = _Stream(self.tokenizer, self.stop_ids, on_text) if on_text else None
-        return self._generate([self._prompt(messages)], sampling, streamer)[0]
+        streamer = _Stream(self.tokenizer, self.stop_ids, self.template.reply_prefix, on_text) if on_text else None
+        return self._generate([self.prompt_ids(messages)], sampling, streamer)[0]
 
     def replies(self, prompts: Sequence[Sequence[Message]], sampling: Sampling) -> list[Reply]:
-        """One reply to each, generated together (padded on the left, positions kept)."""
-        return self._generate([self._prompt(m) for m in prompts], sampling, None)
+        """One reply to each, in the prompts' order; without sampling and in fp32 each is what ``reply`` gives.
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        return list(self.tokenizer.encode_batch([self.template.prompt(messages)])[0].ids)
+        Prompts of like length are generated together (padded on the left, positions kept), ``_BATCH_TOKENS`` tokens
+        at most. With a penalty one by one, since padding would count as prompt.
+        """
+        encoded = [self.prompt_ids(m) for m in prompts]
+        end = None if sampling.max_seconds is None else time.monotonic() + sampling.max_seconds
+        found: dict[int, Reply] = {}
+        for batch in self._batches([len(p) for p in encoded], sampling):
+            left = None if end is None else max(0.0, end - time.monotonic())
+            made = self._generate([encoded[i] for i in batch], replace(sampling, max_seconds=left), None)
+            found.update(zip(batch, made, strict=True))
+        return [found[i] for i in range(len(encoded))]
+
+    def _batches(self, lengths: Sequence[int], s: Sampling) -> Iterator[list[int]]:
+        """Indices of prompts to be generated together, longest first; all of a batch may grow by as many tokens."""
+        alone = s.repetition_penalty != 1 or s.no_repeat_ngram_size > 0
+        batch: list[int] = []
+        longest = room = 0
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            own = self._room(lengths[i], s.max_new_tokens)
+            if batch and (alone or own != room or (len(batch) + 1) * (longest + room) > _BATCH_TOKENS):
+                yield batch
+                batch = []
+            if not batch:
+                longest, room = lengths[i], own
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _room(self, prompt: int, wanted: int) -> int:
+        """How many tokens may be written after a prompt of so many; none or fewer where it is too long."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(wanted, limit - prompt) if limit else wanted
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The conversation as the model reads it. Raises TemplateError."""
+        return list(self.tokenizer.encode_batch([prompt_text(self.template, messages)])[0].ids)
+
+    def check_length(self, tokens: int) -> int | None:
+        """How many tokens the model reads in all. Raises UserError where a prompt leaves no room for a reply."""
+        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and tokens + 1 > limit:
+            raise UserError(
+                f"the prompt is {tokens} tokens long; the model reads at most {limit}", "shorten the conversation"
+            )
+        return limit
 
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]], s: Sampling, streamer: _Stream | None) -> list[Reply]:
         self.model.eval()
         longest = max(map(len, prompts))
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and longest + 1 > limit:
-            raise UserError(
-                f"the prompt is {longest} tokens long; the model reads at most {limit}", "shorten the conversation"
-            )
+        self.check_length(longest)
+        room = self._room(longest, s.max_new_tokens)
         pad = self.stop_ids[0]
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
         sampled = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k} if s.temperature > 0 else {}
         config = GenerationConfig(
-            max_new_tokens=min(s.max_new_tokens, limit - longest) if limit else s.max_new_tokens,
+            max_new_tokens=room,
             do_sample=s.temperature > 0,
             eos_token_id=self.stop_ids,
             pad_token_id=pad,
             max_time=s.max_seconds,
+            repetition_penalty=float(s.repetition_penalty),
+            no_repeat_ngram_size=s.no_repeat_ngram_size,
             **sampled,
         )
         if s.temperature > 0:
@@ -111,7 +218,7 @@ class Generator:
         end = next((i for i, t in enumerate(ids) if t in self.stop_ids), None)
         kept = ids if end is None else ids[:end]
         return Reply(
-            text=self.tokenizer.decode(kept),
+            text=self.tokenizer.decode(kept).removeprefix(self.template.reply_prefix),
             stopped=end is not None,
             prompt_tokens=prompt_tokens,
             reply_tokens=len(kept) + (end is not None),
@@ -122,9 +229,12 @@ class Generator:
 class _Stream(BaseStreamer):  # type: ignore[misc]
     """Hands on text as soon as its bytes are whole characters."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int], on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop_ids: Sequence[int], prefix: str, on_text: Callable[[str], None]
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = set(stop_ids)
+        self._prefix = prefix
         self._on_text = on_text
         self._ids: list[int] = []
         self._shown = ""
@@ -136,13 +246,14 @@ class _Stream(BaseStreamer):  # type: ignore[misc]
             return
         self._ids += [t for t in value.reshape(-1).tolist() if t not in self._stop]
         text = self._tokenizer.decode(self._ids)
-        if not text.endswith("\ufffd"):
+        if not text.endswith("\ufffd") and not self._prefix.startswith(text):  # more of the prefix may come
             self._emit(text)
 
     def end(self) -> None:
         self._emit(self._tokenizer.decode(self._ids))
 
     def _emit(self, text: str) -> None:
+        text = text.removeprefix(self._prefix)
         if len(text) > len(self._shown):
             self._on_text(text[len(self._shown) :])
             self._shown = text

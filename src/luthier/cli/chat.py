@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import say
+from luthier.cli.conversation import Conversation, ask, ask_both
 from luthier.cli.options import Adapter, Checkpoint, Json, Model
-from luthier.errors import ConfigError, UserError
+from luthier.errors import ConfigError
 
 if TYPE_CHECKING:
-    from luthier.api import Chat
-    from luthier.generate import Reply, Sampling
+    from luthier.generate import Reply
 
 
 def run(
@@ -28,14 +27,26 @@ def run(
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="System prompt; default: the training's.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest reply.")] = 512,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest reply.")
+    ] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", metavar="T", min=0.0, help="0: always the likeliest token.")
-    ] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", metavar="P", min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
+        float | None, typer.Option("--temperature", metavar="T", min=0.0, help="0: always the likeliest token.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", metavar="P", min=0.01, max=1.0, help="Nucleus sampling.")
+    ] = None,
     top_k: Annotated[
-        int, typer.Option("--top-k", metavar="K", min=0, help="Draw from the k likeliest tokens; 0: all.")
-    ] = 0,
+        int | None, typer.Option("--top-k", metavar="K", min=0, help="Draw from the k likeliest tokens; 0: all.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option("--repetition-penalty", metavar="X", min=0.01, help="Above 1: said once, less likely again."),
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None,
+        typer.Option("--no-repeat-ngram-size", metavar="N", min=0, help="Never N tokens in a row twice; 0: off."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the sampling.")] = 0,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="auto (fp32 on CPU), float32, bfloat16 or float16.")
@@ -43,28 +54,44 @@ def run(
     model: Model = None,
     adapter: Adapter = None,
     checkpoint: Checkpoint = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's replies beside the tuned.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Talk to a run, an adapter or a base model, with the very prompt format of its training."""
+    """Talk to a run, an adapter or a base model, with the very prompt format of its training.
+
+    How replies are drawn: as the run's generation settings say, else the likeliest token, at most 512 of them; an
+    option takes the place of its setting. /help lists the commands of a conversation.
+    """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype}: is not a type", "use auto, float32, bfloat16 or float16")
     if as_json and prompt is None:
         raise ConfigError("--json prints one reply, so it needs a prompt", "add --prompt TEXT")
     from luthier.api import chat
-    from luthier.generate import Sampling
 
     if prompt == "-":
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty", "give --prompt TEXT")
-    talk = chat(path, system, dtype, model, adapter, checkpoint)
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+    }
+    talk = chat(path, system, dtype, model, adapter, checkpoint, given, with_adapter=compare)
+    beside = talk.beside() if compare else None
     if prompt is None:
-        _converse(talk, sampling)
-    elif as_json:
-        print(json.dumps(_as_dict(talk.send(prompt, sampling))))
+        Conversation(talk, beside).run()
+    elif not as_json:
+        ask(talk, prompt, beside)
+    elif beside is None:
+        print(json.dumps(_as_dict(talk.send(prompt))))
     else:
-        _once(talk, prompt, sampling)
+        replies = zip(("base", "tuned"), ask_both(talk, beside, prompt), strict=True)
+        print(json.dumps({name: _as_dict(reply) for name, reply in replies}))
 
 
 def _as_dict(reply: Reply) -> dict[str, Any]:
@@ -75,32 +102,3 @@ def _as_dict(reply: Reply) -> dict[str, Any]:
         "reply_tokens": reply.reply_tokens,
         "seconds": round(reply.seconds, 3),
     }
-
-
-def _once(talk: Chat, prompt: str, sampling: Sampling) -> None:
-    reply = talk.send(prompt, sampling, lambda text: print(text, end="", flush=True))
-    print()
-    if not reply.stopped:
-        say(f"(cut at {reply.reply_tokens} tokens; --max-new-tokens allows more)")
-
-
-def _converse(talk: Chat, sampling: Sampling) -> None:
-    say("Type a message; /reset starts anew, /quit ends (Ctrl-D too).")
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            print()
-            return
-        if text.strip() in ("/quit", "/exit"):
-            return
-        if text.strip() == "/reset":
-            talk.reset()
-            say("(a new conversation)")
-        elif text.strip():
-            try:
-                _once(talk, text, sampling)
-            except UserError as e:
-                say(f"error: {e}")
-            except KeyboardInterrupt:
-                print()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from luthier.cli.console import say
 from luthier.cli.options import Adapter, Checkpoint, Data, Json, Model
 
 if TYPE_CHECKING:
@@ -21,29 +23,52 @@ def run(
     adapter: Adapter = None,
     checkpoint: Checkpoint = None,
     dtype: Annotated[str, typer.Option("--dtype", metavar="TYPE", help="auto is fp32 on the CPU.")] = "auto",
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", min=0, help="How many of the rows' prompts are answered.")
+    ] = 24,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest reply in tokens.")
+    ] = 200,
     as_json: Json = False,
 ) -> None:
-    """Compare base and tuned model on held-out rows: the run's own, or those of --data."""
+    """Compare base and tuned model on held-out rows: the run's own, or those of --data.
+
+    Loss and perplexity are over all rows. Both models then answer some of the prompts, always with the likeliest
+    token, and the replies are held against the rows' own (BLEU, chrF, ROUGE-L; Chinese is cut into words by jieba).
+    """
+    from luthier import text_metrics
     from luthier.api import eval as evaluate
 
-    result = evaluate(path, data or (), dtype, model, adapter, checkpoint)
+    result = evaluate(path, data or (), dtype, model, adapter, checkpoint, samples, max_new_tokens)
     if as_json:
         print(json.dumps(result.as_dict()))
     else:
         _print(result)
+    if note := text_metrics.note():
+        say(f"note: {note}")
 
 
 def _print(result: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result.tuned.held_out.rows} held-out rows, {result.dtype}")
+    both = (result.base, result.tuned)
+    table = Table(title=f"{result.tuned.held_out.rows} held-out rows, {len(result.prompts)} answered, {result.dtype}")
     for name in ("", "base", "tuned"):
         table.add_column(name, justify="left" if not name else "right")
-    both = (result.base, result.tuned)
-    table.add_row("loss (nats a token)", *(f"{s.held_out.loss:.4f}" for s in both))
-    table.add_row("perplexity", *(f"{s.held_out.perplexity:.2f}" for s in both))
-    table.add_row("replies that end by themselves", *(f"{s.stop_rate or 0:.0%}" for s in both))
+
+    def row(name: str, values: Iterable[float | None], form: str) -> None:
+        shown = list(values)
+        if shown != [None, None]:
+            table.add_row(name, *("-" if v is None else format(v, form) for v in shown))
+
+    row("loss (nats a token)", (s.held_out.loss for s in both), ".4f")
+    row("perplexity", (s.held_out.perplexity for s in both), ".2f")
+    row("replies that end by themselves", (s.stop_rate for s in both), ".0%")
+    row("length of replies to references", (s.text.length_ratio for s in both), ".2f")
+    row("BLEU (0 to 100)", (s.text.bleu for s in both), ".2f")
+    row("chrF (0 to 100)", (s.text.chrf for s in both), ".2f")
+    row("ROUGE-L (0 to 1)", (s.text.rouge_l for s in both), ".4f")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"rows: {result.data}", markup=False)
