@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-slow lint types check-all clean
+.PHONY: setup demo test test-slow test-all lint types check-all clean
 
 setup: $(VENV)/.dev model
 
@@ -30,6 +30,9 @@ test: $(VENV)/.dev model
 
 test-slow: $(VENV)/.dev model
 	$(BIN)/python -m pytest -m slow
+
+test-all: $(VENV)/.dev model
+	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests

@@ -18,7 +18,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier import hub
+from luthier.data.report import DataReport
+from luthier.data.rows import RowProblem
+from luthier.data.source import BadRow
+from luthier.errors import UserError
 from luthier.models.tokenizer import Tokenizer, load_tokenizer
+
+from .error_sites import recorder
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -44,6 +50,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "glm": {"model_type": "glm", "attention_bias": True, "partial_rotary_factor": 0.5},
     "gemma2": {"model_type": "gemma2", "query_pre_attn_scalar": 16, "sliding_window": 16},  # soft caps
 }
+
+
+for owner, method in ((UserError, "__init__"), (RowProblem, "__init__"), (BadRow, "__init__"), (DataReport, "add")):
+    recorder.watch(owner, method)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What looks back on the whole suite runs last."""
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -113,6 +128,11 @@ def huanhuan() -> Path:
 @pytest.fixture(scope="session")
 def vocabs() -> Path:
     return _shared("vocabs")
+
+
+@pytest.fixture(scope="session")
+def tutorials() -> Path:
+    return _shared("tutorials")
 
 
 def _shared(name: str) -> Path:

@@ -17,15 +17,17 @@ SOURCE = Path(__file__).parent.parent / "src" / "luthier"
 LINES_A_FILE, LINES_A_FUNCTION = 400, 80
 
 LAYERS: list[set[str]] = [
-    {"errors", "types", "files"},
+    {"errors", "types", "files", "text_metrics"},
     {"config"},
-    {"data", "templates", "personas"},
+    {"data", "templates", "personas", "recipes"},
     {"encode", "control", "store", "batch", "kernels"},
     {"models", "lora"},
-    {"adapter", "generate", "evaluate", "preflight"},
-    {"training"},
-    {"hub", "chatting"},
-    {"evaluation", "diagnosis", "report"},
+    {"adapter_layout"},
+    {"adapter", "generate", "evaluate", "preflight", "memory"},
+    {"training", "located"},
+    {"hub", "chatting", "merging", "exporting", "estimating"},
+    {"evaluation", "diagnosis", "report", "bench", "serving"},
+    {"tuning"},
     {"api"},
     {"cli"},
 ]

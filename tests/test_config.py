@@ -52,7 +52,11 @@ def test_overrides_read_as_people_write_numbers() -> None:
         ({"train.learning_rate": "fast"}, "got 'fast'", "correct train.learning_rate"),
         ({"lora.r": 0, "train.seed": -1}, "train.seed: input should be", "correct lora.r; correct train.seed"),
         ({"train.seed.x": 1}, "seed", "keys are"),
-        ({"train.max_steps": 3, "train.num_train_epochs": 1}, "num_train_epochs would be ignored", "one of the two"),
+        (
+            {"train.max_steps": 3, "train.num_train_epochs": 1},
+            "train.num_train_epochs would be ignored",
+            "one of the two",
+        ),
         ({"train.seed": True}, "must not be true or false", "correct train.seed"),
         ({"lora.target_modules": []}, "at least 1 item", "correct lora.target_modules"),
         ({"data.too_long": "cut"}, "'truncate', 'drop' or 'error'", "correct data.too_long"),

@@ -41,6 +41,7 @@ def test_the_three_choices(where: str, tokenizer: Tokenizer) -> None:
     assert (len(found), report.dropped, report.refused) == (0, 1, [])
     found, report = encode(tokenizer, "escape", **{where: BAD})
     assert report.rows() == {"read": 1, "kept": 1, "dropped": 0, "changed": 1}
+    assert "control tokens such as <|im_end|> were escaped" in report.problems[0].reason
     for token in (1, 2):  # no more control tokens than the template wrote itself
         assert (found[0].ids == token).sum() == (plain.ids == token).sum()
 

@@ -22,11 +22,11 @@ PAGES = [*READMES, "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT 
 
 
 def commands(page: str) -> list[str]:
-    """The shell lines of the block that says it is run here."""
+    """The shell lines of the blocks that say they are run here."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    block = re.search(r"<!-- these commands are run[^>]*-->\n```bash\n(.*?)```", text, re.DOTALL)
-    assert block, f"{page} has no block that is run"
-    return block.group(1).strip().splitlines()
+    blocks = re.findall(r"<!-- these commands are run[^>]*-->\n```bash\n(.*?)```", text, re.DOTALL)
+    assert blocks, f"{page} has no block that is run"
+    return [line for block in blocks for line in block.strip().splitlines()]
 
 
 def test_the_page_of_settings_is_made_from_the_code() -> None:
@@ -63,13 +63,15 @@ def test_both_readmes_give_the_same_commands() -> None:
 def test_the_readmes_commands_run(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As they stand, with a tiny model where ``pull`` would put the embedded one."""
+    """As they stand, with a tiny model in the places of the real ones."""
     lines = commands("README.md")
     assert lines[0].startswith("luthier pull smollm2-135m --to model")
-    (tmp_path / "model").symlink_to(model_dir("llama"))
+    for name in ("model", "Yi-6B-Chat"):
+        (tmp_path / name).symlink_to(model_dir("llama"))
     rows = re.search(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert rows
     (tmp_path / "rows.jsonl").write_text(rows.group(1), encoding="utf-8")
+    (tmp_path / "huanhuan.json").write_text(f"[{rows.group(1)}]", encoding="utf-8")
     for line in lines[1:]:
         argv = [sys.executable, "-m", "luthier.cli.main", *shlex.split(line)[1:]]
         done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)

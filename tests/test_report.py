@@ -61,7 +61,7 @@ def test_without_held_out_rows_it_shows_training_questions(model_dir: Callable[[
         {
             "model": {"path": model_dir("llama")},
             "data": {"train": personas.TEAHOUSE},
-            "train": {"max_steps": 2, "eval_time_ratio": 10},
+            "train": {"max_steps": 30, "eval_time_ratio": 10},
             "output_dir": tmp_path / "run",
         }
     )

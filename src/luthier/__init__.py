@@ -6,20 +6,45 @@ costs nothing until one is used.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers imports its client
+
 if TYPE_CHECKING:
-    from luthier.api import Chat, DemoResult, Stopped, chat, check, demo, doctor, eval, init, pull, train  # noqa: A004
+    from luthier.api import (
+        Chat,
+        DemoResult,
+        Estimate,
+        Merged,
+        Stopped,
+        chat,
+        check,
+        demo,
+        doctor,
+        estimate,
+        eval,  # noqa: A004
+        export,
+        init,
+        load_model,
+        merge,
+        pull,
+        serve,
+        train,
+    )
     from luthier.config import RunConfig, build, load
     from luthier.errors import UserError
     from luthier.generate import Reply, Sampling
+    from luthier.recipes import recipe
 
 _EXPORTS = {
     "Chat": "luthier.api",
     "DemoResult": "luthier.api",
+    "Estimate": "luthier.api",
+    "Merged": "luthier.api",
     "Reply": "luthier.generate",
     "RunConfig": "luthier.config",
     "Sampling": "luthier.generate",
@@ -31,15 +56,23 @@ _EXPORTS = {
     "demo": "luthier.api",
     "doctor": "luthier.api",
     "eval": "luthier.api",
+    "estimate": "luthier.api",
+    "export": "luthier.api",
     "init": "luthier.api",
     "load": "luthier.config",
+    "load_model": "luthier.api",
+    "merge": "luthier.api",
     "pull": "luthier.api",
+    "recipe": "luthier.recipes",
+    "serve": "luthier.api",
     "train": "luthier.api",
 }
 
 __all__ = [
     "Chat",
     "DemoResult",
+    "Estimate",
+    "Merged",
     "Reply",
     "RunConfig",
     "Sampling",
@@ -51,10 +84,16 @@ __all__ = [
     "check",
     "demo",
     "doctor",
+    "estimate",
     "eval",
+    "export",
     "init",
     "load",
+    "load_model",
+    "merge",
     "pull",
+    "recipe",
+    "serve",
     "train",
 ]
 

@@ -2,39 +2,61 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier import adapter as adapters
 from luthier import config as configs
-from luthier import evaluation, files, hub, report, templates
+from luthier import estimating, evaluation, exporting, files, hub, merging, recipes
 from luthier import personas as demos
 from luthier.chatting import Chat, open_chat
-from luthier.config import RunConfig, differences
+from luthier.config import RunConfig
 from luthier.diagnosis import examine
 from luthier.errors import ConfigError
-from luthier.evaluate import Scores, score
+from luthier.estimating import Estimate, Wanted
+from luthier.evaluate import NEW_TOKENS, REPLIES, Scores, score
 from luthier.evaluation import Comparison
-from luthier.generate import Generator, Reply
-from luthier.lora import LoraLinear, attach, trainable_parameters
-from luthier.models.directory import fingerprint
-from luthier.models.forward import prove_segments
-from luthier.models.load import load_weights, pick_device, pick_dtype
+from luthier.generate import Reply
+from luthier.located import locate_adapter
+from luthier.lora import resolve
+from luthier.memory import Rows
+from luthier.merging import Merged
+from luthier.models.directory import family_of, read_config
+from luthier.models.load import empty_model, load_weights, pick_device, pick_dtype
+from luthier.models.tokenizer import has_tokenizer, load_tokenizer
 from luthier.preflight import Inspection, inspect
-from luthier.training import checkpoint, loop
-from luthier.training.metrics import MetricsFile, Progress, StepRecord, peak_rss_bytes
-from luthier.training.optim import Optimizer
+from luthier.serving import server
+from luthier.training.metrics import StepRecord
 from luthier.training.run_dir import RunDir
+from luthier.tuning import Stopped, absolute, train, wanted
 
-__all__ = ["Chat", "DemoResult", "Stopped", "chat", "check", "demo", "doctor", "eval", "init", "pull", "train"]
+__all__ = [
+    "Chat",
+    "DemoResult",
+    "Estimate",
+    "Merged",
+    "Stopped",
+    "chat",
+    "check",
+    "demo",
+    "doctor",
+    "estimate",
+    "eval",
+    "export",
+    "init",
+    "load_model",
+    "merge",
+    "pull",
+    "serve",
+    "train",
+]
 
 Say = Callable[[str], None]
 pull = hub.pull
 chat = open_chat
 doctor = examine
+serve = server.serve
 
 
 def check(config: RunConfig, show: int = 0) -> Inspection:
@@ -50,152 +72,70 @@ def init(
     model: Path | str | None = None,
     data: Sequence[Path | str] = (),
     output_dir: Path | str | None = None,
+    recipe: str | None = None,
 ) -> Path:
-    """Write a commented ``run.yaml``; an existing file is never overwritten."""
+    """Write a commented ``run.yaml``, a recipe's where one is named; an existing file is never overwritten."""
     to = Path(to)
     if to.exists():
         raise ConfigError(f"{to}: is there already", "choose another name with --to, or delete it")
-    text = configs.template(
-        str(model or "MODEL_DIR"), [str(p) for p in data] or ["ROWS.jsonl"], str(output_dir or "run")
-    )
+    own = str(model or "MODEL_DIR"), [str(p) for p in data] or ["ROWS.jsonl"], str(output_dir or "run")
+    text = recipes.filled(recipe, *own) if recipe is not None else configs.template(*own)
     files.write_text(to, text)
     return to
 
 
-def train(
-    config: RunConfig,
-    on_step: Callable[[StepRecord], None] = lambda _: None,
-    say: Say = lambda _: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Run to the end and return ``summary.json``'s content.
+def load_model(path: Path | str, dtype: str = "float32") -> tuple[Any, Any]:
+    """(model, tokenizer) as training uses them: a native transformers model from any published layout.
 
-    A finished run is returned as it is, nothing rewritten; an interrupted one goes on from its last checkpoint.
-    stop: asked after every step; true saves a checkpoint and raises Stopped.
+    dtype: "auto" or a torch type's name. The tokenizer is None where the directory holds none. Raises ModelError.
     """
-    if config.output_dir is None:
-        raise ConfigError("output_dir: is missing", "give --output-dir RUN")
-    config = _absolute(config)
-    run = RunDir(config.output_dir or Path())
-    run.claim(config)
-    found = inspect(config)
-    if found.error:
-        raise found.error
-    assert found.voice and found.targets
-    base = fingerprint(config.model.path, found.voice.config)
-    identity = {"data": found.fingerprint, "base model": base.weights}
-    if run.finished:
-        run.same_identity(run.summary().get("identity", {}), identity)
-        say(f"{run.path}: this run is finished already; nothing was changed")
-        return run.summary()
-    resume = checkpoint.latest(run.checkpoints, say)
-    if resume:
-        run.same_identity(resume.identity, identity)
-    run.start(config, found.as_dict())
-    model, layers = _prepare(config, found, say)
-    done = _loop(run, config, found, model, layers, identity, resume, on_step, say, stop)
-    facts = adapters.Facts(
-        system=config.data.system or None,
-        template=dict(found.voice.template.describe()),
-        template_sha256=templates.digest(found.voice.template),
-        stop_ids=found.voice.stop_ids,
-        base=base,
-        tokenizer_sha256=found.voice.tokenizer.digest(),
-        data_sha256=identity["data"],
-    )
-    adapters.save(run.adapter, layers, config.lora, found.targets, facts, config.model.path)
-    summary = {
-        "steps": done.step,
-        "rows": found.report.rows(),
-        "tokens": done.tokens,
-        "supervised_tokens": done.supervised_tokens,
-        "train_seconds": round(done.seconds, 4),
-        "tokens_per_s": round(done.tokens_per_s, 2),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "losses": done.losses,
-        "trainable_parameters": trainable_parameters(layers),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "target_modules": list(found.targets.leaves),
-        "template": found.voice.template.name,
-        "identity": identity,
-    }
-    if len(found.held_out):
-        evaluation.write_rows(run.path / evaluation.HELD_OUT, found.chats)
-    generator = Generator(model, found.voice.tokenizer, found.voice.template, found.voice.stop_ids)
-    seconds = done.seconds * config.train.eval_time_ratio
-    if len(found.held_out) and config.train.eval_time_ratio:
-        result = evaluation.at_the_end(run.path, found, generator, layers, seconds, say)
-        summary["held_out"] = {"base": result.base.as_dict(), "tuned": result.tuned.as_dict()}
-    elif config.train.eval_time_ratio:
-        evaluation.samples_at_the_end(run.path, found, generator, layers, seconds)
-    report.write(run.path, config, summary, found.train.lengths())
-    run.finish(summary)
-    return summary
-
-
-def _prepare(config: RunConfig, found: Inspection, say: Say) -> tuple[Any, dict[str, LoraLinear]]:
-    """The model in memory with its adapter attached, and proven to keep rows apart."""
-    assert found.voice and found.targets
-    rows = found.report.rows()
-    say(
-        f"data: {rows['read']} rows read, {rows['kept']} kept, {rows['dropped']} dropped, {rows['changed']} changed; "
-        f"template {found.voice.template.name}"
-    )
+    path = Path(path)
+    config = read_config(path)
     device = pick_device()
-    dtype = pick_dtype(config.model.dtype, device)
-    model = load_weights(config.model.path, dtype, device)
-    prove_segments(model, found.train, config.model.attn_implementation)
-    layers = attach(model, config.lora, found.targets, config.train.seed)
-    trainable, total = trainable_parameters(layers), sum(p.numel() for p in model.parameters())
-    say(
-        f"model: {found.voice.config.model_type} in {str(dtype).removeprefix('torch.')} on {device.type}; "
-        f"LoRA r={config.lora.r} on {', '.join(found.targets.leaves)}: {trainable:,} of {total:,} parameters train"
-    )
-    return model, layers
+    tokenizer = load_tokenizer(path).hf if has_tokenizer(path) else None
+    return load_weights(path, pick_dtype(dtype, device), device, config), tokenizer
 
 
-def _loop(
-    run: RunDir,
-    config: RunConfig,
-    found: Inspection,
-    model: Any,
-    layers: dict[str, LoraLinear],
-    identity: dict[str, str],
-    resume: checkpoint.Checkpoint | None,
-    on_step: Callable[[StepRecord], None],
-    say: Say,
-    stop: Callable[[], bool],
-) -> Progress:
-    """The training loop with its files around it. Raises Stopped where ``stop`` ended it."""
-    if resume:
-        say(f"going on after step {resume.progress.step}")
-        differ = differences(resume.machine, checkpoint.machine())
-        if differ:
-            say(f"note: the last bits may differ from a run that was never interrupted ({'; '.join(differ)})")
-    metrics = MetricsFile(run.metrics, config.train.logging_steps, resume.progress.step if resume else 0)
+def estimate(config: RunConfig, with_rows: bool = True, length: int | None = None) -> Estimate:
+    """Memory and time of a run at every precision; no weight is read.
 
-    def record(step: StepRecord) -> None:
-        metrics.write(step)
-        on_step(step)
-
-    def save(optimizer: Optimizer, progress: Progress) -> None:
-        checkpoint.write(run.checkpoints, layers, optimizer, progress, identity, config.train.save_total_limit)
-
-    session = loop.Session(record, save, stop, config.model.attn_implementation)
-    try:
-        done = loop.train(model, layers, found.train, config.train, session, resume)
-    finally:
-        metrics.close()
-    steps = loop.plan(len(found.train), config.train).steps
-    if done.step < steps:
-        raise Stopped(f"{run.path}: stopped after step {done.step} of {steps}, which is saved")
-    return done
+    with_rows: count the tokens of ``data.train``; else every row has ``length`` of them (None: ``data.max_length``).
+    """
+    if with_rows:
+        found = inspect(config, keep=False)
+        if found.error:
+            raise found.error
+        return estimating.look(wanted(config, found))
+    settings = config.model
+    native = read_config(settings.path, settings.rope_theta)
+    targets = resolve(empty_model(native), config.lora.target_modules, family_of(settings.path).modules(native))
+    rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    return estimating.look(Wanted(config, native, targets, Rows.of_length(length or config.data.max_length, rows)))
 
 
-class Stopped(Exception):
-    """A run was asked to stop and did, after saving a checkpoint."""
+def merge(
+    path: Path | str | None = None,
+    output_dir: Path | str = "merged",
+    model: Path | str | None = None,
+    adapter: Path | str | None = None,
+    say: Say = lambda _: None,
+) -> Merged:
+    """The verb ``merge``: the tuned model as plain safetensors that stock transformers loads."""
+    return merging.merge(locate_adapter(path, model, adapter), Path(output_dir), say)
+
+
+def export(
+    path: Path | str | None = None,
+    to: str = "peft",
+    output_dir: Path | str = "exported",
+    layout: str = "native",
+    model: Path | str | None = None,
+    adapter: Path | str | None = None,
+) -> Path:
+    """The verb ``export``. to: "peft". layout: "native", or "original" for the checkpoint's own module names."""
+    if to != "peft":
+        raise ConfigError(f"--to {to}: is not a format", "write --to peft")
+    return exporting.peft(locate_adapter(path, model, adapter), Path(output_dir), layout)
 
 
 def eval(  # noqa: A001 - the verb's name
@@ -205,10 +145,15 @@ def eval(  # noqa: A001 - the verb's name
     model: Path | str | None = None,
     adapter: Path | str | None = None,
     checkpoint: int | None = None,
+    samples: int = REPLIES,
+    max_new_tokens: int = NEW_TOKENS,
 ) -> Comparison:
-    """The verb ``eval``: base and tuned model on held-out rows (the run's own where ``data`` is empty)."""
-    opened = open_chat(path, None, dtype, model, adapter, checkpoint)
-    return evaluation.evaluate(opened, Path(path) if path else None, data)
+    """The verb ``eval``: base and tuned model on held-out rows (the run's own where ``data`` is empty).
+
+    samples: how many of the rows' prompts both answer, with ``max_new_tokens`` tokens at most.
+    """
+    opened = open_chat(path, None, dtype, model, adapter, checkpoint, with_adapter=True)
+    return evaluation.evaluate(opened, Path(path) if path else None, data, samples, max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +201,7 @@ def demo(
     """Pull the embedded model, teach it the shipped persona, and compare both on prompts it has never seen."""
     base = pull("smollm2-135m", say=say)
     config = demos.config(base, Path(output_dir))
-    RunDir(Path(output_dir)).claim(_absolute(config))
+    RunDir(Path(output_dir)).claim(absolute(config))
     found = inspect(config)
     if found.error:
         raise found.error
@@ -266,19 +211,3 @@ def demo(
     say("asking the tuned model the same questions")
     after = score(chat(output_dir).generator, found.held_out, found.chats)
     return DemoResult(before, after, [c.messages[-2].content for c in found.chats], summary)
-
-
-def _absolute(config: RunConfig) -> RunConfig:
-    """Paths as they will be read again from anywhere."""
-
-    def full(path: Path) -> Path:
-        return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
-
-    data = {"train": tuple(map(full, config.data.train)), "eval": tuple(map(full, config.data.eval))}
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"path": full(config.model.path)}),
-            "data": config.data.model_copy(update=data),
-            "output_dir": full(config.output_dir) if config.output_dir else None,
-        }
-    )

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -21,10 +21,11 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from luthier.errors import ConfigError, nearest
-from luthier.types import TooLong, TrainOn
+from luthier.types import SystemRole, TooLong, TrainOn
 
 
 def _one_or_many(value: Any) -> Any:
@@ -37,7 +38,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
             raise ValueError("must not be true or false")
         return value
 
@@ -47,9 +49,33 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of the frozen weights; auto: bfloat16 where the device computes in it natively"
     )
+    rope_theta: float | None = Field(
+        None, gt=0, description="rotary base in place of the published one (see GLM-4's -hf checkpoint)"
+    )
     attn_implementation: Literal["auto", "padded", "looped", "reference"] = Field(
         "auto", description="how segments attend; reference is the plain definition"
     )
+    load_in_4bit: bool = Field(False, description="store the frozen linear layers in 4 bits (QLoRA)")
+    load_in_8bit: bool = Field(False, description="store the frozen linear layers in 8 bits")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit code")
+    bnb_4bit_use_double_quant: bool = Field(True, description="quantise the 4-bit code's scales too")
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type that quantised layers compute in; auto: model.dtype's"
+    )
+    quantised_cache: bool = Field(True, description="keep the quantised base on disk for the next start")
+
+    @property
+    def quantised(self) -> bool:
+        return self.load_in_4bit or self.load_in_8bit
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> ModelConfig:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other; leave one out")
+        idle = [k for k in sorted(self.model_fields_set) if k.startswith("bnb_4bit_") and not self.load_in_4bit]
+        if idle and any(getattr(self, k) != type(self).model_fields[k].default for k in idle):
+            raise ValueError(f"{', '.join(idle)} would be ignored without model.load_in_4bit")
+        return self
 
 
 class DataConfig(Section):
@@ -70,10 +96,17 @@ class DataConfig(Section):
     control_tokens: Literal["refuse", "drop", "escape"] = Field(
         "refuse", description="what happens to rows whose text holds one of the model's control tokens"
     )
-    template: Literal["auto", "chatml", "jinja"] = Field(
-        "auto", description="auto: the model's own chat template, natively where we know it"
+    template: str = Field(
+        "auto",
+        description="auto: the model's own chat template, natively where we know it; jinja: its own, run as it is; or "
+        "a format by name (chatml, phi3, baichuan2, glm4, deepseek, llama3)",
     )
     system: str = Field("", description="system prompt for rows that have none; empty: the template's own default")
+    system_role: SystemRole = Field(
+        "template",
+        description="template: the model's own place for a system prompt, refused where it has none; merge: before the "
+        "first user message",
+    )
     max_length: int = Field(1024, ge=8, description="longest row in tokens")
     too_long: TooLong = Field("truncate", description="what happens to longer rows; truncate keeps the stop token")
     train_on: TrainOn = Field("all_replies", description="which replies of a conversation are trained")
@@ -99,8 +132,12 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: never")
-    optim: Literal["adamw_torch"] = Field("adamw_torch", description="optimizer")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 1/3 slower")
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit"] = Field(
+        "adamw_torch", description="optimizer; adamw_8bit keeps its state in 8 bits, paged ones need CUDA"
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="recompute activations: less memory, about 1/3 slower; auto: where memory is short"
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="order of rows, adapter's start, dropout")
     save_steps: int = Field(50, ge=1, description="a checkpoint every so many steps")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; older ones are deleted")
@@ -110,6 +147,24 @@ class TrainConfig(Section):
     logging_steps: int = Field(1, ge=1, description="a line of metrics.jsonl every so many steps")
 
 
+class GenerationSettings(Section):
+    """How ``luthier chat`` draws the replies of a run. Evaluation always takes the likeliest token."""
+
+    max_new_tokens: int = Field(512, ge=1, description="longest reply in tokens, the prompt not counted")
+    do_sample: bool = Field(False, description="draw tokens at random; false: always the likeliest one")
+    temperature: float = Field(1.0, gt=0, description="below 1 likely tokens become likelier; needs do_sample")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw from the likeliest tokens that make up this share; needs do_sample"
+    )
+    top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens, 0: from all; needs do_sample")
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="above 1 tokens of prompt and reply become less likely again; 1: off"
+    )
+    no_repeat_ngram_size: int = Field(
+        0, ge=0, description="no sequence of so many tokens of prompt and reply is written again; 0: off"
+    )
+
+
 class RunConfig(Section):
     """Everything a run depends on."""
 
@@ -117,6 +172,7 @@ class RunConfig(Section):
     data: DataConfig
     lora: LoraConfig = Field(default_factory=LoraConfig)  # type: ignore[arg-type]
     train: TrainConfig = Field(default_factory=TrainConfig)  # type: ignore[arg-type]
+    generation: GenerationSettings = Field(default_factory=GenerationSettings)  # type: ignore[arg-type]
     output_dir: Path | None = Field(None, description="the run's directory")
 
     def dump(self) -> dict[str, Any]:
@@ -183,6 +239,9 @@ def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None)
             "train.num_train_epochs would be ignored: train.max_steps takes its place", "give one of the two"
         )
     merged = _copy(values)
+    if given.get("generation.do_sample") is False and isinstance(merged.get("generation"), dict):
+        for key in _DRAWN:  # what a file says of sampling goes with its sampling
+            merged["generation"].pop(key, None)
     for dotted, value in (overrides or {}).items():
         *sections, leaf = dotted.split(".")
         node = merged
@@ -193,12 +252,14 @@ def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None)
             node = child
         node[leaf] = value
     try:
-        return RunConfig.model_validate(merged)
+        made = RunConfig.model_validate(merged)
     except ValidationError as e:
         problems = [_problem(error) for error in e.errors()]
         raise ConfigError(
             "; ".join(text for text, _ in problems), "; ".join(dict.fromkeys(fix for _, fix in problems))
         ) from None
+    _sampling_is_used(made.generation)
+    return made
 
 
 def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -254,6 +315,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 _TEXTS = ("data.system",)
+_DRAWN = ("temperature", "top_p", "top_k")  # mean something where tokens are drawn
 # what other tools call them
 _OTHER_NAMES = {
     "lr": "train.learning_rate",
@@ -268,7 +330,24 @@ _OTHER_NAMES = {
     "alpha": "lora.lora_alpha",
     "dropout": "lora.lora_dropout",
     "torch_dtype": "model.dtype",
+    "max_tokens": "generation.max_new_tokens",
+    "repeat_penalty": "generation.repetition_penalty",
 }
+
+
+def _sampling_is_used(chosen: GenerationSettings) -> None:
+    fields = GenerationSettings.model_fields
+    unused = [k for k in _DRAWN if getattr(chosen, k) != fields[k].default]
+    if not chosen.do_sample and unused:
+        raise ConfigError(
+            f"generation.{', '.join(unused)} would be ignored: generation.do_sample is false",
+            f"set generation.do_sample=true, or leave {' and '.join(unused)} out",
+        )
+    if chosen.do_sample and chosen.top_k == 1:
+        raise ConfigError(
+            "generation.do_sample would be ignored: top_k=1 leaves only the likeliest token to draw",
+            "set generation.do_sample=false, which takes the likeliest token, or a larger generation.top_k",
+        )
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from typing import Any
 
 from luthier.errors import UserError
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def mishap(path: Path, error: OSError) -> UserError:
     """What an operating system's error on ``path`` means for the user."""
-    if error.errno in _NO_ROOM:
+    if error.errno in NO_ROOM:
         return UserError(
             f"{path}: the disk has no room for it ({error.strerror}); nothing half-written was left",
             "free some room, then run the same command again",
@@ -94,19 +94,24 @@ def new_dir(path: Path) -> Iterator[Path]:
         temp.mkdir()
         yield temp
         _sync_tree(temp)
-        if path.exists():
-            old = _beside(path, "old")
-            path.rename(old)
-            temp.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temp.rename(path)
+        replace_dir(temp, path)
     except OSError as e:
         shutil.rmtree(temp, ignore_errors=True)
         raise mishap(path, e) from None
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
+
+
+def replace_dir(new: Path, path: Path) -> None:
+    """Rename a directory, whose files are on the disk already, to ``path``, in the place of what was there."""
+    if path.exists():
+        old = _beside(path, "old")
+        path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        new.rename(path)
     sync_dir(path.parent)
 
 
@@ -123,6 +128,12 @@ def sweep(path: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
+
+
+def cache_root() -> Path:
+    """The user's cache: ``$XDG_CACHE_HOME/luthier``, ``~/.cache/luthier`` where that is not set."""
+    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "luthier"
 
 
 def sha256(path: Path) -> str:
@@ -150,12 +161,17 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file that another writer has closed."""
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+
 def _sync_tree(folder: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~umask)
-            with open(file, "rb+") as f:
-                os.fsync(f.fileno())
+            sync_file(file)
     sync_dir(folder)

@@ -18,13 +18,17 @@ from luthier.data import DataReport, Loader, refuse
 from luthier.encode import Encoder
 from luthier.errors import ConfigError, UserError
 from luthier.lora import Targets, resolve
-from luthier.models.directory import eos_ids, read_config
+from luthier.models.directory import eos_ids, family_of, read_config
+from luthier.models.families import Family, Modules
 from luthier.models.load import empty_model
 from luthier.models.tokenizer import Tokenizer, load_tokenizer
 from luthier.store import ExampleStore
-from luthier.types import Conversation, Example, Template
+from luthier.types import Conversation, Example, SystemRole, Template
 
 SAMPLES = 4  # training questions that a run without held-out rows is asked at its end
+
+
+_PLAIN = Family("native", "native")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +39,30 @@ class Voice:
     tokenizer: Tokenizer
     template: Template
     stop_ids: tuple[int, ...]
+    family: Family = _PLAIN
+
+    def modules(self) -> Modules:
+        """The checkpoint's own names of its linear modules, where they differ from the native ones."""
+        return self.family.modules(self.config)
+
+    def notes(self) -> Sequence[str]:
+        """What is to be known about this checkpoint."""
+        return self.family.notes(self.config)
 
 
-def voice(path: Path, choice: Any = "auto", described: dict[str, Any] | None = None) -> Voice:
+def voice(
+    path: Path,
+    choice: str = "auto",
+    described: dict[str, Any] | None = None,
+    system_role: SystemRole = "template",
+    rope_theta: float | None = None,
+) -> Voice:
     """Read a model directory's configuration, tokenizer and template.
 
-    choice: ``data.template``. described: the template of an adapter, taken in its place.
+    choice, system_role: ``data.template``, ``data.system_role``. rope_theta: ``model.rope_theta``.
+    described:           the template of an adapter, taken in their place.
     """
-    config = read_config(path)
+    config, family = read_config(path, rope_theta), family_of(path)
     tokenizer = load_tokenizer(path)
     ids = list(eos_ids(path, config))
     if tokenizer.hf.eos_token_id is not None:
@@ -50,10 +70,17 @@ def voice(path: Path, choice: Any = "auto", described: dict[str, Any] | None = N
     texts = tuple(dict.fromkeys(t for i in ids if (t := tokenizer.text_of(i)) is not None))
     render = tokenizer.render if tokenizer.chat_template else None
     if described is None:
-        template = templates.pick(choice, render, tokenizer.chat_template, texts)
+        template = templates.pick(choice, render, tokenizer.chat_template, texts, family.template, system_role)
     else:
         template = templates.from_description(described, render, tokenizer.chat_template, texts)
-    return Voice(config, tokenizer, template, tuple(dict.fromkeys([*templates.stop_ids(template, tokenizer), *ids])))
+    stop = tuple(dict.fromkeys([*templates.stop_ids(template, tokenizer), *ids]))
+    return Voice(config, tokenizer, template, stop, family)
+
+
+def voice_of(config: RunConfig) -> Voice:
+    """The base of a run, as its settings ask for it."""
+    data = config.data
+    return voice(config.model.path, data.template, None, data.system_role, config.model.rope_theta)
 
 
 @dataclass(slots=True)
@@ -96,9 +123,14 @@ class Inspection:
             "template": {"name": v.template.name, "stop": list(v.template.stop)} if v else None,
             "stop_ids": list(v.stop_ids) if v else [],
             "target_modules": list(self.targets.leaves) if self.targets else [],
+            "model_notes": self.model_notes(),
             "seconds": round(self.seconds, 3),
             "error": {"message": self.error.message, "fix": self.error.fix} if self.error else None,
         }
+
+    def model_notes(self) -> list[str]:
+        """What is to be known about the checkpoint, and which module names were read as others."""
+        return [*(self.voice.notes() if self.voice else ()), *(self.targets.notes if self.targets else ())]
 
     def _problems(self) -> list[dict[str, Any]]:
         """Every row's problem; where the run is refused for another reason, that reason with no row."""
@@ -137,10 +169,10 @@ def inspect(config: RunConfig, keep: bool = True, show: int = 0) -> Inspection:
 
 def _model(found: Inspection) -> None:
     config = found.config
-    found.voice = voice(config.model.path, config.data.template)
+    found.voice = voice_of(config)
     if config.data.system:
         check_text(found.voice, config.data.system, "data.system")
-    found.targets = resolve(empty_model(found.voice.config), config.lora.target_modules)
+    found.targets = resolve(empty_model(found.voice.config), config.lora.target_modules, found.voice.modules())
     limit = getattr(found.voice.config.get_text_config(), "max_position_embeddings", None)
     if limit and config.data.max_length > limit:
         raise ConfigError(
@@ -151,7 +183,7 @@ def _model(found: Inspection) -> None:
 
 def check_text(v: Voice, text: str, what: str) -> None:
     """Raise DataError where a text for the model holds one of its control tokens."""
-    control = ControlTokens.of([*v.tokenizer.control_tokens, *v.template.stop], "refuse")
+    control = ControlTokens.of([*v.tokenizer.control_tokens, *v.template.markers], "refuse")
     if control:
         control.check(text, what)
 
@@ -200,7 +232,7 @@ def _read(found: Inspection, show: int) -> None:
 
 def _encoder(v: Voice, config: RunConfig) -> Encoder:
     data = config.data
-    control = ControlTokens.of([*v.tokenizer.control_tokens, *v.template.stop], data.control_tokens)
+    control = ControlTokens.of([*v.tokenizer.control_tokens, *v.template.markers], data.control_tokens)
     return Encoder(v.template, v.tokenizer, v.stop_ids, data.max_length, data.too_long, data.train_on, control)
 
 

@@ -29,6 +29,12 @@ svg { width: 100%; height: auto; } svg text { fill: var(--dim); font-size: 12px;
 .curve { fill: none; stroke: var(--blue); stroke-width: 2; } .faint { opacity: .35; stroke-width: 1; }
 .grid { stroke: var(--line); } .bar { fill: var(--blue); } details summary { cursor: pointer; color: var(--dim); }
 """
+_CLOSE = {
+    "length_ratio": ("length of replies to references", ".2f"),
+    "bleu": ("BLEU", ".1f"),
+    "chrf": ("chrF", ".1f"),
+    "rouge_l": ("ROUGE-L", ".3f"),
+}
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 240, 64, 28
 
 
@@ -88,6 +94,9 @@ def _figures(summary: Mapping[str, Any], results: Mapping[str, Any] | None) -> s
         shown["held-out loss, base and tuned"] = f"{base['loss']:.3f} &rarr; {tuned['loss']:.3f}"
         if tuned["stop_rate"] is not None:
             shown["tuned replies that end by themselves"] = f"{tuned['stop_rate']:.0%}"
+        for key, (name, form) in _CLOSE.items():
+            if base[key] is not None and tuned[key] is not None:
+                shown[f"{name}, base and tuned"] = f"{base[key]:{form}} &rarr; {tuned[key]:{form}}"
     return '<div class="figures">' + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in shown.items()) + "</div>"
 
 

@@ -75,3 +75,7 @@ class ExampleStore(Sequence[Example]):
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         return [int(n) for n in np.diff(np.array(self._ends))]
+
+    def supervised(self) -> list[int]:
+        """Supervised tokens of each row."""
+        return list(self._supervised)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Role = Literal["system", "user", "assistant"]
 TrainOn = Literal["all_replies", "last_reply"]
+SystemRole = Literal["template", "merge"]
 TooLong = Literal["truncate", "drop", "error"]
 Ids = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -120,6 +121,16 @@ class Template(Protocol):
     @property
     def stop(self) -> tuple[str, ...]:
         """Token texts that end a reply; a trained reply ends in one of them."""
+        ...
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that must be one token each, the stops among them."""
+        ...
+
+    @property
+    def reply_prefix(self) -> str:
+        """What the model writes before its answer's first character; people do not see it, history has it again."""
         ...
 
     def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,9 +20,10 @@ from luthier.encode import Encoder
 from luthier.errors import TemplateError
 from luthier.models.tokenizer import Tokenizer
 from luthier.preflight import voice
-from luthier.templates import ChatML, Jinja
+from luthier.templates import ChatML, Jinja, stop_ids
 from luthier.types import Conversation, Example, Message, RowRef
 
+from ..families import FORMS, gguf, speaks_to_all, tiny
 from .helpers import encoder, fails
 
 
@@ -96,6 +98,58 @@ def test_the_shipped_rows_keep_the_law(tokenizer: Tokenizer) -> None:
 def test_all_of_huanhuan_keeps_the_law_with_smollm2(smollm2: Path, huanhuan: Path) -> None:
     v = voice(smollm2)
     assert _all(Encoder(v.template, v.tokenizer, v.stop_ids, 2048), huanhuan) == 3729
+
+
+@settings(max_examples=40, deadline=None)
+@given(chat=chats(), rstrip=st.booleans())
+@pytest.mark.parametrize("name", FORMS)
+def test_every_family_keeps_the_law(name: str, chat: Conversation, rstrip: bool) -> None:
+    v, template = tiny(name, rstrip), speaks_to_all(name)
+    e = Encoder(template, v, stop_ids(template, v), 4096)
+    report = DataReport()
+    found = e.encode([chat], report)
+    if found:
+        law(e, chat, found[0])
+        for span, m in zip(
+            (s for s in template.spans(chat.messages) if s.written),
+            (m for m in chat.messages if m.role == "assistant"),
+            strict=True,
+        ):
+            content = m.content.strip() if name == "llama3" else m.content
+            assert span.text == template.reply_prefix + content + template.stop[0]
+    else:
+        assert "joins the start of a reply" in report.problems[0].reason
+        assert template.reply_prefix == ""
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_all_of_huanhuan_keeps_the_law_in_every_format(name: str, huanhuan: Path) -> None:
+    v, template = tiny(name), FORMS[name]
+    assert _all(Encoder(template, v, stop_ids(template, v), 4096), huanhuan) == 3729
+
+
+@pytest.mark.parametrize("vocab", ["phi-3", "deepseek-llm"])
+def test_all_of_huanhuan_keeps_the_law_with_real_vocabularies(vocab: str, huanhuan: Path, vocabs: Path) -> None:
+    names = [n for n, t in FORMS.items() if t.name == {"phi-3": "phi3", "deepseek-llm": "deepseek"}[vocab]]
+    v = gguf(vocabs, vocab)
+    for name in names:
+        e = Encoder(FORMS[name], v, stop_ids(FORMS[name], v), 2048)
+        assert _all(e, huanhuan) == 3729
+
+
+def test_multi_turn_text_of_real_rows_keeps_the_law(huanhuan: Path) -> None:
+    """Three rows joined into one conversation of three turns, for every format, system prompt and all."""
+    rows = data.load([huanhuan]).conversations[:300]
+    system = Message("system", "现在你要扮演皇帝身边的女人--甄嬛")
+    for name in FORMS:
+        v, template = tiny(name), speaks_to_all(name)
+        e = Encoder(template, v, stop_ids(template, v), 8192)
+        for i in range(0, len(rows), 3):
+            turns = tuple(m for row in rows[i : i + 3] for m in row.messages)
+            chat = Conversation((system, *turns), rows[i].source)
+            (example,) = e.encode([chat], DataReport())
+            law(e, chat, example)
+            assert np.isin(example.ids[example.trained], e.stop_ids).sum() == 3
 
 
 def _all(e: Encoder, file: Path) -> int:

@@ -158,8 +158,8 @@ def test_the_law_sees_a_forgotten_moment(
 ) -> None:
     restore = Optimizer.restore
 
-    def forgetful(self: Optimizer, p: Any, step: int, avg: torch.Tensor, square: torch.Tensor) -> None:
-        restore(self, p, step, torch.zeros_like(avg), square)
+    def forgetful(self: Optimizer, p: Any, step: int, moments: dict[str, torch.Tensor]) -> None:
+        restore(self, p, step, {**moments, "exp_avg": torch.zeros_like(moments["exp_avg"])})
 
     monkeypatch.setattr(Optimizer, "restore", forgetful)
     interrupted(config(model, tmp_path / "run"), 10)

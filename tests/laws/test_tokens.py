@@ -16,8 +16,10 @@ from luthier.data.report import DataReport
 from luthier.encode import Encoder
 from luthier.models.tokenizer import Tokenizer
 from luthier.preflight import voice
-from luthier.templates import ChatML, Jinja
+from luthier.templates import ChatML, Jinja, MergedSystem, stop_ids
 from luthier.types import Conversation, Message, RowRef, Span, Template
+
+from ..families import FORMS, gguf, speaks_to_all, tiny
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FIXED = {
@@ -114,6 +116,53 @@ def test_real_vocabularies_equal_the_golden_files(vocab: str, stop: str, vocabs:
     token = tokenizer.token_id(stop)
     assert token is not None
     same_as_golden(vocab, encoded(template, tokenizer, (token,)))
+
+
+@pytest.mark.parametrize("name", [n for n in FORMS if n != "chatml"])
+def test_each_familys_ids_and_masks_equal_the_golden_files(name: str) -> None:
+    v = tiny(name)
+    template = speaks_to_all(name)
+    same_as_golden(name, encoded(template, v, stop_ids(template, v)))
+
+
+@pytest.mark.parametrize("name", ["phi3", "phi3-2024-04"])
+def test_markers_that_swallow_white_space_equal_the_golden_files(name: str) -> None:
+    """Phi-3's published tokenizer: no newline is left after a marker."""
+    v = tiny(name, rstrip=True)
+    template = speaks_to_all(name)
+    found = encoded(template, v, stop_ids(template, v))
+    same_as_golden(f"{name}-rstrip", found)
+    newline = v.encode_batch(["\n"])[0].ids
+    assert str(newline[0]) not in found["three turns, all_replies"]["ids"].split()
+
+
+@pytest.mark.parametrize(
+    ("vocab", "name"), [("phi-3", "phi3"), ("phi-3", "phi3-2024-04"), ("deepseek-llm", "deepseek")]
+)
+def test_each_familys_real_vocabulary_equals_the_golden_file(vocab: str, name: str, vocabs: Path) -> None:
+    v = gguf(vocabs, vocab)
+    template = speaks_to_all(name)
+    same_as_golden(f"{vocab}-{name}", encoded(template, v, stop_ids(template, v)))
+
+
+def test_phi3s_real_ids(vocabs: Path) -> None:
+    """Ids by hand: <|user|> 32010, <|end|> 32007, <|assistant|> 32001, newline 13 after the piece 29871."""
+    found = encoded(FORMS["phi3"], gguf(vocabs, "phi-3"), (32007,))["three turns, all_replies"]
+    turn = "32010 29871 13 {} 32007 29871 13 32001 29871 13 {} 32007"
+    assert found["ids"].startswith(f"{turn.format(29874, 29890)} 29871 13 32010")
+    assert found["trained"].startswith("..........TT...")
+
+
+def test_deepseeks_real_ids_have_the_space_in_the_reply(vocabs: Path) -> None:
+    v = gguf(vocabs, "deepseek-llm")
+    begin, end = (v.token_id(t) for t in FORMS["deepseek"].markers)
+    found = encoded(MergedSystem(FORMS["deepseek"]), v, (end or 0,))["three turns, all_replies"]
+    ids = [int(i) for i in found["ids"].split()]
+    assert ids[0] == begin
+    first = found["trained"].index("T")
+    assert v.encode_batch([" b"])[0].ids == ids[first : first + 1]
+    assert ids[first + 1] == end
+    assert found["trained"][first : first + 3] == "TT."
 
 
 CHATML = (

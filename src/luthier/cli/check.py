@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.console import fail
-from luthier.cli.options import Data, Json, Model, Rename, Set, config
+from luthier.cli.options import Data, Json, Model, Recipe, Rename, Set, config
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,12 +20,13 @@ def run(
     data: Data = None,
     settings: Set = None,
     rename: Rename = None,
+    recipe: Recipe = None,
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print so many rows token by token.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Prove data, template, stop tokens and target modules before anything is trained. Reads no weights."""
     try:
-        wanted = config(model, data, None, settings, rename)
+        wanted = config(model, data, None, settings, rename, recipe=recipe)
     except UserError as e:
         if as_json:
             print(json.dumps(_nothing(e)))
@@ -75,6 +76,8 @@ def _print(found: Inspection, show: int) -> None:
         console.print(f"template {found.voice.template.name}; replies end by {ends}", markup=False)
     if found.targets:
         console.print(f"LoRA on  {', '.join(found.targets.leaves)}", markup=False)
+    for note in facts["model_notes"]:
+        console.print(f"  note: {note}", markup=False)
     for problem in report.problems[:20]:
         console.print(f"  {problem.source}: {problem.outcome}: {problem.reason}", markup=False)
     if len(report.problems) > 20:

@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from luthier import __version__
-from luthier.cli import chat, check, demo, doctor, init, pull, train
+from luthier.cli import chat, check, demo, doctor, estimate, export, init, merge, pull, serve, train
 from luthier.cli import eval as evaluate
 from luthier.cli.console import fail
 from luthier.errors import UserError
@@ -40,9 +40,13 @@ app.command("demo", short_help="The whole story on a small model, in minutes.")(
 app.command("pull", short_help="Download a model and check it.")(pull.run)
 app.command("init", short_help="Write a run.yaml with every setting explained.")(init.run)
 app.command("check", short_help="Prove data, template and targets; trains nothing.")(check.run)
+app.command("estimate", short_help="Memory and time of a run, before it starts.")(estimate.run)
 app.command("train", short_help="Train an adapter.")(train.run)
 app.command("eval", short_help="Base and tuned model on held-out rows, side by side.")(evaluate.run)
 app.command("chat", short_help="Talk to a run, an adapter or a base model.")(chat.run)
+app.command("merge", short_help="Base and adapter as one plain model.")(merge.run)
+app.command("export", short_help="The adapter in another tool's format.")(export.run)
+app.command("serve", short_help="Serve runs to clients of OpenAI's protocol.")(serve.run)
 app.command("doctor", short_help="Show what this machine can do; try one step.")(doctor.run)
 
 

@@ -20,6 +20,15 @@ OutputDir = Annotated[Path | None, typer.Option("--output-dir", metavar="RUN", h
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, as train.learning_rate=1e-4.")
 ]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="A shipped configuration: baichuan2-7b-chat, deepseek-7b-chat-qlora, glm-4-9b-chat, "
+        "phi-3-mini-4k-instruct or yi-6b-chat.",
+    ),
+]
 Rename = Annotated[
     list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="Read a key of the rows under another name.")
 ]
@@ -35,11 +44,18 @@ def config(
     settings: list[str] | None,
     rename: list[str] | None = None,
     file: Path | None = None,
+    recipe: str | None = None,
 ) -> Any:
-    """A validated RunConfig. Raises ConfigError with every mistake."""
+    """A validated RunConfig: recipe or file, then options, then --set. Raises ConfigError with every mistake."""
     from luthier import config as configs
+    from luthier import recipes
 
-    values: dict[str, Any] = configs.read(file) if file else {}
+    if recipe is not None and file is not None:
+        raise ConfigError(
+            f"{file} and --recipe {recipe} both give the settings",
+            f"give one: luthier init --recipe {recipe} --to FILE writes the recipe as a file that you can change",
+        )
+    values: dict[str, Any] = configs.read(file) if file else recipes.read(recipe) if recipe is not None else {}
     if model is not None:
         values["model"] = {**values.get("model", {}), "path": str(model)}
     if data:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from luthier.cli.console import say, step_progress, stopping
-from luthier.cli.options import Data, Model, OutputDir, Rename, Set, config
+from luthier.cli.options import Data, Model, OutputDir, Recipe, Rename, Set, config
 
 
 def run(
@@ -20,14 +20,18 @@ def run(
     output_dir: OutputDir = None,
     settings: Set = None,
     rename: Rename = None,
+    recipe: Recipe = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start also where memory will not do, by the estimate.")
+    ] = False,
 ) -> None:
     """Train an adapter: check everything first, then learn, then write RUN/adapter."""
-    wanted = config(model, data, output_dir, settings, rename, file)
+    wanted = config(model, data, output_dir, settings, rename, file, recipe)
     from luthier.api import Stopped, train
 
     try:
         with stopping() as stop, step_progress() as on_step:
-            summary = train(wanted, on_step, say, stop)
+            summary = train(wanted, on_step, say, stop, force)
     except Stopped as e:
         say(f"{e}\n  to go on: run the same command again")
         raise typer.Exit(130) from None

@@ -1,6 +1,6 @@
 """Checkpoints: everything that the rest of a run depends on, whole or absent.
 
-    checkpoints/step-00000040/state.safetensors   A, B and AdamW's two moments of every adapter, fp32
+    checkpoints/step-00000040/state.safetensors   A, B and the optimizer's moments of every adapter
     checkpoints/step-00000040/state.json          progress, identity, machine, and the tensors' SHA-256
 
 Order of rows and dropout follow from (seed, step), so no generator's state is needed.
@@ -122,8 +122,11 @@ def restore(found: Checkpoint, layers: Mapping[str, LoraLinear], optimizer: Opti
         for name, layer in layers.items():
             for part in _PARTS:
                 parameter = getattr(layer, part)
-                moments = (found.tensors[f"{name}.{part}.{m}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq"))
-                optimizer.restore(parameter, found.progress.step, *moments)
+                prefix = f"{name}.{part}."
+                moments = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
+                optimizer.restore(
+                    parameter, found.progress.step, {n: t.to(parameter.device) for n, t in moments.items()}
+                )
     optimizer.restore_scaler(found.scaler)
 
 

@@ -24,7 +24,7 @@ from luthier.batch import Plan
 from luthier.config import TrainConfig
 from luthier.errors import TrainError
 from luthier.kernels.segments import DeviceBatch, to_device
-from luthier.lora import LoraLinear
+from luthier.lora import LoraLinear, frozen_dtype
 from luthier.models.forward import checkpointing, loss_sum, segment_attention
 from luthier.training.checkpoint import Checkpoint, restore
 from luthier.training.metrics import Progress, StepRecord
@@ -77,7 +77,7 @@ def train(
     session = session or Session()
     schedule = plan(len(examples), config)
     parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
-    optimizer = Optimizer(parameters, config, fp16=model.dtype is torch.float16)
+    optimizer = Optimizer(parameters, config, fp16=frozen_dtype(model) is torch.float16)
     done = Progress()
     if resume:
         restore(resume, layers, optimizer)
@@ -85,7 +85,7 @@ def train(
     before, start = done.seconds, time.perf_counter()
     model.train()
     try:
-        with segment_attention(model, session.attention), checkpointing(model, config.gradient_checkpointing):
+        with segment_attention(model, session.attention), checkpointing(model, config.gradient_checkpointing is True):
             for step, batches in schedule.batches(examples, first=done.step):
                 record = _step(model, layers, optimizer, batches, step, schedule, config)
                 done.step = step + 1

@@ -1,4 +1,4 @@
-"""AdamW over the adapter's parameters, with clipping, and loss scaling where fp16 needs it."""
+"""AdamW over the adapter's parameters, in full or 8-bit state, with clipping, and loss scaling where fp16 needs it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from luthier.config import TrainConfig
+from luthier.models.quant import library
+
+
+def substitute(name: str, device: str) -> str | None:
+    """What runs in place of ``train.optim`` on this device, None where it runs itself."""
+    return "adamw_torch" if name == "paged_adamw_32bit" and device != "cuda" else None
+
+
+def _build(name: str, parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Raises MissingPackageError where the optimizer is bitsandbytes' and that is not installed."""
+    device = parameters[0].device.type
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if name == "adamw_torch":
+        return torch.optim.AdamW(parameters, fused=device in ("cpu", "cuda"), **common)
+    library()  # bitsandbytes, imported safely
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW32bit
+
+    kind: Any = {"adamw_8bit": AdamW8bit, "paged_adamw_32bit": PagedAdamW32bit}[name]
+    made: torch.optim.Optimizer = kind(parameters, **common)
+    return made
 
 
 class Optimizer:
@@ -22,12 +42,8 @@ class Optimizer:
         self.parameters = list(parameters)
         self.max_grad_norm = config.max_grad_norm
         device = self.parameters[0].device.type
-        self.adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=device in ("cpu", "cuda"),
-        )
+        self.kind = substitute(config.optim, device) or config.optim
+        self.adamw = _build(self.kind, self.parameters, config)
         self._scaler = torch.amp.GradScaler(device) if fp16 else None
         self.skips = fp16  # a step whose gradients overflow is left out, and the scale halved
 
@@ -55,18 +71,23 @@ class Optimizer:
         return norm
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """AdamW's running moments of one parameter."""
+        """The optimizer's state of one parameter; tables that are the same for all are left out."""
         state = self.adamw.state[parameter]
-        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+        shared = ("step", "qmap1", "qmap2")
+        return {name: t for name, t in state.items() if isinstance(t, Tensor) and name not in shared}
 
-    def restore(self, parameter: nn.Parameter, step: int, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    def restore(self, parameter: nn.Parameter, step: int, moments: dict[str, Tensor]) -> None:
         """Put one parameter's state back, as after ``step`` steps."""
-        device = parameter.device if self.adamw.defaults["fused"] else "cpu"
-        self.adamw.state[parameter] = {
-            "step": torch.tensor(float(step), dtype=torch.float32, device=device),
-            "exp_avg": exp_avg,
-            "exp_avg_sq": exp_avg_sq,
-        }
+        state = self.adamw.state[parameter]
+        if self.kind == "adamw_torch":
+            device = parameter.device if self.adamw.defaults["fused"] else "cpu"
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+        else:
+            index = next(i for i, p in enumerate(self.parameters) if p is parameter)
+            made: Any = self.adamw
+            made.init_state(made.param_groups[0], parameter, 0, index)
+            state["step"] = step
+        state.update(moments)
 
     def scaler_state(self) -> dict[str, Any]:
         """fp16's loss scaling; empty elsewhere."""
