@@ -17,7 +17,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from luthier import hub
+from luthier import config as configs
+from luthier import hub, personas
+from luthier.config import RunConfig
 from luthier.data.report import DataReport
 from luthier.data.rows import RowProblem
 from luthier.data.source import BadRow
@@ -25,6 +27,7 @@ from luthier.errors import UserError
 from luthier.models.tokenizer import Tokenizer, load_tokenizer
 
 from .error_sites import recorder
+from .hub_server import HubServer, repository, serving
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -88,6 +91,18 @@ def make_model(arch: str, seed: int = 0) -> Any:
             elif name.endswith("bias"):
                 p.normal_(0, 0.05)
     return model.eval()
+
+
+def teahouse(model: Path, run: Path, data: dict[str, Any], **train: Any) -> RunConfig:
+    """Thirty steps over the tea house's rows, with all the time it takes to score what is held out."""
+    return configs.build(
+        {
+            "model": {"path": model, "dtype": "float32"},
+            "data": {"train": personas.TEAHOUSE, "max_length": 256, **data},
+            "train": {"max_steps": 30, "learning_rate": 5e-3, "eval_time_ratio": 10, **train},
+            "output_dir": run,
+        }
+    )
 
 
 @pytest.fixture(scope="session")
@@ -165,3 +180,12 @@ def luthier(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Result(code, out, err)
 
     return run
+
+
+@pytest.fixture
+def server(
+    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HubServer]:
+    """Both hubs on loopback, with one small model; their clients' own settings point there."""
+    with serving(repository(model_dir("llama")), monkeypatch, tmp_path_factory.mktemp("home")) as made:
+        yield made

@@ -82,6 +82,18 @@ def test_what_autograd_keeps_is_counted_to_the_byte(
     assert counted == pytest.approx(there, rel=0.01)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_two_layers_tell_of_many_is_what_many_keep(recompute: bool, model_dir: Callable[[str], Path]) -> None:
+    config = read_config(model_dir("llama"))
+    config.num_hidden_layers = 7
+    model: Any = empty_model(config)
+    attach(model, LoraConfig(), resolve(model, None), seed=0)
+    rows = [memory._row(40, 12), memory._row(25, 20)]
+    told = memory._count(model, rows, recompute, "padded")
+    assert len(model.get_decoder().layers) == 7
+    assert told == memory._counted(model, rows, recompute, "padded")
+
+
 def test_base_and_adapter_are_those_in_memory(model_dir: Callable[[str], Path]) -> None:
     path = model_dir("qwen2")
     found = look(path, Rows.of_length(50, 4))
@@ -148,6 +160,24 @@ def test_a_run_that_cannot_fit_is_refused_and_the_fix_fits(
     again = luthier(*argv, *shlex.split(fix.split(", or ")[0].split(" (")[0]))
     assert again.code == 0, again.err
     assert "estimate: " in again.err
+
+
+def test_a_fix_says_only_what_changes_and_takes_back_what_it_excludes(
+    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(**model: bool) -> configs.RunConfig:
+        run = made(model_dir("llama"), gradient_checkpointing=True, per_device_train_batch_size=1)
+        return run.model_copy(update={"model": run.model.model_copy(update=model)})
+
+    base = memory.resident_now()
+    monkeypatch.setattr(memory, "resident_now", lambda: base)
+    eight, four = (library.estimate(config(**{k: True})).chosen.memory.peak for k in ("load_in_8bit", "load_in_4bit"))
+    assert four < eight
+    monkeypatch.setattr(estimating, "available", lambda: (eight + four) / 2)
+    fixes = library.estimate(config(load_in_8bit=True)).fixes
+    assert fixes == ("--set model.load_in_8bit=false --set model.load_in_4bit=true",)
+    monkeypatch.setattr(estimating, "available", lambda: four / 2)
+    assert library.estimate(config(load_in_4bit=True)).fixes == ()
 
 
 def test_forced_it_starts(model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,30 +14,18 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import luthier as library
-from luthier import config as configs
 from luthier import personas
-from luthier.config import RunConfig
 from luthier.errors import AdapterError, ConfigError, ModelError
 from luthier.models.forward import prove_segments
 from luthier.models.tokenizer import Tokenizer
 from luthier.preflight import inspect
 
 from .conftest import ARCHITECTURES, Result, make_model
+from .conftest import teahouse as config
 from .laws.helpers import examples, padded_losses
 
 Run = Callable[..., Result]
 FEW = ("--samples", 3, "--max-new-tokens", 8)
-
-
-def config(model: Path, run: Path, data: dict[str, Any], **train: Any) -> RunConfig:
-    return configs.build(
-        {
-            "model": {"path": model, "dtype": "float32"},
-            "data": {"train": personas.TEAHOUSE, "max_length": 256, **data},
-            "train": {"max_steps": 30, "learning_rate": 5e-3, "eval_time_ratio": 5, **train},
-            "output_dir": run,
-        }
-    )
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +123,9 @@ def test_a_checkpoint_can_be_talked_to(run: Path, luthier: Run) -> None:
     none = luthier("chat", run, "--checkpoint", 7, "--prompt", "a")
     assert none.code == 2
     assert "its checkpoints are: 30" in none.err
+    both = luthier("chat", "--model", run, "--adapter", run / "adapter", "--checkpoint", 30, "--prompt", "a")
+    assert both.code == 2
+    assert "is a step of a run's, not of --model" in both.err
 
 
 def test_a_stock_peft_directory_is_read(model: Path, tmp_path: Path, luthier: Run) -> None:

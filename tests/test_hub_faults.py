@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,17 +19,9 @@ from luthier.errors import ModelError, UserError
 from luthier.hub import catalogue
 
 from .conftest import ROOT, Result
-from .hub_server import REPO, WEIGHTS, HubServer, Repository, names, pulling, refused, repository, serving
+from .hub_server import REPO, WEIGHTS, HubServer, Repository, names, pulling, refused
 
 both = pytest.mark.parametrize("place", hub.HUBS)
-
-
-@pytest.fixture
-def server(
-    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[HubServer]:
-    with serving(repository(model_dir("llama")), monkeypatch, tmp_path_factory.mktemp("home")) as made:
-        yield made
 
 
 @both

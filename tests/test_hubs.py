@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,9 @@ from luthier.hub import catalogue, download
 from luthier.hub.catalogue import RemoteFile, Source
 
 from .conftest import Result
-from .hub_server import COMMIT, REPO, WEIGHTS, HubServer, names, pulling, refused, repository, serving
+from .hub_server import COMMIT, REPO, WEIGHTS, HubServer, names, pulling, refused
 
 both = pytest.mark.parametrize("place", hub.HUBS)
-
-
-@pytest.fixture
-def server(
-    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[HubServer]:
-    with serving(repository(model_dir("llama")), monkeypatch, tmp_path_factory.mktemp("home")) as made:
-        yield made
 
 
 # --- what comes -----------------------------------------------------------------------------------------------------

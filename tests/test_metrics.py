@@ -17,7 +17,6 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 import luthier as library
-from luthier import config as configs
 from luthier import evaluation, personas, text_metrics
 from luthier.errors import ConfigError
 from luthier.evaluate import askable, score
@@ -26,6 +25,7 @@ from luthier.text_metrics import TextMetrics, measure, script
 from luthier.types import Conversation, Message, RowRef
 
 from .conftest import ARCHITECTURES, Result
+from .conftest import teahouse as config
 
 Run = Callable[..., Result]
 ENGLISH = (
@@ -133,17 +133,6 @@ def test_the_dictionary_is_read_from_no_shared_cache(tmp_path: Path, monkeypatch
 
 
 # ---- the verb
-
-
-def config(model: Path, run: Path, data: dict[str, Any], **train: Any) -> Any:
-    return configs.build(
-        {
-            "model": {"path": model, "dtype": "float32"},
-            "data": {"train": personas.TEAHOUSE, "max_length": 256, **data},
-            "train": {"max_steps": 30, "learning_rate": 5e-3, "eval_time_ratio": 10, **train},
-            "output_dir": run,
-        }
-    )
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,9 @@ def open_chat(
     device = pick_device()
     kind = torch.float32 if dtype == "auto" and device.type == "cpu" else pick_dtype(dtype, device)
     given = sampling or {}
-    if checkpoint is not None and path is not None and model is None and adapter is None:
+    if checkpoint is not None:
+        if path is None or model is not None or adapter is not None:
+            raise ConfigError("--checkpoint: is a step of a run's, not of --model and --adapter", "give the RUN alone")
         return _at_checkpoint(RunDir(Path(path)), checkpoint, system, kind, device, given)
     place = locate(path, model, adapter)
     if isinstance(place, Path):

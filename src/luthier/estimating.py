@@ -144,25 +144,32 @@ def _row(wanted: Wanted, precision: Precision, train: TrainConfig, free: float) 
 
 def _fixes(wanted: Wanted, free: float) -> Iterator[str]:
     """Settings that make the run fit, the mildest first; at most two."""
-    train = wanted.config.train
-    own, nf4 = _precision(wanted.config), Precision("nf4", _precision(wanted.config).dtype, Quantisation("nf4"))
+    model, train = wanted.config.model, wanted.config.train
+    own = _precision(wanted.config)
+    nf4 = Precision("nf4", own.dtype, Quantisation("nf4"))
     recompute = train.model_copy(update={"gradient_checkpointing": True})
     single = with_micro_batch(recompute, 1)
+    checkpointing = () if train.gradient_checkpointing is True else ("train.gradient_checkpointing=true",)
     one = (
-        f"--set train.per_device_train_batch_size=1 --set train.gradient_accumulation_steps="
-        f"{single.gradient_accumulation_steps}"
+        ()
+        if train.per_device_train_batch_size == 1
+        else (
+            "train.per_device_train_batch_size=1",
+            f"train.gradient_accumulation_steps={single.gradient_accumulation_steps}",
+        )
     )
-    choices = (
-        ("--set train.gradient_checkpointing=true", own, recompute),
-        (f"--set train.gradient_checkpointing=true {one}", own, single),
-        ("--set model.load_in_4bit=true --set train.gradient_checkpointing=true", nf4, recompute),
-        (f"--set model.load_in_4bit=true --set train.gradient_checkpointing=true {one}", nf4, single),
-    )
+    four = (*(("model.load_in_8bit=false",) if model.load_in_8bit else ()), "model.load_in_4bit=true")
+    choices: list[tuple[tuple[str, ...], Precision, TrainConfig]] = []
+    for changes, precision in ((), own), (four, nf4):
+        if not (changes and model.load_in_4bit):
+            choices.append(((*changes, *checkpointing), precision, recompute))
+            if one:
+                choices.append(((*changes, *checkpointing, *one), precision, single))
     found = 0
-    for text, precision, settings in choices:
-        if found < 2 and _row(wanted, precision, settings, free).fits:
+    for settings, precision, changed in choices:
+        if found < 2 and settings and _row(wanted, precision, changed, free).fits:
             found += 1
-            yield text
+            yield " ".join(f"--set {setting}" for setting in settings)
 
 
 # --- time -----------------------------------------------------------------------------------------------------------

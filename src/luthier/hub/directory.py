@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,8 @@ State = Literal["absent", "whole", "damaged", "foreign"]
 
 
 def default_dir(name: str) -> Path:
-    """The user's cache: ``$XDG_CACHE_HOME/luthier/models/NAME``, ``~/.cache`` where that is not set."""
-    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "luthier" / "models" / name.replace("/", "--")
+    """Where a pulled model goes: ``models/NAME`` in the user's cache."""
+    return files.cache_root() / "models" / name.replace("/", "--")
 
 
 @dataclass(frozen=True, slots=True)

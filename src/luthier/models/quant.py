@@ -10,6 +10,7 @@ a backward reads other bytes; here a weight is never touched after loading.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ def library() -> Any:
     """
     before = sys.modules.get("kernels", ...)
     sys.modules["kernels"] = None  # type: ignore[assignment]
+    asks = logging.getLogger("bitsandbytes.backends.cpu.ops")  # to install that package
+    level = asks.level
+    asks.setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional
     except ImportError:
@@ -64,6 +68,7 @@ def library() -> Any:
             "a quantised base needs the package bitsandbytes", "pip install 'luthier[qlora]'"
         ) from None
     finally:
+        asks.setLevel(level)
         if before is ...:
             del sys.modules["kernels"]
         else:
