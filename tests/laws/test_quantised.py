@@ -5,6 +5,7 @@ Shown able to fail: a weight that is repacked by an evaluation (as bitsandbytes'
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,11 @@ def test_every_family_loads_quantised(name: str, tmp_path: Path, monkeypatch: py
 
 
 def test_quantised_tensors_take_the_bytes_that_are_counted() -> None:
-    weight = torch.randn(48, 80)
-    for how in KINDS:
+    # 80 and 30 columns: blocks of 64 run over the ends of rows, and the last one is not full
+    for (rows, columns), how in itertools.product(((48, 128), (48, 80), (15, 30)), KINDS):
+        weight = torch.randn(rows, columns)
         parts = quantise(weight, how)
         assert tuple(parts) == how.parts
-        assert sum(t.numel() * t.element_size() for t in parts.values()) == how.bytes_of(48, 80)
-        off = (dequantise(parts, how, (48, 80), torch.float32) - weight).norm() / weight.norm()
-        assert off < (0.01 if how.kind == "int8" else 0.13)
+        assert sum(t.numel() * t.element_size() for t in parts.values()) == how.bytes_of(rows, columns)
+        off = (dequantise(parts, how, (rows, columns), torch.float32) - weight).norm() / weight.norm()
+        assert off < (0.01 if how.kind == "int8" else 0.14)

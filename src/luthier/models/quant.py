@@ -104,16 +104,18 @@ def dequantise(parts: Mapping[str, Tensor], how: Quantisation, shape: tuple[int,
             absmax, parts["nested_absmax"], code, NESTED_BLOCK, torch.float32
         )
         absmax = absmax + parts["offset"]
+    # Blocks run on over the ends of rows. bitsandbytes' AVX512 path takes a row to begin a block: one long row, then
+    rows = shape if shape[1] % BLOCK == 0 else (1, shape[0] * shape[1])
     state = bnb.QuantState(
         absmax=absmax,
-        shape=torch.Size(shape),
+        shape=torch.Size(rows),
         dtype=dtype,
         blocksize=BLOCK,
         code=_code(how.kind, absmax.device),
         quant_type=how.kind,
     )
     found: Tensor = bnb.dequantize_4bit(parts["packed"].view(-1, 1), state)
-    return found
+    return found.view(shape)
 
 
 @lru_cache(8)
