@@ -11,35 +11,70 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from luthier.types import Batch, Example, Ids
+from luthier.packing import Tree, by_tokens, flat, prefix_tree
+from luthier.types import Batch, Example, Ids, Mask
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[Example], share: bool = False) -> Batch:
     """Concatenate rows into one stream. The last token of a row predicts nothing and is a target only.
 
     row        p  p  r  r  stop          trained on r r stop
     stream     p  p  r  r                the only shift: position t predicts token t + 1
     targets       r  r  stop
+
+    share: tokens that rows have in common at their beginning stand in the stream once (``packing.prefix_tree``).
     """
     assert examples
-    lengths = [len(e) - 1 for e in examples]
-    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    longest = max(lengths)
-    padded = np.arange(longest)[None, :] + bounds[:-1, None]
-    inside = np.arange(longest)[None, :] < np.asarray(lengths)[:, None]
+    tree = prefix_tree(examples) if share and len(examples) > 1 else flat(examples)
+    nodes = tree.nodes
+    lengths = np.asarray([n.end - n.start for n in nodes])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    places = [_places(tree, tree.last[row], offsets) for row in range(len(examples))]
+    above = [np.concatenate([np.arange(offsets[c], offsets[c + 1]) for c in tree.chain(i)]) for i in range(len(nodes))]
+    queries, inside = _rows([np.arange(a, b) for a, b in zip(offsets, offsets[1:], strict=False)])
+    keys, _ = _rows(above)
     return Batch(
-        input_ids=np.concatenate([e.ids[:-1] for e in examples]),
-        position_ids=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
-        offsets=tuple(int(b) for b in bounds),
-        target_index=np.concatenate(
-            [np.flatnonzero(e.trained[1:]) + b for e, b in zip(examples, bounds, strict=False)]
-        ),
+        input_ids=np.concatenate([examples[n.row].ids[n.start : n.end] for n in nodes]),
+        position_ids=np.concatenate([np.arange(n.start, n.end, dtype=np.int64) for n in nodes]),
+        offsets=tuple(int(b) for b in offsets),
+        parents=tuple(n.parent for n in nodes),
+        target_index=np.concatenate([p[e.trained[1:]] for e, p in zip(examples, places, strict=True)]),
         target_ids=np.concatenate([e.ids[1:][e.trained[1:]] for e in examples]),
-        pad_index=np.where(inside, padded, 0).reshape(-1).astype(np.int64),
-        unpad_index=np.flatnonzero(inside.reshape(-1)).astype(np.int64),
+        query_index=queries.reshape(-1),
+        key_index=keys.reshape(-1),
+        stream_index=np.flatnonzero(inside.reshape(-1)).astype(np.int64),
         sources=tuple(e.source for e in examples),
         tokens=sum(len(e) for e in examples),
     )
+
+
+def _places(tree: Tree, node: int, offsets: Ids) -> Ids:
+    """Where a row's tokens stand in the stream."""
+    chain = tree.chain(node)
+    return np.concatenate([np.arange(offsets[c], offsets[c + 1]) for c in chain]).astype(np.int64)
+
+
+def _rows(ragged: list[Ids]) -> tuple[Ids, Mask]:
+    """[n, longest] with 0 past the end of each, and where it is not past."""
+    longest = max(map(len, ragged))
+    found = np.zeros((len(ragged), longest), dtype=np.int64)
+    inside = np.zeros(found.shape, dtype=bool)
+    for i, row in enumerate(ragged):
+        found[i, : len(row)] = row
+        inside[i, : len(row)] = True
+    return found, inside
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a step's rows become micro-batches.
+
+    tokens: computed together, rows regrouped to fill it; 0: so many rows as the plan says, in its order.
+    share:  common beginnings are computed once.
+    """
+
+    tokens: int = 0
+    share: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +112,16 @@ class Plan:
         chosen = order[start : start + self.rows_per_step].tolist()
         return [chosen[i : i + self.micro_rows] for i in range(0, len(chosen), self.micro_rows)]
 
-    def batches(self, examples: Sequence[Example], first: int = 0) -> Iterator[tuple[int, list[Batch]]]:
+    def batches(
+        self, examples: Sequence[Example], first: int = 0, packing: Packing = Packing()
+    ) -> Iterator[tuple[int, list[Batch]]]:
         """(step, its micro-batches) from step ``first`` on."""
         for index in range(first, self.steps):
-            yield index, [collate([examples[i] for i in rows]) for rows in self.step(index)]
+            cut = [[examples[i] for i in rows] for rows in self.step(index)]
+            if packing.tokens:
+                rows = [e for micro in cut for e in micro]
+                cut = [[rows[i] for i in micro] for micro in by_tokens(rows, packing.tokens, packing.share)]
+            yield index, [collate(rows, packing.share) for rows in cut]
 
 
 _last: dict[tuple[int, int, int], Ids] = {}

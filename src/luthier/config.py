@@ -127,6 +127,19 @@ class TrainConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; takes the place of num_train_epochs")
     per_device_train_batch_size: int = Field(4, ge=1, description="rows a micro-batch")
     gradient_accumulation_steps: int = Field(4, ge=1, description="micro-batches a step")
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="tokens computed together: a step's rows are regrouped to fill it, which changes no result; "
+        "0: per_device_train_batch_size rows as they come; auto: 2048",
+    )
+    shared_prefix: bool = Field(
+        True, description="compute beginnings that rows of a micro-batch have in common (the system prompt) once"
+    )
+    fused: Literal["auto"] | bool = Field(
+        "auto",
+        description="train with luthier's own compiled layers: the same mathematics, faster; auto: where the model, "
+        "the device and a C++ compiler allow",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up")

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 from luthier.config import LoraConfig
 from luthier.errors import ConfigError
+from luthier.kernels.noise import Noise, dropout
 from luthier.models.directory import check_names
 from luthier.models.families import Modules
 from luthier.models.quant import QuantLinear
+
+# layers that read the same input share its dropout mask
+_INPUTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
 class LoraLinear(nn.Module):
@@ -31,6 +35,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scaling = scaling(config)
         self.dropout = config.lora_dropout
+        self.noise, self.noise_group = Noise(), 0  # of the model's adapters together, set by ``attach``
         self.enabled = True
         device = base.device if isinstance(base, QuantLinear) else base.weight.device
         self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, dtype=torch.float32, device=device))
@@ -48,7 +53,8 @@ class LoraLinear(nn.Module):
         if not self.enabled:
             plain: Tensor = self.base(x)
             return plain
-        u = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        dropped = self.dropout and self.training
+        u = dropout(x, self.dropout, self.noise.key(self.noise_group)) if dropped else x
         inner = F.linear(u, self.lora_A.to(x.dtype)) * self.scaling
         out: Tensor = self.base(x) + F.linear(inner, self.lora_B.to(x.dtype))
         return out
@@ -138,6 +144,8 @@ def attach(
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, LoraLinear] = {}
+    noise = Noise()
+    groups: dict[str, int] = {}
     for name in targets.modules:
         parent, _, leaf = name.rpartition(".")
         base = model.get_submodule(name)
@@ -145,6 +153,8 @@ def attach(
         layer = LoraLinear(base, (configs or {}).get(name, config))
         if not layer.lora_A.is_meta:
             layer.reset(generator)
+        layer.noise = noise
+        layer.noise_group = groups.setdefault(f"{parent}.{_INPUTS.get(leaf, leaf)}", len(groups))
         setattr(model.get_submodule(parent), leaf, layer)
         layers[name] = layer
     return layers

@@ -82,34 +82,32 @@ class Example:
 class Batch:
     """Several examples as one flat stream without padding; every index is made on the host.
 
-        input_ids     a0 a1 a2 | b0 b1 | c0 c1 c2      T tokens, S segments (each attends to itself only)
+        input_ids     a0 a1 a2 | b0 b1 | c0 c1 c2      T tokens, S segments
         position_ids   0  1  2 |  0  1 |  0  1  2
         offsets        0         3       5          8  S + 1 boundaries
-        target_index   rows of the stream whose next token is supervised [N]
-        target_ids     that next token [N]
+        parents       -1        -1      -1             a segment sees itself, its parent, its parent's parent, ...
+        target_index  rows of the stream whose next token is supervised [N]; a shared one may stand there repeatedly
+        target_ids    that next token [N]
 
-    pad_index [S * longest] gathers the stream into one padded row a segment (padding repeats token 0 of
-    the stream); unpad_index [T] is the way back. Attention alone uses them.
+    Attention by padded rows alone uses: query_index [S * longest] and key_index [S * longest with all above], which
+    gather the stream into a row a segment (padding repeats token 0 of the stream), and stream_index [T], the way back.
     """
 
     input_ids: Ids
     position_ids: Ids
     offsets: tuple[int, ...]
+    parents: tuple[int, ...]
     target_index: Ids
     target_ids: Ids
-    pad_index: Ids
-    unpad_index: Ids
+    query_index: Ids
+    key_index: Ids
+    stream_index: Ids
     sources: tuple[RowRef, ...]
     tokens: int
 
     @property
     def supervised(self) -> int:
         return int(self.target_ids.shape[0])
-
-    @property
-    def longest(self) -> int:
-        """Tokens in the longest segment."""
-        return max(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
 
 
 class Template(Protocol):

@@ -71,7 +71,7 @@ def test_every_target_follows_its_position(tokenizer: Tokenizer) -> None:
         followed = batch.target_index[inside] - start + 1
         assert row.ids[followed].tolist() == batch.target_ids[inside].tolist()
         assert row.trained[followed].all()
-    gathered = batch.input_ids[batch.pad_index][batch.unpad_index]
+    gathered = batch.input_ids[batch.query_index][batch.stream_index]
     assert gathered.tolist() == batch.input_ids.tolist()
 
 

@@ -7,9 +7,9 @@ losses differ and a change in one row changes the next; with positions that run 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +18,7 @@ from luthier.kernels.attention import KERNELS
 from luthier.kernels.segments import Segments, to_device
 from luthier.models.forward import segment_attention, token_losses
 from luthier.models.tokenizer import Tokenizer
-from luthier.types import Batch, Example
+from luthier.types import Batch, Example, RowRef
 
 from ..conftest import ARCHITECTURES, make_model
 from .helpers import distance, examples, fails, padded_losses, with_adapter
@@ -64,22 +64,22 @@ def isolated(model: Any, rows: list[Example], alter: Any) -> None:
 
 
 def one_segment(batch: Batch) -> Batch:
-    length = len(batch.input_ids)
-    index = collate([Example(batch.input_ids, batch.input_ids > -1, batch.sources[0])])
-    whole = replace(batch, offsets=(0, length))
-    return replace(whole, pad_index=_range(length, index), unpad_index=_range(length, index))
+    return collate([Example(np.append(batch.input_ids, 0), np.append(False, batch.input_ids > -1), batch.sources[0])])
 
 
-def _range(length: int, like: Batch) -> Any:
-    return torch.arange(length).numpy().astype(like.pad_index.dtype)
+def naive(batch: Batch) -> Batch:
+    """The rows as one segment, each still counting its own positions."""
+    whole = one_segment(batch)
+    parts = ("offsets", "parents", "query_index", "key_index", "stream_index")
+    return replace(batch, **{part: getattr(whole, part) for part in parts})
 
 
 @torch.no_grad()
 def test_the_law_sees_rows_that_see_their_neighbours(tokenizer: Tokenizer) -> None:
     model = make_model("llama")
     rows = examples(tokenizer)
-    assert fails(lambda: law(model, rows, one_segment(collate(rows))))
-    assert fails(lambda: isolated(model, rows, one_segment))
+    assert fails(lambda: law(model, rows, naive(collate(rows))))
+    assert fails(lambda: isolated(model, rows, naive))
 
 
 @torch.no_grad()
@@ -91,20 +91,24 @@ def test_the_law_sees_positions_that_run_on(tokenizer: Tokenizer) -> None:
     assert fails(lambda: law(model, rows, shifted))
 
 
+def stream(lengths: list[int], shared: int) -> Segments:
+    """Rows of such lengths whose first ``shared`` tokens are the same, as segments."""
+    rows = [np.append(np.arange(shared), 1000 * (i + 1) + np.arange(n - shared)) for i, n in enumerate(lengths)]
+    examples = [Example(np.append(row, 0), np.arange(len(row) + 1) > 0, RowRef("", 1)) for row in rows]
+    return to_device(collate(examples, share=True), "cpu").segments
+
+
+@pytest.mark.parametrize("shared", [0, 9])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("name", [k for k in sorted(KERNELS) if k != "reference"])
 def test_fast_attention_equals_its_definition_forward_and_backward(
-    name: str, softcap: float | None, window: int | None
+    name: str, softcap: float | None, window: int | None, shared: int
 ) -> None:
     torch.manual_seed(0)
-    offsets = (0, 1, 6, 19, 23)
-    longest, count, total = 13, 4, 23
-    pad = torch.zeros(count * longest, dtype=torch.long)
-    for s, (a, b) in enumerate(pairwise(offsets)):
-        pad[s * longest : s * longest + b - a] = torch.arange(a, b)
-    unpad = torch.cat([s * longest + torch.arange(b - a) for s, (a, b) in enumerate(pairwise(offsets))])
-    segments = Segments(offsets, longest, pad, unpad)
+    segments = stream([1 + shared, 5 + shared, 13 + shared, 4 + shared], shared)
+    assert len(segments.parents) == 5 if shared else 4
+    total = segments.offsets[-1]
     shapes = [(1, 6, total, 8), (1, 2, total, 8), (1, 2, total, 8)]
     inputs = [torch.randn(s, dtype=torch.float64) for s in shapes]
     weight = torch.randn(1, total, 6, 8, dtype=torch.float64)

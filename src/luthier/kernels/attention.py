@@ -37,23 +37,27 @@ def padded(
 ) -> Tensor:
     """As ``reference.attention``: [1, H, T, D] -> [1, T, H, D]; query heads of a group share one product."""
     _, heads, _, dim = query.shape
-    kv = key.shape[1]
-    groups, length, count = heads // kv, segments.longest, len(segments.offsets) - 1
+    kv, count = key.shape[1], len(segments.parents)
+    groups, before = heads // kv, segments.before()
+    longest, keys = len(segments.query_index) // count, len(segments.key_index) // count
 
-    def rows(x: Tensor, per_kv: int) -> Tensor:  # [1, kv * per_kv, T, D] -> [count * kv, per_kv * length, D]
-        gathered = x[0].transpose(0, 1).index_select(0, segments.pad_index)
-        return gathered.view(count, length, kv, per_kv, dim).permute(0, 2, 3, 1, 4).reshape(count * kv, -1, dim)
+    def rows(x: Tensor, per_kv: int, index: Tensor) -> Tensor:  # [1, kv * per_kv, T, D] -> [count * kv, per_kv * L, D]
+        gathered = x[0].transpose(0, 1).index_select(0, index)
+        return gathered.view(count, -1, kv, per_kv, dim).permute(0, 2, 3, 1, 4).reshape(count * kv, -1, dim)
 
-    scores = torch.bmm(rows(query, groups), rows(key, 1).transpose(1, 2)).float() * scaling
+    wide = [rows(x, 1, segments.key_index) for x in (key, value)]
+    scores = torch.bmm(rows(query, groups, segments.query_index), wide[0].transpose(1, 2)).float() * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(count * kv, groups, length, length) + _causal(length, sliding_window, query.device)
+    masks = {n: _causal(longest, keys, n, sliding_window, query.device) for n in set(before)}
+    mask = masks[0] if len(masks) == 1 else torch.stack([masks[n] for n in before])[:, None, None]
+    scores = scores.view(count, kv, groups, longest, keys) + mask
     weights = torch.softmax(scores, -1).to(query.dtype)
     if dropout:
         weights = F.dropout(weights, dropout)
-    out = torch.bmm(weights.view(count * kv, groups * length, length), rows(value, 1))
-    stream = out.view(count, kv, groups, length, dim).permute(0, 3, 1, 2, 4).reshape(count * length, heads, dim)
-    return stream.index_select(0, segments.unpad_index)[None]
+    out = torch.bmm(weights.view(count * kv, groups * longest, keys), wide[1])
+    stream = out.view(count, kv, groups, longest, dim).permute(0, 3, 1, 2, 4).reshape(count * longest, heads, dim)
+    return stream.index_select(0, segments.stream_index)[None]
 
 
 def looped(
@@ -72,18 +76,20 @@ def looped(
     groups = query.shape[1] // key.shape[1]
     k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     outputs = []
-    for start, end in zip(segments.offsets, segments.offsets[1:], strict=False):
-        windowed = sliding_window is not None and end - start > sliding_window
-        mask = _causal(end - start, sliding_window, query.device).to(query.dtype) if windowed else None
-        part = slice(start, end)
+    for segment, before in enumerate(segments.before()):
+        own = slice(segments.offsets[segment], segments.offsets[segment + 1])
+        seen = [slice(segments.offsets[s], segments.offsets[s + 1]) for s in segments.above(segment)] + [own]
+        length = own.stop - own.start
+        plain = not before and (sliding_window is None or length <= sliding_window)
+        mask = None if plain else _causal(length, before + length, before, sliding_window, query.device).to(query.dtype)
         outputs.append(
             F.scaled_dot_product_attention(
-                query[:, :, part],
-                k[:, :, part],
-                v[:, :, part],
+                query[:, :, own],
+                torch.cat([k[:, :, s] for s in seen], 2),
+                torch.cat([v[:, :, s] for s in seen], 2),
                 attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=mask is None,
+                is_causal=plain,
                 scale=scaling,
             )
         )
@@ -91,15 +97,15 @@ def looped(
 
 
 def auto(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *args: Any, **kwargs: Any) -> Tensor:
-    kernel = padded if segments.longest <= AUTO_LONGEST else looped
+    kernel = padded if max(segments.lengths) <= AUTO_LONGEST else looped
     return kernel(query, key, value, segments, *args, **kwargs)
 
 
-def _causal(length: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """[length, length] fp32: 0 where visible, -inf elsewhere."""
-    mask = torch.full((length, length), float("-inf"), device=device).triu(1)
-    if sliding_window is not None and sliding_window < length:
-        mask = mask + torch.full((length, length), float("-inf"), device=device).tril(-sliding_window)
+def _causal(queries: int, keys: int, before: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] fp32: 0 where visible, -inf elsewhere; the first query stands after ``before`` keys."""
+    mask = torch.full((queries, keys), float("-inf"), device=device).triu(before + 1)
+    if sliding_window is not None and sliding_window < keys:
+        mask = mask + torch.full((queries, keys), float("-inf"), device=device).tril(before - sliding_window)
     return mask
 
 

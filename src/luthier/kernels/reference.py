@@ -5,6 +5,8 @@ Written to be read. Whatever is faster is elsewhere, and tested against these fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +24,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Causal attention in which each segment of the stream sees itself only.
+    """Causal attention in which each segment of the stream sees itself and the segments above it.
 
     query [1, H, T, D], key and value [1, K, T, D] with H a multiple of K -> [1, T, H, D]. Scores are softmaxed in fp32.
     """
@@ -31,14 +33,21 @@ def attention(
     scores = (query @ k.transpose(2, 3)).float() * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    t = torch.arange(query.shape[2], device=query.device)
-    segment = torch.bucketize(t, torch.tensor(segments.offsets[1:], device=query.device), right=True)
-    distance = t[:, None] - t[None, :]
-    visible = (segment[:, None] == segment[None, :]) & (distance >= 0)
-    if sliding_window is not None:
-        visible &= distance < sliding_window
-    weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1).to(query.dtype)
+    visible = torch.zeros(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device)
+    for segment, own in enumerate(segments.lengths):
+        seen = [*segments.above(segment), segment]
+        rows, columns = _places(segments, [segment]), _places(segments, seen)
+        distance = torch.arange(len(columns) - own, len(columns))[:, None] - torch.arange(len(columns))[None]
+        inside = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+        visible[rows[:, None], columns[None]] = inside.to(query.device)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    weights = torch.softmax(scores, -1).to(query.dtype)
     return (F.dropout(weights, dropout) @ v).transpose(1, 2)
+
+
+def _places(segments: Segments, which: Sequence[int]) -> Tensor:
+    """Where the tokens of these segments stand in the stream."""
+    return torch.cat([torch.arange(segments.offsets[s], segments.offsets[s + 1]) for s in which])
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:

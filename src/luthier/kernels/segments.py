@@ -12,12 +12,33 @@ from luthier.types import Batch
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Boundaries of a flat stream (host integers) and the gathers to and from one padded row a segment."""
+    """Boundaries and parents of a flat stream (host integers), and the gathers to and from a padded row a segment."""
 
     offsets: tuple[int, ...]
-    longest: int
-    pad_index: Tensor
-    unpad_index: Tensor
+    parents: tuple[int, ...]
+    query_index: Tensor
+    key_index: Tensor
+    stream_index: Tensor
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+
+    def above(self, segment: int) -> tuple[int, ...]:
+        """The segments that this one sees besides itself, from the top."""
+        found: list[int] = []
+        parent = self.parents[segment]
+        while parent >= 0:
+            found.append(parent)
+            parent = self.parents[parent]
+        return tuple(found[::-1])
+
+    def before(self) -> tuple[int, ...]:
+        """How many tokens of other segments each one sees."""
+        sizes, found = self.lengths, []
+        for parent in self.parents:
+            found.append(found[parent] + sizes[parent] if parent >= 0 else 0)
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,5 +61,7 @@ def to_device(batch: Batch, device: torch.device | str) -> DeviceBatch:
         position_ids=put(batch.position_ids)[None],
         target_index=put(batch.target_index),
         target_ids=put(batch.target_ids),
-        segments=Segments(batch.offsets, batch.longest, put(batch.pad_index), put(batch.unpad_index)),
+        segments=Segments(
+            batch.offsets, batch.parents, put(batch.query_index), put(batch.key_index), put(batch.stream_index)
+        ),
     )

@@ -97,13 +97,7 @@ def dequantise(parts: Mapping[str, Tensor], how: Quantisation, shape: tuple[int,
     if how.kind == "int8":
         return (parts["values"].to(torch.float32) * parts["scale"][:, None]).to(dtype)
     bnb = library()
-    absmax = parts["absmax"]
-    if how.double:
-        code = _nested_code(absmax.device)
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-            absmax, parts["nested_absmax"], code, NESTED_BLOCK, torch.float32
-        )
-        absmax = absmax + parts["offset"]
+    absmax = absolute_maxima(parts, how)
     # Blocks run on over the ends of rows. bitsandbytes' AVX512 path takes a row to begin a block: one long row, then
     rows = shape if shape[1] % BLOCK == 0 else (1, shape[0] * shape[1])
     state = bnb.QuantState(
@@ -111,11 +105,22 @@ def dequantise(parts: Mapping[str, Tensor], how: Quantisation, shape: tuple[int,
         shape=torch.Size(rows),
         dtype=dtype,
         blocksize=BLOCK,
-        code=_code(how.kind, absmax.device),
+        code=code_table(how.kind, absmax.device),
         quant_type=how.kind,
     )
     found: Tensor = bnb.dequantize_4bit(parts["packed"].view(-1, 1), state)
     return found.view(shape)
+
+
+def absolute_maxima(parts: Mapping[str, Tensor], how: Quantisation) -> Tensor:
+    """[blocks] fp32: the scale of each block of a 4-bit weight."""
+    if not how.double:
+        return parts["absmax"]
+    code = _nested_code(parts["absmax"].device)
+    found: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+        parts["absmax"], parts["nested_absmax"], code, NESTED_BLOCK, torch.float32
+    )
+    return found + parts["offset"]
 
 
 @lru_cache(8)
@@ -125,7 +130,8 @@ def _nested_code(device: torch.device) -> Tensor:
 
 
 @lru_cache(8)
-def _code(kind: str, device: torch.device) -> Tensor:
+def code_table(kind: str, device: torch.device) -> Tensor:
+    """[16] fp32: what each 4-bit code stands for."""
     code: Tensor = library().get_4bit_type(kind, device=device)
     return code
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.batch import Plan
+from luthier.batch import Packing, Plan
 from luthier.config import TrainConfig
 from luthier.errors import TrainError
 from luthier.kernels.segments import DeviceBatch, to_device
@@ -43,6 +43,15 @@ def plan(rows: int, config: TrainConfig) -> Plan:
         epochs=config.num_train_epochs,
         max_steps=config.max_steps,
     )
+
+
+AUTO_TOKENS = 2048  # enough for the machine's GEMM rate, few enough for a small machine's memory
+
+
+def packing(config: TrainConfig) -> Packing:
+    """How the rows of a step are computed together."""
+    tokens = AUTO_TOKENS if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
+    return Packing(tokens, config.shared_prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,7 @@ def train(
     model.train()
     try:
         with segment_attention(model, session.attention), checkpointing(model, config.gradient_checkpointing is True):
-            for step, batches in schedule.batches(examples, first=done.step):
+            for step, batches in schedule.batches(examples, done.step, packing(config)):
                 record = _step(model, layers, optimizer, batches, step, schedule, config)
                 done.step = step + 1
                 done.losses.append(record.loss)

@@ -1,0 +1,163 @@
+"""Linear layers that read the same input, as one product: frozen weights and adapters side by side.
+
+A layer with an adapter is x W^T + z B^T with z = scaling * dropout(x) A^T. Stacked by rows and written as one,
+
+    [x | z] [W | B]^T
+
+is a single product of the frozen one's speed; its gradient with respect to the input holds that of z in the same
+way. Rows of [W | B] are padded to a whole number of the processor's tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.kernels.noise import Noise, threshold
+from luthier.lora import LoraLinear
+from luthier.models.quant import BLOCK, QuantLinear, absolute_maxima, code_table
+
+_PAD = 32  # columns: a tile of bf16
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One adapter of a group: its rows of the group's output, its columns of z, where its parameters stand in a run's."""
+
+    layer: LoraLinear
+    rows: slice
+    ranks: slice
+    index: int
+
+
+class Scratch:
+    """One buffer in which quantised weights are made floats, used by every group in turn."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._buffer = torch.empty(0, dtype=dtype)
+
+    def room(self, rows: int, columns: int) -> Tensor:
+        if self._buffer.numel() < rows * columns:
+            self._buffer = torch.empty(rows * columns, dtype=self.dtype)
+        return self._buffer[: rows * columns].view(rows, columns)
+
+
+class Group:
+    """Stacked linear layers of one input width, in the order of their rows.
+
+    k, n: input and output width. wide: k and the ranks, padded. index: of an adapter layer by its identity.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], kernels: Any, scratch: Scratch, noise: Noise, index: Mapping[int, int]
+    ) -> None:
+        self.bases: list[Any] = [m.base if isinstance(m, LoraLinear) else m for m in layers]
+        self.k = int(self.bases[0].in_features)
+        self.n = sum(int(b.out_features) for b in self.bases)
+        self._kernels, self._scratch, self._noise = kernels, scratch, noise
+        self.parts: list[Part] = []
+        row = rank = 0
+        for layer, base in zip(layers, self.bases, strict=True):
+            rows = slice(row, row + base.out_features)
+            if isinstance(layer, LoraLinear):
+                r = layer.lora_A.shape[0]
+                self.parts.append(Part(layer, rows, slice(rank, rank + r), index[id(layer)]))
+                rank += r
+            row = rows.stop
+        self.rank = rank
+        self.wide = -(-(self.k + rank) // _PAD) * _PAD if rank else self.k
+        self.quantised = any(isinstance(b, QuantLinear) for b in self.bases)
+        self._versions: tuple[int, ...] = ()
+        self.a = torch.zeros(rank, self.k)
+        self._b = torch.zeros(self.n, self.wide - self.k, dtype=scratch.dtype)
+        self.dropout = self.parts[0].layer.dropout if self.parts else 0.0
+        keep = 1 / (1 - self.dropout)
+        scales = [torch.full((p.layer.lora_A.shape[0],), p.layer.scaling * keep) for p in self.parts]
+        self.factor = torch.cat(scales) if scales else torch.zeros(0)
+        self.bias = self._stacked_bias(scratch.dtype)
+        self._weight = None if self.quantised else self._resident()
+
+    def _stacked_bias(self, dtype: torch.dtype) -> Tensor | None:
+        if all(b.bias is None for b in self.bases):
+            return None
+        zero = [torch.zeros(b.out_features) if b.bias is None else b.bias.detach() for b in self.bases]
+        return torch.cat([z.to(dtype) for z in zero])
+
+    def _slices(self) -> Iterator[tuple[Any, slice]]:
+        row = 0
+        for base in self.bases:
+            yield base, slice(row, row + base.out_features)
+            row += base.out_features
+
+    def _resident(self) -> Tensor:
+        """The frozen weights moved into [W | B]; the layers keep views of it."""
+        weight = torch.zeros(self.n, self.wide, dtype=self._scratch.dtype)
+        for base, rows in self._slices():
+            weight[rows, : self.k] = base.weight.detach()
+            base.weight.data = weight[rows, : self.k]
+        return weight
+
+    def release(self) -> None:
+        """Give the layers weights of their own again."""
+        if self._weight is not None:
+            for base, _ in self._slices():
+                base.weight.data = base.weight.data.clone(memory_format=torch.contiguous_format)
+            self._weight = None
+
+    def refresh(self) -> None:
+        """Take over the adapters' values where an optimizer step, or a checkpoint, has changed them."""
+        versions = tuple(p._version for part in self.parts for p in (part.layer.lora_A, part.layer.lora_B))
+        if versions == self._versions:
+            return
+        self._versions = versions
+        for part in self.parts:
+            self.a[part.ranks] = part.layer.lora_A.detach()
+            self._b[part.rows, part.ranks] = part.layer.lora_B.detach().to(self._b.dtype)
+        if self._weight is not None:
+            self._weight[:, self.k :] = self._b
+
+    def weight(self) -> Tensor:
+        """[W | B], [n, wide]; of quantised layers only until the next call of any group's."""
+        if self._weight is not None:
+            return self._weight
+        found = self._scratch.room(self.n, self.wide)
+        for base, rows in self._slices():
+            self._floats(base, found[rows])
+        found[:, self.k :] = self._b
+        return found
+
+    def _floats(self, base: Any, out: Tensor) -> None:
+        """One layer's weight into the first k columns of ``out``."""
+        if not isinstance(base, QuantLinear):
+            out[:, : self.k] = base.weight.detach()
+        elif base.how.kind == "int8":
+            self._kernels.eight_bits(len(out), self.k, base.values, base.scale, out, self.wide)
+        elif self.k % BLOCK:
+            out[:, : self.k] = base.dequantised(out.dtype)
+        else:
+            parts = {part: getattr(base, part) for part in base.how.parts}
+            scales, table = absolute_maxima(parts, base.how), code_table(base.how.kind, out.device)
+            self._kernels.four_bits(len(out), self.k, base.packed, scales, table, out, self.wide)
+
+    def lora(self, places: Tensor | None = None) -> tuple[Any, ...]:
+        """The arguments that the row kernels share. places: rows of the stream that are computed; None: all."""
+        if not self.rank or not self.dropout:
+            return (self.rank, self.a, self.factor, 0, 0, None)
+        key = self._noise.key(self.parts[0].layer.noise_group)
+        return (self.rank, self.a, self.factor, key, threshold(self.dropout), places)
+
+    def gradients(self, grad: Tensor, z: Tensor, grad_a: Tensor, into: list[Tensor | None]) -> None:
+        """Put the gradients of this group's A and B into ``into``: grad [T, n] of the output, z [T, rank or more]."""
+        for part in self.parts:
+            wide = part.rows.stop - part.rows.start
+            rank = part.ranks.stop - part.ranks.start
+            grad_b = torch.empty(wide, rank)
+            columns, zs = grad[:, part.rows], z[:, part.ranks]
+            self._kernels.lora_grad_b(len(grad), wide, columns, grad.stride(0), zs, z.stride(0), rank, grad_b)
+            into[2 * part.index] = grad_a[part.ranks]
+            into[2 * part.index + 1] = grad_b

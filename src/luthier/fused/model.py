@@ -1,0 +1,265 @@
+"""A whole model's loss and the gradients of its adapters, layer by layer, without autograd inside.
+
+``prepare`` says why where a model cannot be trained so; the general path (transformers' own layers) then serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.fused.group import Group, Scratch
+from luthier.fused.layer import Heads, Kept, Layer, Stream
+from luthier.kernels import native
+from luthier.kernels.noise import Noise
+from luthier.kernels.segments import DeviceBatch
+from luthier.lora import LoraLinear
+from luthier.models.quant import QuantLinear
+
+_LOGITS = 24_000_000  # elements of logits that exist at once
+_BLOCK = 8192  # rows of a narrower head widened at once
+# transformers' decoder layers that are this very computation, and whether rotary pairs are neighbours
+_LAYERS = {
+    "LlamaDecoderLayer": False,
+    "MistralDecoderLayer": False,
+    "Qwen2DecoderLayer": False,
+    "Phi3DecoderLayer": False,
+    "GlmDecoderLayer": True,
+}
+
+
+class Unsuitable(Exception):
+    """Why a model cannot be trained by the compiled layers."""
+
+
+class FusedModel:
+    """The compiled form of a model with its adapters attached. recompute: keep each layer's input only."""
+
+    def __init__(self, model: Any, layers: Mapping[str, LoraLinear], noise: Noise, recompute: bool) -> None:
+        decoder = _suited(model, layers)
+        try:
+            self.kernels: Any = native.kernels(model.dtype)
+        except native.Unavailable as e:
+            raise Unsuitable(str(e)) from None
+        self.parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+        self.recompute, self._noise = recompute, noise
+        self._decoder, self._head = decoder, model.get_output_embeddings()
+        self._scratch = Scratch(model.dtype)
+        index = {id(layer): i for i, layer in enumerate(layers.values())}
+        self.layers = [self._layer(block, index) for block in decoder.layers]
+        trained = [i for i, layer in enumerate(self.layers) if any(g.parts for g in layer.groups())]
+        self._first = trained[0]
+
+    def _layer(self, block: Any, index: Mapping[int, int]) -> Layer:
+        attention, mlp, config = block.self_attn, block.mlp, block.self_attn.config
+        fused_qkv = hasattr(attention, "qkv_proj")
+        qkv = [attention.qkv_proj] if fused_qkv else [attention.q_proj, attention.k_proj, attention.v_proj]
+        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+
+        def group(modules: list[Any]) -> Group:
+            return Group(modules, self.kernels, self._scratch, self._noise, index)
+
+        dim = int(attention.head_dim)
+        window = _window(block, config)
+        heads = Heads(
+            query=int(config.num_attention_heads),
+            key=int(config.num_key_value_heads),
+            dim=dim,
+            interleaved=_LAYERS[type(block).__name__],
+            window=window,
+            scale=float(attention.scaling),
+        )
+        norm, norm2 = block.input_layernorm, block.post_attention_layernorm
+        return Layer(
+            self.kernels, heads, norm.weight.detach(), norm2.weight.detach(), norm.variance_epsilon,
+            norm2.variance_epsilon, group(qkv), group([attention.o_proj]), group(gate_up), group([mlp.down_proj]),
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """Give the model its own weights back."""
+        for layer in self.layers:
+            for group in layer.groups():
+                group.release()
+
+    def loss_sum(self, batch: DeviceBatch) -> Tensor:
+        """[] fp32: cross-entropy summed over the batch's supervised tokens, with gradients for the adapters."""
+        loss: Tensor = _Loss.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
+        return loss
+
+    def forward(self, batch: DeviceBatch) -> tuple[Tensor, tuple[Stream, list[Kept], Tensor]]:
+        """The loss, and what ``backward`` needs: gradients of the logits are formed here, at once with the loss."""
+        for layer in self.layers:
+            for group in layer.groups():
+                group.refresh()
+        x = self._decoder.embed_tokens(batch.input_ids)[0]
+        cos, sin = self._decoder.rotary_emb(x[None], batch.position_ids)
+        order = torch.argsort(batch.target_index, stable=True)
+        rows, which = torch.unique_consecutive(batch.target_index[order], return_inverse=True)
+        stream = _stream(batch, cos[0], sin[0], rows)
+        kept: list[Kept] = []
+        for i, layer in enumerate(self.layers):
+            x, saved = layer.forward(x, stream, i == len(self.layers) - 1)
+            if i >= self._first:
+                kept.append(Kept(saved.x) if self.recompute else saved)
+        loss, grad = self._loss(x, which if len(which) > len(rows) else None, batch.target_ids[order])
+        return loss, (stream, kept, grad)
+
+    def _loss(self, x: Tensor, which: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """x [U, H]; which [N]: the row of each target where some have several. The loss, and its gradient [U, H]."""
+        norm = self._decoder.norm
+        n, k = x.shape
+        h, rstd = torch.empty_like(x), torch.empty(n)
+        none = (0, None, None, 0, 0, None)
+        self.kernels.norm_forward(n, k, x, norm.weight, norm.variance_epsilon, *none, h, k, None, rstd)
+        grad = torch.zeros_like(h) if which is not None else torch.empty_like(h)
+        losses = torch.empty(len(targets))
+        vocabulary = int(self._head.weight.shape[0])
+        step = max(1, _LOGITS // vocabulary)
+        for first in range(0, len(targets), step):
+            part = slice(first, min(first + step, len(targets)))
+            inputs = h[part] if which is None else h[which[part]]
+            logits = self._logits(inputs)
+            self.kernels.cross_entropy(
+                len(inputs), vocabulary, logits, vocabulary, targets[part].contiguous(), losses[part]
+            )
+            found = self._logits_backward(logits)
+            if which is None:
+                grad[part] = found
+            else:
+                grad.index_add_(0, which[part], found)
+        below = torch.empty_like(x)
+        self.kernels.norm_backward(
+            n, k, x, norm.weight, rstd, *none, grad, k, torch.zeros_like(x), below, None
+        )
+        return losses.double().sum().float(), below
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The head's weight in the model's type: whole, or so many rows at a time where it is stored in another."""
+        weight = self._head.weight.detach()
+        size = len(weight) if weight.dtype is self._scratch.dtype else _BLOCK
+        for first in range(0, len(weight), size):
+            rows = slice(first, min(first + size, len(weight)))
+            yield rows, weight[rows].to(self._scratch.dtype)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        found = h.new_empty(len(h), len(self._head.weight))
+        for rows, block in self._blocks():
+            if len(block) == found.shape[1]:
+                return torch.mm(h, block.t(), out=found)
+            found[:, rows] = h @ block.t()
+        return found
+
+    def _logits_backward(self, grad: Tensor) -> Tensor:
+        parts = [grad[:, rows] @ block for rows, block in self._blocks()]
+        found: Tensor = sum(parts[1:], parts[0])
+        return found
+
+    def backward(self, state: tuple[Stream, list[Kept], Tensor], scale: Tensor) -> list[Tensor | None]:
+        """Gradients of every adapter's A and B, in the order of ``parameters``."""
+        stream, kept, grad = state
+        into: list[Tensor | None] = [None] * len(self.parameters)
+        current: Tensor | None = grad * scale.to(grad.dtype)
+        for i in range(len(self.layers) - 1, self._first - 1, -1):
+            assert current is not None
+            current = self.layers[i].backward(
+                current, kept.pop(), stream, i == len(self.layers) - 1, i > self._first, into
+            )
+        return into
+
+
+class _Loss(torch.autograd.Function):
+    """Where the hand-written gradients meet autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, model: FusedModel, batch: DeviceBatch, *_: Tensor) -> Tensor:
+        loss, ctx.state = model.forward(batch)
+        ctx.model = model
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *ctx.model.backward(ctx.state, scale))
+
+
+def _stream(batch: DeviceBatch, cos: Tensor, sin: Tensor, rows: Tensor) -> Stream:
+    segments = batch.segments
+    offsets, parents = torch.tensor(segments.offsets), torch.tensor(segments.parents)
+    shared = int(segments.offsets[max(segments.parents) + 1])
+    return Stream(offsets, parents, shared, cos.contiguous(), sin.contiguous(), rows, torch.searchsorted(rows, offsets))
+
+
+def _window(block: Any, config: Any) -> int:
+    """How many keys a query of this layer sees; 0: all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[block.self_attn.layer_idx] == "full_attention":
+        return 0
+    return int(getattr(config, "sliding_window", None) or 0)
+
+
+@contextmanager
+def fused(model: Any, layers: Mapping[str, LoraLinear], noise: Noise, recompute: bool) -> Iterator[FusedModel]:
+    """Within the block the model's frozen weights stand where the compiled layers want them. Raises Unsuitable."""
+    found = FusedModel(model, layers, noise, recompute)
+    try:
+        yield found
+    finally:
+        found.release()
+
+
+def unsuitable(model: Any, layers: Mapping[str, LoraLinear]) -> str | None:
+    """Why this model cannot be trained by the compiled layers, None where it can (a compiler set aside)."""
+    try:
+        _suited(model, layers)
+    except Unsuitable as e:
+        return str(e)
+    return None
+
+
+def _suited(model: Any, layers: Mapping[str, LoraLinear]) -> Any:
+    """The decoder. Raises Unsuitable."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    blocks = list(getattr(decoder, "layers", ()))
+    kinds = {type(b).__name__ for b in blocks}
+    config = model.config
+    reasons = {
+        f"they know the layers of Llama, Mistral, Qwen2, Phi-3 and GLM-4, not {', '.join(sorted(kinds))}": not kinds
+        or not kinds <= set(_LAYERS),
+        "they run on the CPU": model.device.type not in ("cpu", "meta"),
+        "they know SiLU alone": getattr(config, "hidden_act", "silu") != "silu",
+        "they know no dropout but LoRA's": any(
+            getattr(config, k, 0.0) for k in ("attention_dropout", "resid_pdrop", "embd_pdrop")
+        ),
+        "the head has a bias or an adapter": getattr(head, "bias", None) is not None or isinstance(head, LoraLinear),
+    }
+    if kinds and kinds <= set(_LAYERS):
+        reasons |= {
+            "a layer that is not attention's input has a bias": any(_biased(b) for b in blocks),
+            "widths must be multiples of 16": any(_uneven(b) for b in blocks),
+        }
+    inside = {id(m) for m in decoder.modules()}
+    reasons["an adapter is outside the decoder's layers"] = any(id(layer) not in inside for layer in layers.values())
+    for reason, holds in reasons.items():
+        if holds:
+            raise Unsuitable(reason)
+    return decoder
+
+
+def _linears(block: nn.Module) -> dict[str, Any]:
+    found = {n.rpartition(".")[2]: m for n, m in block.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
+    return {n: m for n, m in found.items() if n != "base"} | {
+        n.rpartition(".")[2]: m.base for n, m in block.named_modules() if isinstance(m, LoraLinear)
+    }
+
+
+def _biased(block: nn.Module) -> bool:
+    inputs = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+    return any(m.bias is not None for n, m in _linears(block).items() if n not in inputs)
+
+
+def _uneven(block: nn.Module) -> bool:
+    widths = [int(block.self_attn.head_dim)]  # type: ignore[union-attr, arg-type]
+    return any(w % 16 for w in widths + [m.in_features for m in _linears(block).values()])

@@ -1,0 +1,167 @@
+"""The C++ kernels: compiled once on the machine that runs them, kept beside its other caches, called through ctypes.
+
+    rows.cpp       RMS norm, SwiGLU and rotary positions, forward and backward, with LoRA's skinny products beside them
+    attention.cpp  attention over the segments of a flat stream
+    loss.cpp       cross-entropy with its gradient; dropout
+    weights.cpp    4-bit and 8-bit weights as floats
+
+Where there is no C++ compiler, ``load`` says why and callers take torch's own operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier import files
+
+_SOURCES = ("rows.cpp", "attention.cpp", "loss.cpp", "weights.cpp")
+_FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_TYPES = {
+    "l": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "u": ctypes.c_uint32,
+    "f": ctypes.c_float,
+    "p": ctypes.c_void_p,
+}
+_LORA = "lppuup"  # rank, A, factor, dropout's key and threshold, places of the rows in the stream
+_ATTEND = "lpplppllllf"  # segments, queries, heads, key heads, width, window, scale
+SIGNATURES = {
+    "norm_forward": f"llppf{_LORA}plpp",
+    "norm_backward": f"llppp{_LORA}plppp",
+    "swiglu_forward": f"llp{_LORA}plp",
+    "swiglu_backward": f"llp{_LORA}plpp",
+    "lora_forward": f"llpl{_LORA}p",
+    "lora_backward": f"llpl{_LORA}plpp",
+    "lora_grad_b": "llplpllp",
+    "rotate": "lplllliipplpl",
+    "attend_forward": f"{_ATTEND}plpplpl",
+    "attend_backward": f"{_ATTEND}plpplplplppl",
+    "cross_entropy": "llplpp",
+    "dropout": "llppuuf",
+    "four_bits": "llppppl",
+    "eight_bits": "llpppl",
+}
+
+
+class Unavailable(Exception):
+    """Why the compiled kernels cannot be had here."""
+
+
+class Kernels:
+    """The compiled functions for one element type: ``kernels.norm_forward(...)``. Tensors are passed as they are."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        for name, signature in SIGNATURES.items():
+            function: Any = getattr(library, f"{name}_{_SUFFIX[dtype]}")
+            function.restype = None
+            function.argtypes = [_TYPES[letter] for letter in signature]
+            setattr(self, name, self._call(function))
+
+    @staticmethod
+    def _call(function: Any) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+        return call
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        raise AttributeError(name)  # every function is set by the constructor
+
+
+def kernels(dtype: torch.dtype) -> Kernels:
+    """The compiled functions for fp32 or bf16. Raises Unavailable."""
+    if dtype not in _SUFFIX:
+        raise Unavailable(f"they compute in fp32 and bf16, not in {str(dtype).removeprefix('torch.')}")
+    return _kernels(dtype)
+
+
+@lru_cache(2)
+def _kernels(dtype: torch.dtype) -> Kernels:
+    return Kernels(load(), dtype)
+
+
+@lru_cache(1)
+def load() -> ctypes.CDLL:
+    """The kernels, compiled at the first call on a machine (about 10 s). Raises Unavailable."""
+    if platform.system() != "Linux":
+        raise Unavailable(f"they are compiled on Linux only, and this is {platform.system()}")
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
+    if not compiler or not shutil.which(compiler):
+        raise Unavailable("no C++ compiler is installed (g++)")
+    runtime = next((Path(torch.__file__).parent / "lib").glob("libgomp*"), None)
+    if runtime is None:
+        raise Unavailable("this build of torch has another thread runtime than libgomp")
+    ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # one pool of threads for torch and for us
+    path = files.cache_root() / "kernels" / f"luthier-{_key(compiler)}.so"
+    if not path.exists():
+        _build(compiler, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as e:
+        raise Unavailable(f"{path} cannot be loaded ({e})") from None
+
+
+def _key(compiler: str) -> str:
+    """What the compiled file depends on: sources, flags, compiler, processor, torch."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256("\n".join([*_flags(), torch.__version__, platform.machine(), _processor()]).encode())
+    for name in ("common.h", *_SOURCES):
+        digest.update((here / name).read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout  # noqa: S603
+    digest.update(version)
+    return digest.hexdigest()[:16]
+
+
+def _flags() -> tuple[str, ...]:
+    wide = "avx512f" in _processor()
+    return (*_FLAGS, "-mprefer-vector-width=512") if wide else _FLAGS
+
+
+@lru_cache(1)
+def _processor() -> str:
+    """The processor's instruction sets, as Linux lists them."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            return next((line for line in f if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return ""
+
+
+def _build(compiler: str, path: Path) -> None:
+    files.ensure_dir(path.parent)
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        objects = [f"{scratch}/{name}.o" for name in _SOURCES]
+        pairs = list(zip(_SOURCES, objects, strict=True))
+        running = [
+            subprocess.Popen(  # noqa: S603
+                [compiler, *_flags(), "-c", str(here / source), "-o", out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            for source, out in pairs
+        ]
+        said = [p.communicate()[0] for p in running]
+        if not any(p.returncode for p in running):
+            # not linked with -fopenmp: its symbols are those of the runtime that torch brought
+            link = subprocess.run(  # noqa: S603
+                [compiler, "-shared", "-o", f"{scratch}/all.so", *objects], capture_output=True, check=False
+            )
+            if link.returncode == 0:
+                Path(f"{scratch}/all.so").replace(path)
+                return
+            said = [link.stderr]
+    text = b" ".join(said).decode(errors="replace").split("\n")[0]
+    raise Unavailable(f"{compiler} could not compile them ({text[:200]})")
