@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 import luthier
 from luthier import config as configs
 from luthier import personas
+from luthier.batch import Plan
 from luthier.evaluate import held_out_loss
 from luthier.models.load import pick_dtype
 from luthier.preflight import inspect
-from luthier.training import loop
 from luthier.training.schedule import learning_rate
 from luthier.types import Example
 
@@ -42,7 +42,7 @@ def peft_on_the_same_steps(base: Path, config: configs.RunConfig, rows: list[Exa
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(parameters, lr=1.0, weight_decay=config.train.weight_decay)
-    plan = loop.plan(len(rows), config.train)
+    plan = Plan.of(len(rows), config.train)
     for step in range(plan.steps):
         for micro in plan.step(step):
             ids, mask, labels = padded([rows[i] for i in micro])

@@ -126,7 +126,7 @@ def test_longer_rows_take_more_and_recomputation_takes_less(model_dir: Callable[
 
 def test_the_heaviest_micro_batch_is_the_runs_own() -> None:
     lengths = list(range(10, 110))
-    train = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2)
+    train = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2, micro_batch_tokens=0)
     found = sum(len(e) for e in memory._heaviest(Rows(lengths, [5] * 100), train))
     plan = memory.Plan(100, 2, 3, train.seed, train.num_train_epochs, 2)
     assert found == max(sum(lengths[i] for i in micro) for step in range(2) for micro in plan.step(step))

@@ -8,11 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from luthier.config import TrainConfig
 from luthier.packing import Tree, by_tokens, flat, prefix_tree
 from luthier.types import Batch, Example, Ids, Mask
+
+AUTO_TOKENS = 2048  # enough for the machine's GEMM rate, few enough for a small machine's memory
 
 
 def collate(examples: Sequence[Example], share: bool = False) -> Batch:
@@ -31,7 +35,7 @@ def collate(examples: Sequence[Example], share: bool = False) -> Batch:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     places = [_places(tree, tree.last[row], offsets) for row in range(len(examples))]
     above = [np.concatenate([np.arange(offsets[c], offsets[c + 1]) for c in tree.chain(i)]) for i in range(len(nodes))]
-    queries, inside = _rows([np.arange(a, b) for a, b in zip(offsets, offsets[1:], strict=False)])
+    queries, inside = _rows([np.arange(a, b) for a, b in pairwise(offsets)])
     keys, _ = _rows(above)
     return Batch(
         input_ids=np.concatenate([examples[n.row].ids[n.start : n.end] for n in nodes]),
@@ -76,6 +80,15 @@ class Packing:
     tokens: int = 0
     share: bool = False
 
+    @classmethod
+    def of(cls, config: TrainConfig) -> Packing:
+        tokens = AUTO_TOKENS if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
+        return cls(tokens, config.shared_prefix)
+
+    def cut(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """The rows of a step, in micro-batches of at most ``tokens`` (which must not be 0) computed tokens."""
+        return [[examples[i] for i in rows] for rows in by_tokens(examples, self.tokens, self.share)]
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -91,6 +104,18 @@ class Plan:
     seed: int
     epochs: float
     max_steps: int | None = None
+
+    @classmethod
+    def of(cls, rows: int, config: TrainConfig) -> Plan:
+        """The order of ``rows`` rows that ``config`` asks for."""
+        return cls(
+            rows=rows,
+            micro_rows=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            seed=config.seed,
+            epochs=config.num_train_epochs,
+            max_steps=config.max_steps,
+        )
 
     @property
     def rows_per_step(self) -> int:
@@ -119,8 +144,7 @@ class Plan:
         for index in range(first, self.steps):
             cut = [[examples[i] for i in rows] for rows in self.step(index)]
             if packing.tokens:
-                rows = [e for micro in cut for e in micro]
-                cut = [[rows[i] for i in micro] for micro in by_tokens(rows, packing.tokens, packing.share)]
+                cut = packing.cut([e for micro in cut for e in micro])
             yield index, [collate(rows, packing.share) for rows in cut]
 
 

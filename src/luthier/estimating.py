@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from luthier.models.quant import Quantisation, dequantise, quantise
 
 # share of the machine's GEMM rate that a training step is assumed to reach: a guess, not yet held against runs
 _REACHED = 0.45
+_CUT = ("micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps")  # of micro-batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +152,7 @@ def _fixes(wanted: Wanted, free: float) -> Iterator[str]:
     recompute = train.model_copy(update={"gradient_checkpointing": True})
     single = with_micro_batch(recompute, 1)
     checkpointing = () if train.gradient_checkpointing is True else ("train.gradient_checkpointing=true",)
-    one = (
-        ()
-        if train.per_device_train_batch_size == 1
-        else (
-            "train.per_device_train_batch_size=1",
-            f"train.gradient_accumulation_steps={single.gradient_accumulation_steps}",
-        )
-    )
+    one = tuple(f"train.{k}={getattr(single, k)}" for k in _CUT if getattr(single, k) != getattr(train, k))
     four = (*(("model.load_in_8bit=false",) if model.load_in_8bit else ()), "model.load_in_4bit=true")
     choices: list[tuple[tuple[str, ...], Precision, TrainConfig]] = []
     for changes, precision in ((), own), (four, nf4):
@@ -177,15 +172,16 @@ def _fixes(wanted: Wanted, free: float) -> Iterator[str]:
 
 def _seconds(wanted: Wanted, precision: Precision, train: TrainConfig, recompute: bool) -> float:
     """One epoch: products with the frozen weights forward and back, at the share of this machine's rate we reach."""
-    tokens = sum(wanted.rows.lengths)
+    tokens = sum(wanted.rows.lengths) - (wanted.rows.common * len(wanted.rows.lengths) if train.shared_prefix else 0)
     model = empty_model(wanted.native)
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     passes = 3 if recompute else 2
     rates = calibration(precision.dtype)
     seconds = 2.0 * weights * tokens * passes / (rates["flops"] * _REACHED)
     if precision.quantisation:
-        plan = Plan(len(wanted.rows.lengths), train.per_device_train_batch_size, 1, 0, 1)
-        seconds += weights * passes * plan.steps_per_epoch / rates["dequantised"]
+        plan = Plan.of(len(wanted.rows.lengths), train)
+        rows = plan.rows_per_step if train.micro_batch_tokens else plan.micro_rows
+        seconds += weights * passes * math.ceil(plan.rows / rows) / rates["dequantised"]
     return seconds
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from luthier.batch import Plan, collate
+from luthier.batch import Packing, Plan, collate
 from luthier.config import LoraConfig, TrainConfig
+from luthier.fused import size
 from luthier.kernels.segments import to_device
 from luthier.lora import Targets, attach, trainable_parameters
 from luthier.models.forward import checkpointing, loss_sum, segment_attention
@@ -32,10 +33,11 @@ _RUNTIME = 120e6  # an allowance for thread pools, kernels' packing buffers and 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Token counts of the rows, whole and supervised: [n] each."""
+    """Token counts of the rows, whole and supervised: [n] each. common: first tokens that are the same in all rows."""
 
     lengths: Sequence[int]
     supervised: Sequence[int]
+    common: int = 0
 
     @classmethod
     def of_length(cls, length: int, rows: int = 1) -> Rows:
@@ -119,15 +121,22 @@ def estimate(
     layers = attach(model, lora, targets, seed=0)
     trainable = trainable_parameters(layers)
     heaviest = _heaviest(rows, train)
-    vocabulary = embedding.weight.shape[0]
+    supervised, vocabulary = sum(e.supervised for e in heaviest), embedding.weight.shape[0]
+    if train.fused and kernel == "auto" and size.compiled(model, layers, precision.dtype):
+        tokens = len(collate(heaviest, train.shared_prefix).input_ids)
+        activations = size.kept(model, tokens, recompute, wide)
+        logits = size.logits(vocabulary, supervised, wide)
+    else:
+        activations = _saved(model, heaviest, recompute, kernel, train.shared_prefix)
+        logits = float(supervised * vocabulary * (8 + wide))
     return Memory(
         base=stored + wide * others,
         embedding_and_head=resident,
         adapter=4 * trainable,
         gradients=4 * trainable,
         optimizer=_OPTIMIZER_BYTES[train.optim] * trainable,
-        activations=_saved(model, heaviest, recompute, kernel),
-        logits=sum(e.supervised for e in heaviest) * vocabulary * (8 + wide),
+        activations=activations,
+        logits=logits,
         workspace=biggest * wide * (1 if how else 0)
         + (0 if tied or not how or wide == 2 else 8192 * 4 * head.weight.shape[1]),
         library=resident_now() + _RUNTIME,
@@ -163,61 +172,60 @@ def available() -> float:
 
 
 def _heaviest(rows: Rows, train: TrainConfig) -> list[Example]:
-    """The micro-batch of the run that holds most: by tokens, as the run's own order puts rows together."""
+    """The micro-batch of the run that holds most: by computed tokens, as the run's own order puts rows together."""
     lengths = np.asarray(rows.lengths)
-    plan = Plan(
-        len(lengths),
-        train.per_device_train_batch_size,
-        train.gradient_accumulation_steps,
-        train.seed,
-        train.num_train_epochs,
-        train.max_steps,
-    )
+    plan, packing = Plan.of(len(lengths), train), Packing.of(train)
+    common = rows.common if packing.share else 0
     seen, best, most = 0, [0], -1
     for step in range(plan.steps):
-        for micro in plan.step(step):
-            tokens = int(lengths[micro].sum())
+        cut = plan.step(step)
+        for micro in [[i for part in cut for i in part]] if packing.tokens else cut:
+            tokens = int(lengths[micro].sum()) - common * (len(micro) - 1)
             seen += 1
             if tokens > most:
                 most, best = tokens, micro
         if seen > _BATCHES:
             break
-    return [_row(int(rows.lengths[i]), int(rows.supervised[i])) for i in best]
+    found = [_row(int(rows.lengths[i]), int(rows.supervised[i]), common, i + 1) for i in best]
+    if not packing.tokens:
+        return found
+    return max(packing.cut(found), key=lambda micro: len(collate(micro, packing.share).input_ids))
 
 
-def _row(length: int, supervised: int) -> Example:
+def _row(length: int, supervised: int, common: int = 0, token: int = 0) -> Example:
+    """A row of that many tokens whose first ``common`` ones are 0, all others ``token``."""
     length = max(2, length)
     trained = np.arange(length) >= length - max(1, min(supervised, length - 1))
-    return Example(np.zeros(length, dtype=np.int64), trained, RowRef("", 1))
+    return Example(np.where(np.arange(length) < common, 0, token), trained, RowRef("", 1))
 
 
-def _saved(model: Any, examples: Sequence[Example], recompute: bool, kernel: str) -> float:
+def _saved(model: Any, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
     """Bytes that autograd keeps for the backward pass, parameters left out; with ``recompute`` also one layer's."""
     if recompute:
-        kept = _count(model, examples, True, kernel)
-        whole = _count(model, examples, False, kernel)
+        kept = _count(model, examples, True, kernel, share)
+        whole = _count(model, examples, False, kernel, share)
         layers = int(model.config.get_text_config().num_hidden_layers)
         return kept + (whole - kept) / layers
-    return _count(model, examples, False, kernel)
+    return _count(model, examples, False, kernel, share)
 
 
-def _count(model: Any, examples: Sequence[Example], recompute: bool, kernel: str) -> float:
+def _count(model: Any, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
     """Bytes kept by the whole model: of equal layers, two tell what each of the others adds."""
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", ())
     if len(layers) < 4 or len({str(layer) for layer in layers}) > 1:
-        return _counted(model, examples, recompute, kernel)
+        return _counted(model, examples, recompute, kernel, share)
     kept = []
     try:
         for depth in (2, 3):
             decoder.layers = layers[:depth]
-            kept.append(_counted(model, examples, recompute, kernel))
+            kept.append(_counted(model, examples, recompute, kernel, share))
     finally:
         decoder.layers = layers
     return kept[0] + (len(layers) - 2) * (kept[1] - kept[0])
 
 
-def _counted(model: Any, examples: Sequence[Example], recompute: bool, kernel: str) -> float:
+def _counted(model: Any, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -233,13 +241,17 @@ def _counted(model: Any, examples: Sequence[Example], recompute: bool, kernel: s
         checkpointing(model, recompute),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
     ):
-        loss_sum(model, to_device(collate(examples), "meta"))
+        loss_sum(model, to_device(collate(examples, share), "meta"))
     return float(sum(t.untyped_storage().nbytes() for t in kept.values()))
 
 
 def with_micro_batch(train: TrainConfig, rows: int) -> TrainConfig:
-    """The same effective batch, cut finer."""
+    """The same effective batch, cut finer: so many rows at a time."""
     whole = train.per_device_train_batch_size * train.gradient_accumulation_steps
     return train.model_copy(
-        update={"per_device_train_batch_size": rows, "gradient_accumulation_steps": -(-whole // rows)}
+        update={
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": -(-whole // rows),
+            "micro_batch_tokens": 0,
+        }
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def prefix_tree(examples: Sequence[Example]) -> Tree:
     """Common beginnings of at least SHORTEST_SHARED tokens become nodes of their own."""
     rows = [e.ids[:-1] for e in examples]
     order = in_order(rows)
-    common = [0, *(_common(rows[a], rows[b]) for a, b in zip(order, order[1:], strict=False)), 0]
+    common = [0, *(_common(rows[a], rows[b]) for a, b in pairwise(order)), 0]
     nodes: list[Node] = []
     last = [-1] * len(rows)
 

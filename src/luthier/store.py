@@ -76,6 +76,18 @@ class ExampleStore(Sequence[Example]):
         """Tokens of each row."""
         return [int(n) for n in np.diff(np.array(self._ends))]
 
+    def common(self, rows: int = 256) -> int:
+        """How many first tokens the first rows have in common: the system prompt's. 0 where only lengths are kept."""
+        if not self._keep or len(self) < 2:
+            return 0
+        first = self[0].ids[:-1]
+        size = len(first)
+        for example in self[1:rows]:
+            ids = example.ids[: min(size, len(example) - 1)]
+            differ = np.flatnonzero(ids != first[: len(ids)])
+            size = int(differ[0]) if len(differ) else len(ids)
+        return size
+
     def supervised(self) -> list[int]:
         """Supervised tokens of each row."""
         return list(self._supervised)

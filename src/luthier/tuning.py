@@ -9,6 +9,7 @@ from typing import Any
 
 from luthier import adapter as adapters
 from luthier import estimating, evaluation, report, templates
+from luthier.batch import Plan
 from luthier.config import RunConfig, differences
 from luthier.errors import ConfigError
 from luthier.estimating import Wanted
@@ -174,12 +175,12 @@ def _loop(
     def save(optimizer: Optimizer, progress: Progress) -> None:
         checkpoint.write(run.checkpoints, layers, optimizer, progress, identity, config.train.save_total_limit)
 
-    session = loop.Session(record, save, stop, config.model.attn_implementation)
+    session = loop.Session(record, save, stop, config.model.attn_implementation, say)
     try:
         done = loop.train(model, layers, found.train, config.train, session, resume)
     finally:
         metrics.close()
-    steps = loop.plan(len(found.train), config.train).steps
+    steps = Plan.of(len(found.train), config.train).steps
     if done.step < steps:
         raise Stopped(f"{run.path}: stopped after step {done.step} of {steps}, which is saved")
     return done
@@ -191,7 +192,7 @@ class Stopped(Exception):
 
 def wanted(config: RunConfig, found: Inspection) -> Wanted:
     assert found.voice and found.targets
-    rows = Rows(found.train.lengths(), found.train.supervised())
+    rows = Rows(found.train.lengths(), found.train.supervised(), found.train.common())
     return Wanted(config, found.voice.config, found.targets, rows)
 
 

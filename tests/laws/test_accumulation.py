@@ -6,6 +6,8 @@ then weigh unequally) is red.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def step(rows: list[Example], micro: int, recompute: bool = False) -> tuple[floa
     batches = [to_device(collate(rows[i : i + micro]), "cpu") for i in range(0, len(rows), micro)]
     model.train()
     with segment_attention(model), checkpointing(model, recompute):
-        loss = accumulate(model, batches, optimizer)
+        loss = accumulate(partial(loss_sum, model), batches, optimizer)
     return float(loss), gradients(layers)
 
 

@@ -9,6 +9,7 @@ the loss is finite.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from luthier.config import LoraConfig, TrainConfig
 from luthier.kernels import attention as kernels
 from luthier.kernels.segments import to_device
 from luthier.lora import attach, resolve
-from luthier.models.forward import checkpointing, segment_attention
+from luthier.models.forward import checkpointing, loss_sum, segment_attention
 from luthier.models.tokenizer import Tokenizer
 from luthier.training.loop import accumulate
 from luthier.training.optim import Optimizer
@@ -44,7 +45,9 @@ def step(
     model.train()
     with segment_attention(model, kernel), checkpointing(model, recompute):
         loss = accumulate(
-            model, [to_device(collate(rows[:4]), "meta"), to_device(collate(rows[4:]), "meta")], optimizer
+            partial(loss_sum, model),
+            [to_device(collate(rows[:4]), "meta"), to_device(collate(rows[4:]), "meta")],
+            optimizer,
         )
     assert all(p.grad is not None and p.grad.shape == p.shape for p in parameters)
     return loss, optimizer.update(1e-4)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from peft import PeftModel
 
 from luthier import adapter as adapters
 from luthier import data, personas
-from luthier.batch import collate
+from luthier.batch import Plan, collate
 from luthier.config import LoraConfig, TrainConfig
 from luthier.data.report import DataReport
 from luthier.encode import Encoder
 from luthier.kernels.segments import to_device
 from luthier.lora import LoraLinear, resolve
 from luthier.models.directory import Fingerprint
-from luthier.models.forward import segment_attention
+from luthier.models.forward import loss_sum, segment_attention
 from luthier.models.load import load_weights
 from luthier.models.tokenizer import Tokenizer
 from luthier.preflight import voice
@@ -82,13 +83,14 @@ def first_step(both: Pair, rows: list[Example], own_count: bool = False) -> None
     supervised = sum(e.supervised for e in rows)
     optimizer = Optimizer([p for m in both.layers.values() for p in (m.lora_A, m.lora_B)], TRAIN)
     batches = [to_device(collate(rows[i : i + 2]), "cpu") for i in range(0, len(rows), 2)]
+    loss_of = partial(loss_sum, both.ours)
     with segment_attention(both.ours):
         if own_count:
             for batch in batches:
-                loop.accumulate(both.ours, [batch], optimizer)
-            loss = loop.accumulate(both.ours, batches[:1], optimizer)
+                loop.accumulate(loss_of, [batch], optimizer)
+            loss = loop.accumulate(loss_of, batches[:1], optimizer)
         else:
-            loss = loop.accumulate(both.ours, batches, optimizer)
+            loss = loop.accumulate(loss_of, batches, optimizer)
     expected = their_loss(both.theirs, rows, supervised)
     expected.backward()  # type: ignore[no-untyped-call]
     difference = worst(gradients(both.layers), their_gradients(both.theirs))
@@ -101,7 +103,7 @@ def twenty_steps(both: Pair, rows: list[Example], config: TrainConfig, rate_erro
     ours = loop.train(both.ours, both.layers, rows, config).losses
     parameters = [p for p in both.theirs.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    plan = loop.plan(len(rows), config)
+    plan = Plan.of(len(rows), config)
     theirs = []
     for step in range(plan.steps):
         chosen = [rows[i] for micro in plan.step(step) for i in micro]

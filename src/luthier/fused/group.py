@@ -26,7 +26,7 @@ _PAD = 32  # columns: a tile of bf16
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One adapter of a group: its rows of the group's output, its columns of z, where its parameters stand in a run's."""
+    """One adapter of a group: its rows of the group's output, its columns of z, its number among the run's."""
 
     layer: LoraLinear
     rows: slice
@@ -72,7 +72,6 @@ class Group:
         self.rank = rank
         self.wide = -(-(self.k + rank) // _PAD) * _PAD if rank else self.k
         self.quantised = any(isinstance(b, QuantLinear) for b in self.bases)
-        self._versions: tuple[int, ...] = ()
         self.a = torch.zeros(rank, self.k)
         self._b = torch.zeros(self.n, self.wide - self.k, dtype=scratch.dtype)
         self.dropout = self.parts[0].layer.dropout if self.parts else 0.0
@@ -110,11 +109,7 @@ class Group:
             self._weight = None
 
     def refresh(self) -> None:
-        """Take over the adapters' values where an optimizer step, or a checkpoint, has changed them."""
-        versions = tuple(p._version for part in self.parts for p in (part.layer.lora_A, part.layer.lora_B))
-        if versions == self._versions:
-            return
-        self._versions = versions
+        """Take over the adapters' values, which an optimizer step or a checkpoint may have changed."""
         for part in self.parts:
             self.a[part.ranks] = part.layer.lora_A.detach()
             self._b[part.rows, part.ranks] = part.layer.lora_B.detach().to(self._b.dtype)

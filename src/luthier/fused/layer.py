@@ -139,9 +139,7 @@ class Layer:
     def _attend(self, q: Tensor, kv: Tensor, stream: Stream, last: bool) -> Tensor:
         out = q.new_empty(len(q), self.o.wide)
         k, v = kv, kv[:, self.heads.key * self.heads.dim :]
-        self.kernels.attend_forward(
-            *self._place(stream, last), q, q.stride(0), k, v, kv.stride(0), out, out.stride(0)
-        )
+        self.kernels.attend_forward(*self._place(stream, last), q, q.stride(0), k, v, kv.stride(0), out, out.stride(0))
         return out
 
     def _z(self, x: Tensor, group: Group, places: Tensor | None) -> Tensor:
@@ -153,7 +151,7 @@ class Layer:
     def backward(
         self, grad: Tensor, kept: Kept, stream: Stream, last: bool, wants_input: bool, into: list[Tensor | None]
     ) -> Tensor | None:
-        """grad [T, H] of the output -> that of the input, None where nothing below trains. Fills the adapters' ``into``."""
+        """grad [T, H] of the output -> that of the input, None where nothing below trains. Fills ``into``."""
         if kept.q is None:
             _, kept = self.forward(kept.x, stream, last)
         assert kept.q is not None and kept.kv is not None and kept.attended is not None and kept.x2 is not None

@@ -20,7 +20,7 @@ from luthier.kernels.segments import DeviceBatch
 from luthier.lora import LoraLinear
 from luthier.models.quant import QuantLinear
 
-_LOGITS = 24_000_000  # elements of logits that exist at once
+LOGITS = 40_000_000  # elements of logits that exist at once
 _BLOCK = 8192  # rows of a narrower head widened at once
 # transformers' decoder layers that are this very computation, and whether rotary pairs are neighbours
 _LAYERS = {
@@ -118,7 +118,7 @@ class FusedModel:
         grad = torch.zeros_like(h) if which is not None else torch.empty_like(h)
         losses = torch.empty(len(targets))
         vocabulary = int(self._head.weight.shape[0])
-        step = max(1, _LOGITS // vocabulary)
+        step = max(1, LOGITS // vocabulary)
         for first in range(0, len(targets), step):
             part = slice(first, min(first + step, len(targets)))
             inputs = h[part] if which is None else h[which[part]]
@@ -132,9 +132,7 @@ class FusedModel:
             else:
                 grad.index_add_(0, which[part], found)
         below = torch.empty_like(x)
-        self.kernels.norm_backward(
-            n, k, x, norm.weight, rstd, *none, grad, k, torch.zeros_like(x), below, None
-        )
+        self.kernels.norm_backward(n, k, x, norm.weight, rstd, *none, grad, k, torch.zeros_like(x), below, None)
         return losses.double().sum().float(), below
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:

@@ -103,10 +103,10 @@ def auto(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *args: A
 
 def _causal(queries: int, keys: int, before: int, sliding_window: int | None, device: torch.device) -> Tensor:
     """[queries, keys] fp32: 0 where visible, -inf elsewhere; the first query stands after ``before`` keys."""
-    mask = torch.full((queries, keys), float("-inf"), device=device).triu(before + 1)
-    if sliding_window is not None and sliding_window < keys:
-        mask = mask + torch.full((queries, keys), float("-inf"), device=device).tril(before - sliding_window)
-    return mask
+    place = torch.arange(before, before + queries, device=device).clamp_max(keys - 1)  # padding sees something too
+    distance = place[:, None] - torch.arange(keys, device=device)[None]
+    visible = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+    return torch.zeros(queries, keys, device=device).masked_fill(~visible, float("-inf"))
 
 
 def _adapter(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:

@@ -35,7 +35,8 @@ class Segments:
 
     def before(self) -> tuple[int, ...]:
         """How many tokens of other segments each one sees."""
-        sizes, found = self.lengths, []
+        sizes = self.lengths
+        found: list[int] = []
         for parent in self.parents:
             found.append(found[parent] + sizes[parent] if parent >= 0 else 0)
         return tuple(found)

@@ -13,8 +13,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from torch import Tensor
 
 from luthier.batch import Packing, Plan
 from luthier.config import TrainConfig
-from luthier.errors import TrainError
+from luthier.errors import ConfigError, TrainError
+from luthier.fused import Unsuitable, fused
+from luthier.kernels.noise import Noise
 from luthier.kernels.segments import DeviceBatch, to_device
 from luthier.lora import LoraLinear, frozen_dtype
 from luthier.models.forward import checkpointing, loss_sum, segment_attention
@@ -32,26 +36,7 @@ from luthier.training.optim import Optimizer
 from luthier.training.schedule import learning_rate
 from luthier.types import Batch, Example
 
-
-def plan(rows: int, config: TrainConfig) -> Plan:
-    """The order of rows that ``config`` asks for."""
-    return Plan(
-        rows=rows,
-        micro_rows=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        seed=config.seed,
-        epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-    )
-
-
-AUTO_TOKENS = 2048  # enough for the machine's GEMM rate, few enough for a small machine's memory
-
-
-def packing(config: TrainConfig) -> Packing:
-    """How the rows of a step are computed together."""
-    tokens = AUTO_TOKENS if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
-    return Packing(tokens, config.shared_prefix)
+LossOf = Callable[[DeviceBatch], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +47,14 @@ class Session:
     save:    called with the optimizer and the progress, every ``save_steps`` and when stopped.
     stop:    asked after every step; true ends the session there.
     attention: ``model.attn_implementation``.
+    say:     told what runs slower than it could, and why.
     """
 
     on_step: Callable[[StepRecord], None] = lambda _: None
     save: Callable[[Optimizer, Progress], None] = lambda *_: None
     stop: Callable[[], bool] = lambda: False
     attention: str = "auto"
+    say: Callable[[str], None] = lambda _: None
 
 
 def train(
@@ -84,7 +71,7 @@ def train(
     Raises TrainError at the first loss or gradient that is not finite, naming the step's rows.
     """
     session = session or Session()
-    schedule = plan(len(examples), config)
+    schedule = Plan.of(len(examples), config)
     parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
     optimizer = Optimizer(parameters, config, fp16=frozen_dtype(model) is torch.float16)
     done = Progress()
@@ -94,9 +81,9 @@ def train(
     before, start = done.seconds, time.perf_counter()
     model.train()
     try:
-        with segment_attention(model, session.attention), checkpointing(model, config.gradient_checkpointing is True):
-            for step, batches in schedule.batches(examples, done.step, packing(config)):
-                record = _step(model, layers, optimizer, batches, step, schedule, config)
+        with losses(model, layers, config, session) as loss_of:
+            for step, batches in schedule.batches(examples, done.step, Packing.of(config)):
+                record = _step(loss_of, layers, optimizer, batches, step, schedule, config)
                 done.step = step + 1
                 done.losses.append(record.loss)
                 done.tokens += record.tokens
@@ -115,8 +102,32 @@ def train(
     return done
 
 
+@contextmanager
+def losses(model: Any, layers: Mapping[str, LoraLinear], config: TrainConfig, session: Session) -> Iterator[LossOf]:
+    """How a batch becomes a loss here: by the compiled layers, or by transformers' own.
+
+    Raises ConfigError where ``train.fused`` is true and the compiled layers cannot be had.
+    """
+    recompute = config.gradient_checkpointing is True
+    noise = next(iter(layers.values())).noise
+    with ExitStack() as stack:
+        if config.fused and session.attention == "auto":
+            try:
+                compiled = stack.enter_context(fused(model, layers, noise, recompute))
+            except Unsuitable as e:
+                if config.fused is True:
+                    raise ConfigError(f"train.fused: {e}", "--set train.fused=auto") from None
+                session.say(f"note: luthier's compiled layers are not used ({e}); training is slower without them")
+            else:
+                yield compiled.loss_sum
+                return
+        stack.enter_context(segment_attention(model, session.attention))
+        stack.enter_context(checkpointing(model, recompute))
+        yield partial(loss_sum, model)
+
+
 def _step(
-    model: Any,
+    loss_of: LossOf,
     layers: Mapping[str, LoraLinear],
     optimizer: Optimizer,
     batches: list[Batch],
@@ -126,8 +137,10 @@ def _step(
 ) -> StepRecord:
     """One optimizer step, and its record."""
     began = time.perf_counter()
-    torch.manual_seed((config.seed << 32) + step)  # dropout follows from (seed, step) alone
-    loss = accumulate(model, [to_device(b, model.device) for b in batches], optimizer)
+    torch.manual_seed((config.seed << 32) + step)  # what a model draws itself follows from (seed, step) alone
+    layer = next(iter(layers.values()))
+    layer.noise.seed, layer.noise.step = config.seed, step
+    loss = accumulate(loss_of, [to_device(b, layer.lora_A.device) for b in batches], optimizer, layer.noise)
     if step == 0 and not optimizer.skips:
         gate(loss, layers, batches)
     rate = learning_rate(step, schedule.steps, config)
@@ -147,12 +160,16 @@ def _step(
     )
 
 
-def accumulate(model: Any, batches: Sequence[DeviceBatch], optimizer: Optimizer) -> Tensor:
+def accumulate(
+    loss_of: LossOf, batches: Sequence[DeviceBatch], optimizer: Optimizer, noise: Noise | None = None
+) -> Tensor:
     """Gradients of one step's mean loss; returns that loss, [] fp32, still on the device."""
     supervised = sum(b.target_ids.shape[0] for b in batches)
     total: Tensor | None = None
-    for batch in batches:
-        loss = loss_sum(model, batch) / supervised
+    for micro, batch in enumerate(batches):
+        if noise:
+            noise.micro = micro
+        loss = loss_of(batch) / supervised
         optimizer.backward(loss)
         total = loss.detach() if total is None else total + loss.detach()
     optimizer.unscale()

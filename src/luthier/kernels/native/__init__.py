@@ -84,8 +84,9 @@ class Kernels:
 
 def kernels(dtype: torch.dtype) -> Kernels:
     """The compiled functions for fp32 or bf16. Raises Unavailable."""
-    if dtype not in _SUFFIX:
-        raise Unavailable(f"they compute in fp32 and bf16, not in {str(dtype).removeprefix('torch.')}")
+    why = obstacle(dtype)
+    if why:
+        raise Unavailable(why)
     return _kernels(dtype)
 
 
@@ -94,17 +95,34 @@ def _kernels(dtype: torch.dtype) -> Kernels:
     return Kernels(load(), dtype)
 
 
-@lru_cache(1)
-def load() -> ctypes.CDLL:
-    """The kernels, compiled at the first call on a machine (about 10 s). Raises Unavailable."""
+def obstacle(dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot be had here as far as can be told without compiling them, None where they can."""
+    try:
+        if dtype not in _SUFFIX:
+            raise Unavailable(f"they compute in fp32 and bf16, not in {str(dtype).removeprefix('torch.')}")
+        _tools()
+    except Unavailable as e:
+        return str(e)
+    return None
+
+
+def _tools() -> tuple[str, Path]:
+    """The compiler and torch's thread runtime. Raises Unavailable."""
     if platform.system() != "Linux":
         raise Unavailable(f"they are compiled on Linux only, and this is {platform.system()}")
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
     if not compiler or not shutil.which(compiler):
-        raise Unavailable("no C++ compiler is installed (g++)")
+        raise Unavailable("no C++ compiler is installed: apt install g++")
     runtime = next((Path(torch.__file__).parent / "lib").glob("libgomp*"), None)
     if runtime is None:
         raise Unavailable("this build of torch has another thread runtime than libgomp")
+    return compiler, runtime
+
+
+@lru_cache(1)
+def load() -> ctypes.CDLL:
+    """The kernels, compiled at the first call on a machine (about 10 s). Raises Unavailable."""
+    compiler, runtime = _tools()
     ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # one pool of threads for torch and for us
     path = files.cache_root() / "kernels" / f"luthier-{_key(compiler)}.so"
     if not path.exists():
@@ -121,7 +139,7 @@ def _key(compiler: str) -> str:
     digest = hashlib.sha256("\n".join([*_flags(), torch.__version__, platform.machine(), _processor()]).encode())
     for name in ("common.h", *_SOURCES):
         digest.update((here / name).read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout  # noqa: S603
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     digest.update(version)
     return digest.hexdigest()[:16]
 
@@ -148,15 +166,17 @@ def _build(compiler: str, path: Path) -> None:
         objects = [f"{scratch}/{name}.o" for name in _SOURCES]
         pairs = list(zip(_SOURCES, objects, strict=True))
         running = [
-            subprocess.Popen(  # noqa: S603
-                [compiler, *_flags(), "-c", str(here / source), "-o", out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            subprocess.Popen(
+                [compiler, *_flags(), "-c", str(here / source), "-o", out],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
             for source, out in pairs
         ]
         said = [p.communicate()[0] for p in running]
         if not any(p.returncode for p in running):
             # not linked with -fopenmp: its symbols are those of the runtime that torch brought
-            link = subprocess.run(  # noqa: S603
+            link = subprocess.run(
                 [compiler, "-shared", "-o", f"{scratch}/all.so", *objects], capture_output=True, check=False
             )
             if link.returncode == 0:

@@ -1,0 +1,302 @@
+"""Law "optimised": every switch alone and all of them together train as the plain definition does.
+
+The plain side: one row a segment, nothing shared, the reference attention, transformers' own layers and autograd.
+First-step loss within 1e-6 relative, gradients within 5e-5 (norm of the difference over norm, per tensor, from a random
+non-zero adapter), losses of 20 steps within 1e-4.
+
+Shown able to fail: a shared prefix whose gradients do not sum, and a mask of another step, are red.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.batch import Packing, collate
+from luthier.config import TrainConfig
+from luthier.errors import ConfigError
+from luthier.fused import Unsuitable, fused, unsuitable
+from luthier.kernels import native, noise
+from luthier.kernels.segments import to_device
+from luthier.models.forward import loss_sum, segment_attention
+from luthier.models.tokenizer import Tokenizer
+from luthier.packing import by_tokens, prefix_tree
+from luthier.training import loop
+from luthier.types import Example, RowRef
+
+from ..conftest import ARCHITECTURES, make_model
+from .helpers import distance, examples, fails, gradients, with_adapter, worst
+
+COMPILED = ["llama", "qwen2", "phi3", "glm"]
+Result = tuple[float, dict[str, torch.Tensor]]
+
+needs_compiler = pytest.mark.skipif(
+    native.obstacle(torch.float32) is not None, reason=f"no compiled kernels: {native.obstacle(torch.float32)}"
+)
+
+
+def plain(arch: str, rows: list[Example], share: bool = False, **lora: Any) -> Result:
+    """The definition; with ``share`` on the same stream, so that dropout's masks are those of the other side."""
+    model = make_model(arch).train()
+    layers = with_adapter(model, **lora)
+    set_noise(layers)
+    with segment_attention(model, "reference"):
+        loss = loss_sum(model, to_device(collate(rows, share), "cpu"))
+        loss.backward()
+    return float(loss.detach()), gradients(layers)
+
+
+def compiled(arch: str, rows: list[Example], share: bool, recompute: bool, step: int = 3, **lora: Any) -> Result:
+    model = make_model(arch).train()
+    layers = with_adapter(model, **lora)
+    set_noise(layers, step)
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    with fused(model, layers, next(iter(layers.values())).noise, recompute) as found:
+        loss = found.loss_sum(to_device(collate(rows, share), "cpu"))
+        loss.backward()
+    assert all(torch.equal(weights[n], p) and p.is_contiguous() for n, p in model.named_parameters())
+    return float(loss.detach()), gradients(layers)
+
+
+def set_noise(layers: dict[str, Any], step: int = 3) -> None:
+    one = next(iter(layers.values())).noise
+    one.seed, one.step = 7, step
+
+
+def equal(found: Result, expected: Result) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert worst(found[1], expected[1]) < 5e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("arch", COMPILED)
+def test_compiled_layers_equal_the_definition(arch: str, share: bool, recompute: bool, tokenizer: Tokenizer) -> None:
+    rows = examples(tokenizer, 8)
+    equal(compiled(arch, rows, share, recompute), plain(arch, rows))
+    dropped = plain(arch, rows, share, lora_dropout=0.3)
+    equal(compiled(arch, rows, share, recompute, lora_dropout=0.3), dropped)
+
+
+@needs_compiler
+def test_the_law_sees_another_steps_mask(tokenizer: Tokenizer) -> None:
+    rows = examples(tokenizer, 4)
+    expected = plain("llama", rows, lora_dropout=0.3)
+    assert fails(lambda: equal(compiled("llama", rows, False, False, step=4, lora_dropout=0.3), expected))
+
+
+@needs_compiler
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",), ("o_proj", "up_proj"), ("k_proj",)])
+def test_compiled_layers_equal_the_definition_on_some_modules(targets: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    from luthier.config import LoraConfig
+    from luthier.lora import attach, resolve
+
+    rows, results = examples(tokenizer, 4), []
+    for fast in (False, True):
+        model = make_model("llama").train()
+        layers = attach(model, LoraConfig(r=3, use_rslora=True), resolve(model, targets), 1)
+        torch.manual_seed(1)
+        for layer in layers.values():
+            torch.nn.init.normal_(layer.lora_B, 0, 0.1)
+        batch = to_device(collate(rows, fast), "cpu")
+        if fast:
+            with fused(model, layers, next(iter(layers.values())).noise, False) as found:
+                loss = found.loss_sum(batch)
+                loss.backward()
+        else:
+            with segment_attention(model, "reference"):
+                loss = loss_sum(model, batch)
+                loss.backward()
+        results.append((float(loss.detach()), gradients(layers)))
+    equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("kernel", ["padded", "looped", "reference"])
+def test_a_shared_prefix_equals_none(arch: str, kernel: str, tokenizer: Tokenizer) -> None:
+    rows = examples(tokenizer, 8)
+    model = make_model(arch).train()
+    layers = with_adapter(model)
+    batch = collate(rows, share=True)
+    assert len(batch.input_ids) < len(collate(rows).input_ids) - 50
+    with segment_attention(model, kernel):
+        loss = loss_sum(model, to_device(batch, "cpu"))
+        loss.backward()
+    equal((float(loss.detach()), gradients(layers)), plain(arch, rows))
+
+
+def test_the_law_sees_a_prefix_whose_gradients_do_not_sum(tokenizer: Tokenizer) -> None:
+    rows = examples(tokenizer, 8)
+    expected = plain("llama", rows)
+    model = make_model("llama").train()
+    layers = with_adapter(model)
+    batch = to_device(collate(rows, share=True), "cpu")
+    inner = max(batch.segments.parents) + 1
+
+    def cut(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        first = batch.segments.offsets[inner]
+        return torch.cat([output[:, :first].detach(), output[:, first:]], 1)
+
+    for name in ("k_proj", "v_proj"):
+        model.model.layers[1].self_attn.get_submodule(name).register_forward_hook(cut)
+    with segment_attention(model, "reference"):
+        loss = loss_sum(model, batch)
+        loss.backward()
+    assert fails(lambda: equal((float(loss.detach()), gradients(layers)), expected))
+
+
+SWITCHES = [
+    {"micro_batch_tokens": 150},
+    {"shared_prefix": True},
+    {"fused": "auto"},
+    {"gradient_checkpointing": True},
+    {"micro_batch_tokens": 150, "shared_prefix": True, "fused": "auto"},
+    {"micro_batch_tokens": 2048, "shared_prefix": True, "fused": "auto", "gradient_checkpointing": True},
+]
+OFF: dict[str, Any] = {
+    "micro_batch_tokens": 0,
+    "shared_prefix": False,
+    "fused": False,
+    "gradient_checkpointing": False,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 3,
+    "learning_rate": 3e-3,
+    "max_steps": 20,
+}
+
+
+def twenty_losses(rows: Sequence[Example], **switches: Any) -> list[float]:
+    model = make_model("llama")
+    layers = with_adapter(model)
+    return loop.train(model, layers, rows, TrainConfig(**{**OFF, **switches})).losses
+
+
+def test_twenty_steps_with_each_switch_and_all(tokenizer: Tokenizer) -> None:
+    rows = examples(tokenizer, 7)
+    expected = twenty_losses(rows)
+    for switches in SWITCHES:
+        found = twenty_losses(rows, **switches)
+        assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-4, switches
+
+
+@needs_compiler
+def test_bf16_stays_within_the_noise_of_bf16(tokenizer: Tokenizer) -> None:
+    """Compiled bf16 gradients are as near to fp32's as the plain bf16 ones are."""
+    rows = examples(tokenizer, 8)
+    truth = plain("llama", rows)
+    gaps = []
+    for fast in (False, True):
+        model = make_model("llama").to(torch.bfloat16).train()
+        layers = with_adapter(model)
+        batch = to_device(collate(rows), "cpu")
+        if fast:
+            with fused(model, layers, next(iter(layers.values())).noise, False) as found:
+                loss = found.loss_sum(batch)
+                loss.backward()
+        else:
+            with segment_attention(model, "reference"):
+                loss = loss_sum(model, batch)
+                loss.backward()
+        found_gradients = gradients(layers)
+        gaps.append(np.mean([distance(found_gradients[n], truth[1][n]) for n in truth[1]]))
+        assert float(loss.detach()) == pytest.approx(truth[0], rel=5e-3)
+    assert gaps[1] < 1.2 * gaps[0]
+
+
+# --- the pieces -------------------------------------------------------------------------------------------------------
+
+
+def row(*ids: int) -> Example:
+    return Example(np.asarray(ids), np.arange(len(ids)) > 0, RowRef("rows", 1))
+
+
+def rebuilt(rows: list[Example]) -> list[list[int]]:
+    tree = prefix_tree(rows)
+    return [
+        [int(t) for node in tree.chain(last) for n in [tree.nodes[node]] for t in rows[n.row].ids[n.start : n.end]]
+        for last in tree.last
+    ]
+
+
+def test_a_prefix_tree_holds_every_row() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        common = [generator.integers(0, 3, generator.integers(0, 30)) for _ in range(3)]
+        rows = [
+            row(
+                *np.concatenate(
+                    [*common[: generator.integers(0, 4)], generator.integers(0, 3, generator.integers(2, 25))]
+                )
+            )
+            for _ in range(generator.integers(1, 12))
+        ]
+        assert rebuilt(rows) == [e.ids[:-1].tolist() for e in rows]
+        tree = prefix_tree(rows)
+        assert all(n.parent < i for i, n in enumerate(tree.nodes))
+        kinds = [n.inner for n in tree.nodes]
+        assert kinds == sorted(kinds, reverse=True)
+
+
+def test_a_deeper_tree_shares_more() -> None:
+    a, b = list(range(20)), list(range(100, 120))
+    rows = [row(*a, *b, 1, 9), row(*a, *b, 2, 9), row(*a, 3, 3, 9), row(*a, *b, 1, 9)]
+    tree = prefix_tree(rows)
+    assert [(n.start, n.end, n.inner) for n in tree.nodes][:2] == [(0, 20, True), (20, 40, True)]
+    assert sum(n.end - n.start for n in tree.nodes) < 50
+    batch = collate(rows, share=True)
+    assert len(batch.target_index) == sum(e.supervised for e in rows)
+
+
+def test_rows_are_cut_by_tokens_and_none_is_lost(tokenizer: Tokenizer) -> None:
+    rows = examples(tokenizer, 24)
+    for budget, share in itertools.product((60, 200, 5000), (False, True)):
+        cut = by_tokens(rows, budget, share)
+        assert sorted(i for micro in cut for i in micro) == list(range(24))
+        for micro in cut:
+            size = len(collate([rows[i] for i in micro], share).input_ids)
+            assert size <= budget or len(micro) == 1
+    assert Packing.of(TrainConfig(micro_batch_tokens=0, shared_prefix=False)) == Packing(0, False)
+
+
+def test_the_mask_is_the_definitions_whoever_makes_it() -> None:
+    x = torch.randn(37, 48)
+    for p, key in ((0.1, 5), (0.5, 2**31 + 9), (0.9, 2**32 - 1)):
+        expected = torch.where(noise.keep(key, 37, 48, p), x / (1 - p), torch.zeros(()))
+        assert torch.allclose(noise.dropout(x, p, key), expected)
+    big = noise.keep(noise.Noise(1, 2, 3).key(4), 1000, 1000, 0.1).float()
+    assert abs(float(big.mean()) - 0.9) < 0.002
+    assert float(big.mean(0).std()) < 0.012 and float(big.mean(1).std()) < 0.012  # binomial: 0.0095
+    keys = {noise.Noise(s, t, m).key(g) for s, t, m, g in itertools.product(range(6), repeat=4)}
+    assert len(keys) == 6**4
+
+
+def test_a_model_that_cannot_be_compiled_says_why(tokenizer: Tokenizer) -> None:
+    model = make_model("gemma2")
+    layers = with_adapter(model)
+    assert "not Gemma2DecoderLayer" in str(unsuitable(model, layers))
+    said: list[str] = []
+    config = TrainConfig(max_steps=1)
+    loop.train(model, layers, examples(tokenizer, 2), config, loop.Session(say=said.append))
+    assert len(said) == 1 and "training is slower" in said[0]
+    with pytest.raises(ConfigError, match=r"train\.fused: they know the layers of"):
+        loop.train(model, layers, examples(tokenizer, 2), config.model_copy(update={"fused": True}))
+
+
+def test_without_a_compiler_training_goes_on(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler" in str(native.obstacle(torch.float32))
+    model = make_model("llama")
+    layers = with_adapter(model)
+    with pytest.raises(Unsuitable, match="no C\\+\\+ compiler"):
+        fused(model, layers, noise.Noise(), False).__enter__()
+    said: list[str] = []
+    loop.train(model, layers, examples(tokenizer, 2), TrainConfig(max_steps=1), loop.Session(say=said.append))
+    assert "g++" in said[0]
+    assert partial(loss_sum, model)
