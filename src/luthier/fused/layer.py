@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.fused.arena import Arena, Bump
 from luthier.fused.group import Group
 
 
@@ -72,6 +73,7 @@ class Layer:
     """The parts of one decoder layer. norm, norm2: RMS norms' weights; eps: theirs."""
 
     kernels: Any
+    arena: Arena
     heads: Heads
     norm: Tensor
     norm2: Tensor
@@ -85,36 +87,44 @@ class Layer:
     def groups(self) -> tuple[Group, ...]:
         return self.qkv, self.o, self.gate_up, self.down
 
+    def kept(self, tokens: int) -> int:
+        """Elements of the arena that ``forward`` takes, the residual stream that goes on left out."""
+        widths = (self.qkv.n, self.o.wide, self.o.n, self.gate_up.n, *(g.rank for g in self.groups()))
+        return sum(Bump.rounded(tokens * w, self.arena.dtype) for w in widths) + 64  # q and k v apart
+
     def forward(self, x: Tensor, stream: Stream, last: bool) -> tuple[Tensor, Kept]:
         """x [T, H] -> [T, H], or [U, H] at the stream's ``rows`` of the last layer."""
-        places = stream.rows if last else None
+        keep, places = self.arena.layers.take, stream.rows if last else None
         kept = Kept(x)
         h, kept.rstd, kept.z_qkv = self._norm(x, self.norm, self.eps, self.qkv, None)
         width = self.heads.query * self.heads.dim
         weight = self.qkv.weight()
         if last:
-            kept.q = h[stream.rows] @ weight[:width].t()
-            kept.kv = h @ weight[width:].t()
+            kept.q = torch.mm(h[stream.rows], weight[:width].t(), out=keep(len(stream.rows), width))
+            kept.kv = torch.mm(h, weight[width:].t(), out=keep(len(h), self.qkv.n - width))
         else:
-            both = h @ weight.t()
+            both = torch.mm(h, weight.t(), out=keep(len(h), self.qkv.n))
             kept.q, kept.kv = both[:, :width], both[:, width:]
         self._turn(kept.q, kept.kv, stream, last)
         kept.attended = self._attend(kept.q, kept.kv, stream, last)
         kept.z_o = self._z(kept.attended, self.o, places)
-        kept.x2 = torch.addmm(x[stream.rows] if last else x, kept.attended, self.o.weight().t())
+        above = x[stream.rows] if last else x
+        kept.x2 = torch.addmm(above, kept.attended, self.o.weight().t(), out=keep(*above.shape))
         h, kept.rstd2, kept.z_gate_up = self._norm(kept.x2, self.norm2, self.eps2, self.gate_up, places)
-        kept.gate_up = h @ self.gate_up.weight().t()
-        act = x.new_empty(len(h), self.down.wide)
-        kept.z_down = x.new_empty(len(h), self.down.rank)
+        kept.gate_up = torch.mm(h, self.gate_up.weight().t(), out=keep(len(h), self.gate_up.n))
+        act = self.arena.scratch("act", len(h), self.down.wide)
+        kept.z_down = keep(len(h), self.down.rank)
         self.kernels.swiglu_forward(
             len(h), self.down.k, kept.gate_up, *self.down.lora(places), act, self.down.wide, kept.z_down
         )
-        return torch.addmm(kept.x2, act, self.down.weight().t()), kept
+        out = self.arena.streams.take(*kept.x2.shape)
+        return torch.addmm(kept.x2, act, self.down.weight().t(), out=out), kept
 
     def _norm(self, x: Tensor, weight: Tensor, eps: float, group: Group, places: Tensor | None) -> tuple[Tensor, ...]:
         """[T, wide] normalised rows with z beside them, 1 / rms, and z alone."""
         n, k = x.shape
-        out, rstd, z = x.new_empty(n, group.wide), torch.empty(n), x.new_empty(n, group.rank)
+        out, z = self.arena.scratch("normed", n, group.wide), self.arena.layers.take(n, group.rank)
+        rstd = torch.empty(n)
         self.kernels.norm_forward(n, k, x, weight, eps, *group.lora(places), out, group.wide, z, rstd)
         return out, rstd, z
 
@@ -137,14 +147,14 @@ class Layer:
         return (*segments, *queries, h.query, h.key, h.dim, h.window, h.scale)
 
     def _attend(self, q: Tensor, kv: Tensor, stream: Stream, last: bool) -> Tensor:
-        out = q.new_empty(len(q), self.o.wide)
+        out = self.arena.layers.take(len(q), self.o.wide)
         k, v = kv, kv[:, self.heads.key * self.heads.dim :]
         self.kernels.attend_forward(*self._place(stream, last), q, q.stride(0), k, v, kv.stride(0), out, out.stride(0))
         return out
 
     def _z(self, x: Tensor, group: Group, places: Tensor | None) -> Tensor:
         """z of ``x`` [T, wide], written beside its first k columns and returned."""
-        z = x.new_empty(len(x), group.rank)
+        z = self.arena.layers.take(len(x), group.rank)
         self.kernels.lora_forward(len(x), group.k, x, group.wide, *group.lora(places), z)
         return z
 
@@ -153,28 +163,29 @@ class Layer:
     ) -> Tensor | None:
         """grad [T, H] of the output -> that of the input, None where nothing below trains. Fills ``into``."""
         if kept.q is None:
+            self.arena.layers.reset()
             _, kept = self.forward(kept.x, stream, last)
         assert kept.q is not None and kept.kv is not None and kept.attended is not None and kept.x2 is not None
         assert kept.gate_up is not None and kept.z_down is not None and kept.rstd2 is not None
         assert kept.z_gate_up is not None and kept.z_o is not None and kept.z_qkv is not None
         places = stream.rows if last else None
         n = len(grad)
-        wide = grad @ self.down.weight()
-        grad_gate_up, grad_a = torch.empty_like(kept.gate_up), torch.empty(self.down.rank, self.down.k)
+        wide = self._product("wide", grad, self.down)
+        grad_gate_up = self.arena.scratch("gate_up", n, self.gate_up.n)
+        grad_a = torch.empty(self.down.rank, self.down.k)
         self.kernels.swiglu_backward(
             n, self.down.k, kept.gate_up, *self.down.lora(places), wide, self.down.wide, grad_gate_up, grad_a
         )
         self.down.gradients(grad, kept.z_down, grad_a, into)
-        kept.gate_up = None
-        wide, grad_a = grad_gate_up @ self.gate_up.weight(), torch.empty(self.gate_up.rank, self.gate_up.k)
-        grad2 = torch.empty_like(grad)
+        wide, grad_a = self._product("wide", grad_gate_up, self.gate_up), torch.empty(self.gate_up.rank, self.gate_up.k)
+        grad2 = self.arena.scratch("middle", *grad.shape)
         self.kernels.norm_backward(
             n, grad.shape[1], kept.x2, self.norm2, kept.rstd2, *self.gate_up.lora(places), wide, self.gate_up.wide,
             grad, grad2, grad_a,
         )  # fmt: skip
         self.gate_up.gradients(grad_gate_up, kept.z_gate_up, grad_a, into)
-        wide, grad_a = grad2 @ self.o.weight(), torch.empty(self.o.rank, self.o.k)
-        grad_attended = grad.new_empty(n, self.o.k)
+        wide, grad_a = self._product("wide", grad2, self.o), torch.empty(self.o.rank, self.o.k)
+        grad_attended = self.arena.scratch("attended", n, self.o.k)
         self.kernels.lora_backward(
             n, self.o.k, kept.attended, self.o.wide, *self.o.lora(places), wide, self.o.wide, grad_attended, grad_a
         )
@@ -182,8 +193,8 @@ class Layer:
         grad_qkv = self._attention_backward(grad_attended, kept, stream, last)
         if last:
             grad2 = torch.zeros_like(kept.x).index_copy_(0, stream.rows, grad2)
-        wide, grad_a = grad_qkv @ self.qkv.weight(), torch.empty(self.qkv.rank, self.qkv.k)
-        below = torch.empty_like(kept.x) if wants_input else None
+        wide, grad_a = self._product("wide", grad_qkv, self.qkv), torch.empty(self.qkv.rank, self.qkv.k)
+        below = self.arena.scratch("below", *kept.x.shape) if wants_input else None
         self.kernels.norm_backward(
             len(kept.x), kept.x.shape[1], kept.x, self.norm, kept.rstd, *self.qkv.lora(), wide, self.qkv.wide,
             grad2, below, grad_a,
@@ -191,12 +202,16 @@ class Layer:
         self.qkv.gradients(grad_qkv, kept.z_qkv, grad_a, into)
         return below
 
+    def _product(self, name: str, grad: Tensor, group: Group) -> Tensor:
+        """[T, wide]: the gradient of a group's input, that of z beside it."""
+        return torch.mm(grad, group.weight(), out=self.arena.scratch(name, len(grad), group.wide))
+
     def _attention_backward(self, grad: Tensor, kept: Kept, stream: Stream, last: bool) -> Tensor:
         """[T, q k v] gradient of the projections' outputs."""
         h, q, kv = self.heads, kept.q, kept.kv
         assert q is not None and kv is not None
         width, keys = h.query * h.dim, h.key * h.dim
-        found = grad.new_empty(len(kv), self.qkv.n)
+        found = self.arena.scratch("qkv", len(kv), self.qkv.n)
         grad_q = torch.empty_like(grad) if last else found[:, :width]
         grad_kv = found[:, width:]
         self.kernels.attend_backward(

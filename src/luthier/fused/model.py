@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from luthier.fused.arena import Arena, Bump
 from luthier.fused.group import Group, Scratch
 from luthier.fused.layer import Heads, Kept, Layer, Stream
 from luthier.kernels import native
@@ -36,6 +38,16 @@ class Unsuitable(Exception):
     """Why a model cannot be trained by the compiled layers."""
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """One micro-batch between its forward and its backward pass. grad [U, H]: of the last layer's output."""
+
+    stream: Stream
+    kept: list[Kept]
+    grad: Tensor
+    generation: int
+
+
 class FusedModel:
     """The compiled form of a model with its adapters attached. recompute: keep each layer's input only."""
 
@@ -48,7 +60,7 @@ class FusedModel:
         self.parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
         self.recompute, self._noise = recompute, noise
         self._decoder, self._head = decoder, model.get_output_embeddings()
-        self._scratch = Scratch(model.dtype)
+        self._scratch, self._arena = Scratch(model.dtype), Arena(model.dtype)
         index = {id(layer): i for i, layer in enumerate(layers.values())}
         self.layers = [self._layer(block, index) for block in decoder.layers]
         trained = [i for i, layer in enumerate(self.layers) if any(g.parts for g in layer.groups())]
@@ -75,7 +87,7 @@ class FusedModel:
         )
         norm, norm2 = block.input_layernorm, block.post_attention_layernorm
         return Layer(
-            self.kernels, heads, norm.weight.detach(), norm2.weight.detach(), norm.variance_epsilon,
+            self.kernels, self._arena, heads, norm.weight.detach(), norm2.weight.detach(), norm.variance_epsilon,
             norm2.variance_epsilon, group(qkv), group([attention.o_proj]), group(gate_up), group([mlp.down_proj]),
         )  # fmt: skip
 
@@ -90,8 +102,9 @@ class FusedModel:
         loss: Tensor = _Loss.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
 
-    def forward(self, batch: DeviceBatch) -> tuple[Tensor, tuple[Stream, list[Kept], Tensor]]:
+    def forward(self, batch: DeviceBatch) -> tuple[Tensor, State]:
         """The loss, and what ``backward`` needs: gradients of the logits are formed here, at once with the loss."""
+        self._begin(batch.input_ids.shape[1])
         for layer in self.layers:
             for group in layer.groups():
                 group.refresh()
@@ -102,11 +115,19 @@ class FusedModel:
         stream = _stream(batch, cos[0], sin[0], rows)
         kept: list[Kept] = []
         for i, layer in enumerate(self.layers):
+            if self.recompute:
+                self._arena.layers.reset()
             x, saved = layer.forward(x, stream, i == len(self.layers) - 1)
             if i >= self._first:
                 kept.append(Kept(saved.x) if self.recompute else saved)
         loss, grad = self._loss(x, which if len(which) > len(rows) else None, batch.target_ids[order])
-        return loss, (stream, kept, grad)
+        return loss, State(stream, kept, grad, self._arena.generation)
+
+    def _begin(self, tokens: int) -> None:
+        """Room for what the layers keep of so many tokens."""
+        layers = [layer.kept(tokens) for layer in self.layers]
+        streams = Bump.rounded(tokens * int(self._decoder.norm.weight.shape[0]), self._arena.dtype)
+        self._arena.begin(streams * len(self.layers), max(layers) if self.recompute else sum(layers))
 
     def _loss(self, x: Tensor, which: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         """x [U, H]; which [N]: the row of each target where some have several. The loss, and its gradient [U, H]."""
@@ -144,7 +165,7 @@ class FusedModel:
             yield rows, weight[rows].to(self._scratch.dtype)
 
     def _logits(self, h: Tensor) -> Tensor:
-        found = h.new_empty(len(h), len(self._head.weight))
+        found = self._arena.scratch("logits", len(h), len(self._head.weight))
         for rows, block in self._blocks():
             if len(block) == found.shape[1]:
                 return torch.mm(h, block.t(), out=found)
@@ -156,9 +177,10 @@ class FusedModel:
         found: Tensor = sum(parts[1:], parts[0])
         return found
 
-    def backward(self, state: tuple[Stream, list[Kept], Tensor], scale: Tensor) -> list[Tensor | None]:
+    def backward(self, state: State, scale: Tensor) -> list[Tensor | None]:
         """Gradients of every adapter's A and B, in the order of ``parameters``."""
-        stream, kept, grad = state
+        stream, kept, grad = state.stream, state.kept, state.grad
+        assert state.generation == self._arena.generation, "another micro-batch has been computed since"
         into: list[Tensor | None] = [None] * len(self.parameters)
         current: Tensor | None = grad * scale.to(grad.dtype)
         for i in range(len(self.layers) - 1, self._first - 1, -1):
@@ -180,7 +202,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *ctx.model.backward(ctx.state, scale))
+        state, ctx.state = ctx.state, None  # a loss that someone keeps must not keep the activations
+        return (None, None, *ctx.model.backward(state, scale))
 
 
 def _stream(batch: DeviceBatch, cos: Tensor, sin: Tensor, rows: Tensor) -> Stream:

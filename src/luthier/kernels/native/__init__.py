@@ -127,10 +127,20 @@ def load() -> ctypes.CDLL:
     path = files.cache_root() / "kernels" / f"luthier-{_key(compiler)}.so"
     if not path.exists():
         _build(compiler, path)
+    _keep_freed_memory()
     try:
         return ctypes.CDLL(str(path))
     except OSError as e:
         raise Unavailable(f"{path} cannot be loaded ({e})") from None
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks of up to 1 GB: asked for again, every page of them would fault (10 to 30 %)."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):
+        trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        allocator.mallopt(mmap, 1 << 30)
+        allocator.mallopt(trim, 1 << 30)
 
 
 def _key(compiler: str) -> str:
