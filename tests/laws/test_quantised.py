@@ -15,6 +15,9 @@ import torch
 from torch import nn
 
 from luthier.batch import collate
+from luthier.fused import fused
+from luthier.kernels import native
+from luthier.kernels.noise import Noise
 from luthier.kernels.segments import to_device
 from luthier.lora import LoraLinear
 from luthier.models.directory import read_config
@@ -45,9 +48,15 @@ def dequantised(path: Path, model: Any) -> Any:
     return plain
 
 
-def step(model: Any, layers: dict[str, LoraLinear], rows: list[Example], recompute: bool = False) -> Any:
+def step(
+    model: Any, layers: dict[str, LoraLinear], rows: list[Example], recompute: bool = False, compiled: bool = False
+) -> Any:
     batch = to_device(collate(rows), "cpu")
     model.train()
+    if compiled:
+        with fused(model, layers, Noise(), recompute) as found:
+            found.loss_sum(batch).backward()
+        return gradients(layers)
     with segment_attention(model), checkpointing(model, recompute):
         loss_sum(model, batch).backward()
     return gradients(layers)
@@ -60,13 +69,13 @@ def evaluate(model: Any, rows: list[Example]) -> None:
         model(torch.from_numpy(rows[1].ids)[None])
 
 
-def law(path: Path, rows: list[Example], how: Quantisation, recompute: bool = False) -> None:
+def law(path: Path, rows: list[Example], how: Quantisation, recompute: bool = False, compiled: bool = False) -> None:
     small = quantised(path, how=how)
     plain = dequantised(path, small)
     a, b = with_adapter(small), with_adapter(plain)
-    assert worst(step(small, a, rows, recompute), step(plain, b, rows)) < 1e-4
+    assert worst(step(small, a, rows, recompute, compiled), step(plain, b, rows)) < 1e-4
     evaluate(small, rows)
-    assert worst(step(small, a, rows, recompute), step(plain, b, rows)) < 1e-4
+    assert worst(step(small, a, rows, recompute, compiled), step(plain, b, rows)) < 1e-4
 
 
 @pytest.mark.parametrize("how", KINDS, ids=str)
@@ -79,6 +88,15 @@ def test_gradients_are_those_over_the_dequantised_weights(
 
 def test_with_recomputation_too(model_dir: Callable[[str], Path], tokenizer: Tokenizer) -> None:
     law(model_dir("llama"), examples(tokenizer), KINDS[0], recompute=True)
+
+
+@pytest.mark.skipif(native.obstacle(torch.float32) is not None, reason="no compiled kernels here")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("how", KINDS, ids=str)
+def test_the_compiled_layers_make_the_same_floats_of_it(
+    how: Quantisation, recompute: bool, model_dir: Callable[[str], Path], tokenizer: Tokenizer
+) -> None:
+    law(model_dir("qwen2"), examples(tokenizer, 3), how, recompute, compiled=True)
 
 
 def test_bfloat16_is_no_further_off_than_an_unquantised_run(

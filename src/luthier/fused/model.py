@@ -260,6 +260,9 @@ def _suited(model: Any, layers: Mapping[str, LoraLinear]) -> Any:
         reasons |= {
             "a layer that is not attention's input has a bias": any(_biased(b) for b in blocks),
             "widths must be multiples of 16": any(_uneven(b) for b in blocks),
+            "quantised layers must compute in the model's own type": any(
+                isinstance(m, QuantLinear) and m.compute is not model.dtype for m in decoder.modules()
+            ),
         }
     inside = {id(m) for m in decoder.modules()}
     reasons["an adapter is outside the decoder's layers"] = any(id(layer) not in inside for layer in layers.values())
