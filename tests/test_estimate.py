@@ -166,7 +166,8 @@ def test_a_fix_says_only_what_changes_and_takes_back_what_it_excludes(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(**model: bool) -> configs.RunConfig:
-        run = made(model_dir("llama"), gradient_checkpointing=True, per_device_train_batch_size=1)
+        lean = {"gradient_checkpointing": True, "per_device_train_batch_size": 1, "micro_batch_tokens": 0}
+        run = made(model_dir("llama"), **lean)
         return run.model_copy(update={"model": run.model.model_copy(update=model)})
 
     base = memory.resident_now()

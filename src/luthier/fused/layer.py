@@ -92,8 +92,11 @@ class Layer:
         widths = (self.qkv.n, self.o.wide, self.o.n, self.gate_up.n, *(g.rank for g in self.groups()))
         return sum(Bump.rounded(tokens * w, self.arena.dtype) for w in widths) + 64  # q and k v apart
 
-    def forward(self, x: Tensor, stream: Stream, last: bool) -> tuple[Tensor, Kept]:
-        """x [T, H] -> [T, H], or [U, H] at the stream's ``rows`` of the last layer."""
+    def forward(self, x: Tensor, stream: Stream, last: bool, again: bool = False) -> tuple[Tensor, Kept]:
+        """x [T, H] -> [T, H], or [U, H] at the stream's ``rows`` of the last layer.
+
+        again: for what it keeps alone; the output is not made.
+        """
         keep, places = self.arena.layers.take, stream.rows if last else None
         kept = Kept(x)
         h, kept.rstd, kept.z_qkv = self._norm(x, self.norm, self.eps, self.qkv, None)
@@ -117,6 +120,8 @@ class Layer:
         self.kernels.swiglu_forward(
             len(h), self.down.k, kept.gate_up, *self.down.lora(places), act, self.down.wide, kept.z_down
         )
+        if again:
+            return x, kept
         out = self.arena.streams.take(*kept.x2.shape)
         return torch.addmm(kept.x2, act, self.down.weight().t(), out=out), kept
 
@@ -164,7 +169,7 @@ class Layer:
         """grad [T, H] of the output -> that of the input, None where nothing below trains. Fills ``into``."""
         if kept.q is None:
             self.arena.layers.reset()
-            _, kept = self.forward(kept.x, stream, last)
+            _, kept = self.forward(kept.x, stream, last, again=True)
         assert kept.q is not None and kept.kv is not None and kept.attended is not None and kept.x2 is not None
         assert kept.gate_up is not None and kept.z_down is not None and kept.rstd2 is not None
         assert kept.z_gate_up is not None and kept.z_o is not None and kept.z_qkv is not None
