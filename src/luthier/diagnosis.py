@@ -17,10 +17,19 @@ from luthier.config import LoraConfig, TrainConfig
 from luthier.lora import attach, resolve
 from luthier.models.load import pick_device, pick_dtype
 from luthier.training import loop
+from luthier.training.checkpoint import cpu_name
 from luthier.types import Example, RowRef
 
 CORE = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
-EXTRAS = {"parquet": ("pyarrow",), "eval": ("sacrebleu", "rouge-score", "jieba"), "bench": ("peft", "datasets")}
+EXTRAS = {
+    "modelscope": ("modelscope-hub",),
+    "parquet": ("pyarrow",),
+    "qlora": ("bitsandbytes",),
+    "notebooks": ("ipykernel", "ipywidgets", "matplotlib", "nbclient", "nbformat"),
+    "eval": ("jieba", "rouge-score", "sacrebleu"),
+    "serve": ("fastapi", "uvicorn"),
+    "bench": ("datasets", "peft"),
+}
 
 
 def examine() -> dict[str, Any]:
@@ -32,7 +41,7 @@ def examine() -> dict[str, Any]:
         "system": platform.platform(),
         "packages": {name: _version(name) for name in CORE},
         "extras": {name: all(_version(p) for p in packages) for name, packages in EXTRAS.items()},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else (platform.processor() or "CPU"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),

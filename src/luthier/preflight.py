@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -213,6 +214,7 @@ def _read(found: Inspection, show: int) -> None:
             if len(found.samples) < SAMPLES:
                 found.samples.append(conversation)
     found.fingerprint = loader.fingerprint()
+    _rename_is_used(loader)
     refuse(found.report)
     if not len(found.train):  # refuse() has seen to the case of no rows at all
         raise ConfigError(
@@ -230,6 +232,14 @@ def _read(found: Inspection, show: int) -> None:
         refuse(held.report)
 
 
+def _rename_is_used(loader: Loader) -> None:
+    if loader.unused and loader.report.read:
+        names = ", ".join(map(repr, sorted(loader.unused)))
+        raise ConfigError(
+            f"data.rename would be ignored: no row has the key {names}", "correct --rename OLD=NEW, or leave it out"
+        )
+
+
 def _encoder(v: Voice, config: RunConfig) -> Encoder:
     data = config.data
     control = ControlTokens.of([*v.tokenizer.control_tokens, *v.template.markers], data.control_tokens)
@@ -237,9 +247,12 @@ def _encoder(v: Voice, config: RunConfig) -> Encoder:
 
 
 def is_held_out(conversation: Conversation, fraction: float, seed: int) -> bool:
-    """Whether a row is for evaluation: by a hash of its prompt, so that equal prompts are on one side, always."""
+    """Whether a row is for evaluation: by a hash of its prompt, so that equal prompts are on one side, always.
+
+    A conversation's prompt is what comes before its first reply: one that goes on where another ends is on its side.
+    """
     key = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8)
-    for m in conversation.messages[:-1]:
+    for m in itertools.takewhile(lambda m: m.role != "assistant", conversation.messages):
         key.update(f"{m.role}\0{m.content.strip()}\0".encode())
     return int.from_bytes(key.digest(), "little") < fraction * 2**64
 

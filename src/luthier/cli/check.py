@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.console import fail
-from luthier.cli.options import Data, Json, Model, Recipe, Rename, Set, config
+from luthier.cli.options import Data, File, Json, Model, Recipe, Rename, Set, config
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def run(
+    file: File = None,
     model: Model = None,
     data: Data = None,
     settings: Set = None,
@@ -26,7 +27,7 @@ def run(
 ) -> None:
     """Prove data, template, stop tokens and target modules before anything is trained. Reads no weights."""
     try:
-        wanted = config(model, data, None, settings, rename, recipe=recipe)
+        wanted = config(model, data, None, settings, rename, file, recipe)
     except UserError as e:
         if as_json:
             print(json.dumps(_nothing(e)))
