@@ -127,6 +127,11 @@ REFUSALS = [
     (["chat", "{model}", "--prompt", " "], "the prompt is empty", "--prompt TEXT"),
     (["chat", "{model}", "--json"], "needs a prompt", "--prompt TEXT"),
     (["chat", "{model}", "--prompt", "a", "--dtype", "int3"], "is not a type", "float32"),
+    (["eval", "{model}", "--data", "{rows}", "--dtype", "int3"], "is not a type", "float32"),
+    (["eval", "{no}", "--data", "{rows}"], "does not exist", "luthier pull"),
+    (["eval", "{model}", "--data", "{rows}"], "no adapter to compare", "--model BASE --adapter DIR"),
+    (["chat", "{model}", "--checkpoint", "3", "--prompt", "a"], "has no checkpoint 3", "leave --checkpoint out"),
+    (["check", "--model", "{rows}", "--data", "{rows}"], "is not a model directory", "luthier pull smollm2-135m"),
     (["pull", "smolm2"], "model 'smolm2' is unknown", "luthier pull smollm2-135m"),
 ]
 
