@@ -38,7 +38,7 @@ CASES: dict[str, tuple[str, list[str], str, dict[str, str]]] = {
         {"=VALUE": "=1e-3", "--set train.learning_rate ": ""},
     ),
     "a rename without a new name": (OLD, [*CHECK, "--rename", "old"], "is not OLD=NEW", {"OLD=NEW": "old=output"}),
-    "a rename of a key that no row has": (OLD, [*CHECK, "--rename", "odl=output"], "would be ignored", {"OLD=NEW": "old=output"}),
+    "a rename of no key": (OLD, [*CHECK, "--rename", "odl=output"], "would be ignored", {"OLD=NEW": "old=output"}),
     "a choice that is none": (ROWS, [*CHECK, "--set", "data.format=alpca"], "got 'alpca'", {}),
     "a number out of range": (ROWS, [*CHECK, "--set", "lora.r=0"], "greater than or equal to 1", {}),
     "chat without a place": (ROWS, TALK, "no directory was given", {"BASE": "{model}", "DIR": "{adapter}"}),
