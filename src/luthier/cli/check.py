@@ -59,8 +59,7 @@ def _print(found: Inspection, show: int) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    report, facts = found.report, found.as_dict()
-    rows, tokens = facts["rows"], facts["tokens"]
+    report, rows, tokens = found.report, found.report.rows(), found.train.stats()
     for file, fmt in report.formats.items():
         console.print(f"{file}: {fmt} rows", markup=False)
     console.print(
@@ -77,7 +76,7 @@ def _print(found: Inspection, show: int) -> None:
         console.print(f"template {found.voice.template.name}; replies end by {ends}", markup=False)
     if found.targets:
         console.print(f"LoRA on  {', '.join(found.targets.leaves)}", markup=False)
-    for note in facts["model_notes"]:
+    for note in found.model_notes():
         console.print(f"  note: {note}", markup=False)
     for problem in report.problems[:20]:
         console.print(f"  {problem.source}: {problem.outcome}: {problem.reason}", markup=False)
