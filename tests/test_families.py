@@ -254,6 +254,14 @@ def test_every_tensor_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> Non
     )
 
 
+def test_buffers_that_the_model_computes_are_left_and_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    load_weights(published.deepseek(tmp_path / "d", inv_freq=True), torch.float32, say=said.append)
+    load_weights(published.glm4(tmp_path / "g"), torch.float32, say=said.append)
+    names = [s.partition("not used, as the model computes them: ")[2] for s in said]
+    assert names == ["model.layers.0-1.self_attn.rotary_emb.inv_freq", "transformer.rotary_pos_emb.inv_freq"]
+
+
 def test_containers_that_are_damaged(tmp_path: Path) -> None:
     path = published.baichuan2(tmp_path / "b", "bin-shards")
     shards = sorted(path.glob("*.bin"))
