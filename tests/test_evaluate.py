@@ -71,6 +71,17 @@ def test_a_conversation_that_goes_on_is_on_the_side_of_its_start(model: Path, tm
     assert all(held.count(question) == 2 for question in held)
 
 
+def test_held_out_rows_whose_prompts_are_trained_are_noted(model: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    line = personas.TEAHOUSE.read_text(encoding="utf-8").splitlines()[0]
+    held.write_text(
+        f'{line}\n{json.dumps({**json.loads(line), "output": "b"})}\n{{"instruction": "q", "output": "a"}}\n'
+    )
+    notes = inspect(config(model, tmp_path, {"eval": held})).report.notes
+    assert notes["the prompt of a row in data.eval is trained too"] == 2
+    assert not inspect(config(model, tmp_path, {"eval": personas.HELD_OUT})).report.notes
+
+
 def test_settings_that_would_be_ignored_are_errors(model: Path, tmp_path: Path) -> None:
     both = inspect(config(model, tmp_path, {"eval_fraction": 0.2, "eval": personas.HELD_OUT}))
     assert both.error
