@@ -123,6 +123,11 @@ REFUSALS = [
         "cannot be used as a directory",
         "choose",
     ),
+    (
+        ["estimate", "--model", "{model}", "--data", "{rows}", "--length", "9"],
+        "--length would be ignored",
+        "leave it out",
+    ),
     (["chat", "{no}", "--prompt", "a"], "does not exist", "luthier pull"),
     (["chat", "{model}", "--prompt", " "], "the prompt is empty", "--prompt TEXT"),
     (["chat", "{model}", "--json"], "needs a prompt", "--prompt TEXT"),

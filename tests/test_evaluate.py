@@ -172,6 +172,8 @@ def test_a_checkpoint_can_be_talked_to(run: Path, luthier: Run) -> None:
     last = json.loads(luthier("chat", run, "--checkpoint", 30, "--prompt", "你是谁？", "--json").out)
     whole = json.loads(luthier("chat", run, "--prompt", "你是谁？", "--json").out)
     assert last["reply"] == whole["reply"]
+    scored = [json.loads(luthier("eval", run, "--json", *FEW, *at).out)["tuned"] for at in ((), ("--checkpoint", 30))]
+    assert scored[0]["loss"] == scored[1]["loss"]
     none = luthier("chat", run, "--checkpoint", 7, "--prompt", "a")
     assert none.code == 2
     assert "its checkpoints are: 30" in none.err
