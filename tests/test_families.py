@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from luthier.models.directory import family_of, read_config
 from luthier.models.families import Modules
 from luthier.models.load import load_weights
 from luthier.models.shards import Shards
+from luthier.preflight import inspect
+from luthier.templates import NATIVE
 from tests import published
 from tests.definitions import baichuan2_logits, glm4_logits
 from tests.published import PUBLISHED, read_tensors
@@ -136,6 +139,23 @@ def test_names_of_other_models_are_refused_with_the_right_ones(
     assert done.code == 2
     assert words in done.err
     assert fix in done.err
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_template_is_the_models_own_or_refused_with_one_that_is(name: str, rows: Path, tmp_path: Path) -> None:
+    """The tutorials' prompts of another family (ChatML on Baichuan2, and so on), for every pair; each fix typed."""
+    path = PUBLISHED[name](tmp_path / "model")
+
+    def refusal(choice: str) -> str | None:
+        found = inspect(configs.build({"model": {"path": path}, "data": {"train": rows, "template": choice}}))
+        return found.error.fix if found.error else None
+
+    assert refusal("auto") is None
+    refused = {choice: fix for choice in ("chatml", "jinja", *NATIVE) if (fix := refusal(choice))}
+    assert len(refused) >= 5
+    for choice, fix in refused.items():
+        typed = re.search(r"--set data\.template=(\w+)$", fix)
+        assert typed and refusal(typed.group(1)) is None, choice
 
 
 # --- adapters people already have -----------------------------------------------------------------------------------
