@@ -107,7 +107,7 @@ class DataConfig(Section):
     template: str = Field(
         "auto",
         description="auto: the model's own chat template, natively where we know it; jinja: its own, run as it is; or "
-        "a format by name (chatml, phi3, baichuan2, glm4, deepseek, llama3)",
+        "a native format by name, such as chatml (an unknown name lists them)",
     )
     system: str = Field("", description="system prompt for rows that have none; empty: the template's own default")
     system_role: SystemRole = Field(
