@@ -110,6 +110,10 @@ def yaml(tmp_path: Path, made: RunConfig) -> Path:
     return file
 
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="sessions are forked and watched through /proc")
+
+
+@linux
 def test_killed_ten_times_is_never_killed(model: Path, tmp_path: Path) -> None:
     """One run, killed ever later in its sessions: in steps, in saves, and in what comes after the last step."""
     moments = []
@@ -134,6 +138,7 @@ def test_killed_ten_times_is_never_killed(model: Path, tmp_path: Path) -> None:
     assert [p.name for p in run.iterdir() if p.name.startswith(".")] == []
 
 
+@linux
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_costs_nothing(every: int, model: Path, tmp_path: Path) -> None:
     """A short run killed at its n-th moment, for every n (every 9th in the quick suite), then run to its end."""
