@@ -276,7 +276,7 @@ def test_a_second_ctrl_c_stops_at_once(model: Path, tmp_path: Path) -> None:
     """Here in the first step's place: the model's own code never comes back."""
     code = (
         "import sys, threading, luthier.training.loop as loop\n"
-        "def hang(*_): sys.stderr.write('step 1/\\n'); sys.stderr.flush(); threading.Event().wait(60)\n"
+        "def hang(*_): sys.stderr.write('step 1/\\n'); sys.stderr.flush(); threading.Event().wait(600)\n"
         "loop._step = hang\n"
         "from luthier.cli.main import main\n"
         "sys.argv = ['luthier', *sys.argv[1:]]\n"
