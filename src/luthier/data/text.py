@@ -23,7 +23,15 @@ _MARKS = (
 )
 _BLOCK = 1 << 20
 _UNREADABLE = "luthier-unreadable"
-codecs.register_error(_UNREADABLE, lambda e: ("\udc80", e.end if isinstance(e, UnicodeDecodeError) else 0))
+
+
+def _unreadable(error: UnicodeError) -> tuple[str, int]:
+    """One lone surrogate for bytes that decode as nothing, whatever the encoding."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udc80", error.end
+
+
+codecs.register_error(_UNREADABLE, _unreadable)
 
 
 def check_file(path: Path) -> None:
