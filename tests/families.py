@@ -5,15 +5,19 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from gguf import GGUFReader
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from luthier.models import sentencepiece
+from luthier.models.sentencepiece import Kind, Spacing
 from luthier.models.tokenizer import Tokenizer, load_tokenizer
 from luthier.templates import NATIVE, ChatML, MergedSystem
 from luthier.types import Template
 
 from .conftest import TOKENIZER
 
+TABLE = ("tokens", "scores", "token_type")  # of a GGUF vocabulary
 PUBLISHED = Path(__file__).parent / "data" / "templates"
 # bos and eos of the published tokenizers
 ENDS = {
@@ -64,6 +68,13 @@ def tiny(name: str, rstrip: bool = False) -> Tokenizer:
 
 @cache
 def gguf(vocabs: Path, name: str) -> Tokenizer:
-    """A real vocabulary. Phi-3's markers do not swallow white space in this form."""
+    """A real vocabulary. Phi-3's markers do not swallow white space in this form; Baichuan's is the first 7B's."""
+    if name == "baichuan":  # transformers has no reader for it
+        table = [GGUFReader(vocabs / f"ggml-vocab-{name}.gguf").fields[f"tokenizer.ggml.{n}"].contents() for n in TABLE]
+        pieces, scores, types = table
+        types = [Kind.USER_DEFINED if t == Kind.NORMAL and i < 393 else t for i, t in enumerate(types)]
+        spacing = Spacing(add_dummy_prefix=False, remove_extra_whitespaces=False)
+        fast = sentencepiece.from_pieces(pieces, scores, types, spacing)
+        return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>"))
     hf = AutoTokenizer.from_pretrained(vocabs, gguf_file=f"ggml-vocab-{name}.gguf", local_files_only=True)
     return Tokenizer(hf)

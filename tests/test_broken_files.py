@@ -43,6 +43,11 @@ CASES: dict[str, tuple[str, bytes | str, Outcome]] = {
     "gbk csv": ("a.csv", "instruction,output\n你好,皇上好\n".encode("gbk"), (1, 1, 0, 0)),
     "bytes that are nothing, in one row": ("a.jsonl", (ROW + NL).encode() * 3 + with_(output="x").encode().replace(b"x", b"\xff\xfe"), (4, 3, 1, 0)),
     "bytes that are nothing, in an array": ("a.json", b"[" + ROW.encode() + b"," + with_(output="x").encode().replace(b"x", b"\xff") + b"]", (2, 1, 1, 0)),
+    "bytes that are nothing, in utf-16": ("a.jsonl", (A + NL + A[:-3]).encode("utf-16") + b"\x00\xd8" + (A[-3:] + NL + A).encode("utf-16-le"), (3, 2, 1, 0)),
+    "utf-16, its last byte cut off": ("a.jsonl", (A + NL + A).encode("utf-16")[:-1], (2, 1, 1, 0)),
+    "latin-1 in one row": ("a.jsonl", (A + NL + with_(output="@")).encode().replace(b"@", b"pr\xe9sent"), (2, 1, 1, 0)),
+    "latin-1 in every row": ("a.jsonl", (with_(output="@") + NL).encode().replace(b"@", b"pr\xe9sent") * 3, "save the file as UTF-8"),
+    "big5": ("a.jsonl", (json.dumps({"instruction": "你是誰", "output": "我是燈塔的守護者"}, ensure_ascii=False) + NL).encode("big5") * 3, "that are not text"),
     # line ends and white space
     "crlf": ("a.jsonl", ROW + "\r\n" + ROW + "\r\n", (2, 2, 0, 0)),
     "blank lines": ("a.jsonl", NL + ROW + NL * 3 + ROW + NL + "   " + NL, (2, 2, 0, 0)),
@@ -55,6 +60,7 @@ CASES: dict[str, tuple[str, bytes | str, Outcome]] = {
     "one object": ("a.json", ROW, (1, 1, 0, 0)),
     "one object over lines": ("a.json", json.dumps(R, indent=2), (1, 1, 0, 0)),
     "rows under data": ("a.json", json.dumps({"data": [R, R]}), (2, 2, 0, 0)),
+    "rows under two names": ("a.json", json.dumps({"train": [R], "test": [R]}), "holds several lists of rows: train, test"),
     "rows under train, over lines": ("a.json", json.dumps({"version": 1, "train": [R]}, indent=1), (1, 1, 0, 0)),
     "a row with a list of its own": ("a.jsonl", with_(items=[1, 2]), (1, 1, 0, 0)),
     "an empty array": ("a.json", "[]", "no row can be used (0 read)"),
@@ -122,7 +128,15 @@ CASES: dict[str, tuple[str, bytes | str, Outcome]] = {
     "tsv": ("a.tsv", "instruction\toutput\na\tb\n", (1, 1, 0, 0)),
     "csv, too many cells": ("a.csv", "instruction,output\na,b\na,b,c\n", (2, 1, 1, 0)),
     "csv, a cell too few": ("a.csv", "instruction,output\na,b\na\n", (2, 1, 1, 0)),
-    "csv, blank lines": ("a.csv", "instruction,output\n\na,b\n\n", (1, 1, 0, 0)),
+    "csv, blank lines": ("a.csv", "instruction,output\n\na,b\n  \n", (1, 1, 0, 0)),
+    "csv, a nul character": ("a.csv", "instruction,output\na,b\0c\n", (1, 1, 0, 1)),
+    "csv, carriage returns alone": ("a.csv", "instruction,output\ra,b\rc,d\r", (2, 2, 0, 0)),
+    "csv, text after a closing quote": ("a.csv", 'instruction,output\na,"b" x\nc,d\n', (2, 1, 1, 0)),
+    "csv, a quote never closed": ("a.csv", 'instruction,output\na,b\nc,"d\ne,f\n', "a.csv:3: a quote opens here that is not closed"),
+    "csv, a quote closed rows later": ("a.csv", 'instruction,output\na,"b\nc,d\ne,"f"\n', "a.csv:2: a quote opens here that is not closed"),
+    "csv under another name": ("a.txt", "instruction,output\na,b\n", (1, 1, 0, 0)),
+    "jsonl under a table's name": ("a.csv", A + NL + A, (2, 2, 0, 0)),
+    "an array under a table's name": ("a.tsv", f"[{A}, {A}]", (2, 2, 0, 0)),
     "csv, a list as text": ("a.csv", 'instruction,output\na,"[1, 2]"\n', (1, 1, 0, 0)),
     "csv, header alone": ("a.csv", "instruction,output\n", "no row can be used (0 read)"),
     "csv, a column twice": ("a.csv", "instruction,output,output\na,b,c\n", "names a column twice"),
@@ -193,3 +207,6 @@ def test_dedupe_and_rename(luthier: Callable[..., Result], model_dir: Callable[[
     assert found["rows"] == {"read": 3, "kept": 2, "dropped": 1, "changed": 0}
     assert found["problems"][0]["reason"] == f"is the same as {path}:1"
     assert luthier(*argv, "--rename", "x").code == 2
+    idle = luthier(*argv, "--rename", "question=instruction")
+    assert idle.code == 2
+    assert "data.rename would be ignored: no row has the key 'question'" in idle.err

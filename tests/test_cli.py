@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +16,12 @@ import pytest
 import torch
 
 import luthier as library
-from luthier import __version__, personas
+from luthier import __version__, diagnosis, personas
 from luthier import config as configs
 from luthier.models.directory import read_config
 from luthier.models.load import load_weights, pick_dtype
 
-from .conftest import Result
+from .conftest import ROOT, Result
 
 Run = Callable[..., Result]
 COMMAND = [sys.executable, "-m", "luthier.cli.main"]
@@ -121,10 +123,20 @@ REFUSALS = [
         "cannot be used as a directory",
         "choose",
     ),
+    (
+        ["estimate", "--model", "{model}", "--data", "{rows}", "--length", "9"],
+        "--length would be ignored",
+        "leave it out",
+    ),
     (["chat", "{no}", "--prompt", "a"], "does not exist", "luthier pull"),
     (["chat", "{model}", "--prompt", " "], "the prompt is empty", "--prompt TEXT"),
     (["chat", "{model}", "--json"], "needs a prompt", "--prompt TEXT"),
     (["chat", "{model}", "--prompt", "a", "--dtype", "int3"], "is not a type", "float32"),
+    (["eval", "{model}", "--data", "{rows}", "--dtype", "int3"], "is not a type", "float32"),
+    (["eval", "{no}", "--data", "{rows}"], "does not exist", "luthier pull"),
+    (["eval", "{model}", "--data", "{rows}"], "no adapter to compare", "--model BASE --adapter DIR"),
+    (["chat", "{model}", "--checkpoint", "3", "--prompt", "a"], "has no checkpoint 3", "leave --checkpoint out"),
+    (["check", "--model", "{rows}", "--data", "{rows}"], "is not a model directory", "luthier pull smollm2-135m"),
     (["pull", "smolm2"], "model 'smolm2' is unknown", "luthier pull smollm2-135m"),
 ]
 
@@ -301,6 +313,12 @@ def test_init_writes_a_run_that_trains(luthier: Run, model: Path, tmp_path: Path
     again = luthier("init", *argv)
     assert again.code == 2
     assert "is there already" in again.err
+    assert json.loads(luthier("check", file, "--json").out)["ok"] is True
+    estimates = [
+        json.loads(luthier("estimate", *given, "--json").out)["chosen"]["activations_bytes"]
+        for given in ((file,), ("--model", model, "--data", personas.TEAHOUSE), ("--model", model))
+    ]
+    assert estimates[0] == estimates[1] != estimates[2]  # the file's rows are looked at
     assert luthier("train", file, "--set", "train.max_steps=2").code == 0
     assert len(json.loads((tmp_path / "run" / "summary.json").read_text())["losses"]) == 2
     other = luthier("train", file)
@@ -313,6 +331,11 @@ def test_doctor_tries_a_step(luthier: Run) -> None:
     assert found["smoke"]["ok"] is True
     assert found["packages"]["torch"] == torch.__version__
     assert "one step  works" in luthier("doctor").out
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    del extras["dev"]
+    assert {n: {re.split("[><=]", p)[0] for p in extra} for n, extra in extras.items()} == {
+        n: set(packages) for n, packages in diagnosis.EXTRAS.items()
+    }
 
 
 @pytest.mark.smollm2

@@ -40,6 +40,8 @@ def test_overrides_read_as_people_write_numbers() -> None:
     assert configs.build(MINIMAL, configs.parse_overrides(["lora.target_modules=q_proj"])).lora.target_modules == (
         "q_proj",
     )
+    several = configs.build(MINIMAL, configs.parse_overrides(["lora.target_modules=q_proj, k_proj"]))
+    assert several.lora.target_modules == ("q_proj", "k_proj")
     assert configs.build(MINIMAL, {"train.max_steps": None}).train.max_steps is None
 
 
@@ -50,7 +52,11 @@ def test_overrides_read_as_people_write_numbers() -> None:
         ({"learning_rate": 1}, "did you mean train.learning_rate?", "write train.learning_rate"),
         ({"train.learning_rate": -1}, "train.learning_rate: input should be greater than 0", "correct train"),
         ({"train.learning_rate": "fast"}, "got 'fast'", "correct train.learning_rate"),
-        ({"lora.r": 0, "train.seed": -1}, "train.seed: input should be", "correct lora.r; correct train.seed"),
+        (
+            {"lora.r": 0, "train.seed": -1},
+            "train.seed: input should be",
+            "correct lora.r, as --set lora.r=8; correct train.seed, as --set train.seed=42",
+        ),
         ({"train.seed.x": 1}, "seed", "keys are"),
         (
             {"train.max_steps": 3, "train.num_train_epochs": 1},
@@ -59,7 +65,9 @@ def test_overrides_read_as_people_write_numbers() -> None:
         ),
         ({"train.seed": True}, "must not be true or false", "correct train.seed"),
         ({"lora.target_modules": []}, "at least 1 item", "correct lora.target_modules"),
-        ({"data.too_long": "cut"}, "'truncate', 'drop' or 'error'", "correct data.too_long"),
+        ({"data.too_long": "cut"}, "'truncate', 'drop' or 'error'", "--set data.too_long=truncate"),
+        ({"data.format": "alpca"}, "got 'alpca'", "--set data.format=alpaca"),
+        ({"model.load_in_4bit": True, "model.load_in_8bit": True}, "exclude each other", "leave one of the two out"),
         ({"train.learning_rate": float("nan")}, "finite", "correct"),
     ],
 )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer.main
 
 from luthier import config as configs
 from luthier.cli.main import app
@@ -40,6 +41,13 @@ def test_every_verb_is_documented(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for verb in app.registered_commands:
         assert f"`luthier {verb.name}" in text
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    for name, verb in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert verb.help and verb.short_help, name
+        for parameter in verb.params:
+            assert getattr(parameter, "help", None), f"luthier {name}: {parameter.name}"
 
 
 @pytest.mark.parametrize("page", READMES)

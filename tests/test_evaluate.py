@@ -56,6 +56,32 @@ def test_equal_prompts_are_on_one_side(model: Path, tmp_path: Path) -> None:
     assert held < {c.messages[0].content for c in wider.chats}
 
 
+def test_a_conversation_that_goes_on_is_on_the_side_of_its_start(model: Path, tmp_path: Path) -> None:
+    """Else the reply to a held-out question would be trained inside a longer row."""
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    lines = []
+    for i in range(60):
+        opening = [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]
+        lines += [{"messages": opening}, {"messages": [*opening, *turns]}]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    found = inspect(config(model, tmp_path, {"train": rows, "eval_fraction": 0.3}))
+    held = [c.messages[0].content for c in found.chats]
+    assert 10 < len(held) < 110
+    assert all(held.count(question) == 2 for question in held)
+
+
+def test_held_out_rows_whose_prompts_are_trained_are_noted(model: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    line = personas.TEAHOUSE.read_text(encoding="utf-8").splitlines()[0]
+    held.write_text(
+        f'{line}\n{json.dumps({**json.loads(line), "output": "b"})}\n{{"instruction": "q", "output": "a"}}\n'
+    )
+    notes = inspect(config(model, tmp_path, {"eval": held})).report.notes
+    assert notes["the prompt of a row in data.eval is trained too"] == 2
+    assert not inspect(config(model, tmp_path, {"eval": personas.HELD_OUT})).report.notes
+
+
 def test_settings_that_would_be_ignored_are_errors(model: Path, tmp_path: Path) -> None:
     both = inspect(config(model, tmp_path, {"eval_fraction": 0.2, "eval": personas.HELD_OUT}))
     assert both.error
@@ -107,6 +133,32 @@ def test_no_time_is_said(model: Path, tmp_path: Path) -> None:
     assert result["tuned"]["stop_rate"] is None
 
 
+def test_no_time_for_replies_to_training_questions_is_said(model: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    library.train(config(model, tmp_path / "run", {}, eval_time_ratio=1e-9, max_steps=2), say=said.append)
+    assert any("replies for the report stopped after their time (0.0 s), 0 of 4 written" in s for s in said)
+
+
+def test_the_rows_of_eval_are_always_json(run: Path, luthier: Run, tmp_path: Path) -> None:
+    """``data`` names a file of alpaca or messages JSON, whatever the rows came in."""
+    row = {"instruction": "你是谁？", "output": "客官请坐。"}
+    plain = json.dumps(row, ensure_ascii=False)
+    cases = {
+        "a.csv": "instruction,output\n你是谁？,客官请坐。\n".encode(),
+        "a.jsonl": plain.encode("gb18030"),
+        "b.jsonl": (plain + "\n{broken\n").encode(),
+        "c.jsonl": json.dumps({"prompt": "你是谁？", "completion": "客官请坐。"}).encode(),
+    }
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        found = json.loads(luthier("eval", run, "--data", tmp_path / name, "--json", "--samples", 0).out)
+        (line,) = Path(found["data"]).read_text(encoding="utf-8").splitlines()
+        assert [m["content"] for m in json.loads(line)["messages"]] == list(row.values())
+    (tmp_path / "d.json").write_text(f"[{plain}]", encoding="utf-8")
+    found = json.loads(luthier("eval", run, "--data", tmp_path / "d.json", "--json", "--samples", 0).out)
+    assert found["data"] == str(tmp_path / "d.json")
+
+
 def test_nothing_held_out_says_what_to_do(model: Path, tmp_path: Path) -> None:
     library.train(config(model, tmp_path / "run", {}, max_steps=1))
     with pytest.raises(ConfigError, match="no held-out rows") as e:
@@ -120,6 +172,8 @@ def test_a_checkpoint_can_be_talked_to(run: Path, luthier: Run) -> None:
     last = json.loads(luthier("chat", run, "--checkpoint", 30, "--prompt", "你是谁？", "--json").out)
     whole = json.loads(luthier("chat", run, "--prompt", "你是谁？", "--json").out)
     assert last["reply"] == whole["reply"]
+    scored = [json.loads(luthier("eval", run, "--json", *FEW, *at).out)["tuned"] for at in ((), ("--checkpoint", 30))]
+    assert scored[0]["loss"] == scored[1]["loss"]
     none = luthier("chat", run, "--checkpoint", 7, "--prompt", "a")
     assert none.code == 2
     assert "its checkpoints are: 30" in none.err

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import luthier as library
 from luthier import config as configs
@@ -23,9 +24,11 @@ from luthier.located import locate_adapter
 from luthier.merging import merge
 from luthier.models import directory
 from luthier.models.directory import family_of, read_config
-from luthier.models.families import Modules
+from luthier.models.families import FAMILIES, Family, Modules, Rule
 from luthier.models.load import load_weights
 from luthier.models.shards import Shards
+from luthier.preflight import inspect
+from luthier.templates import NATIVE, Turns
 from tests import published
 from tests.definitions import baichuan2_logits, glm4_logits
 from tests.published import PUBLISHED, read_tensors
@@ -138,6 +141,72 @@ def test_names_of_other_models_are_refused_with_the_right_ones(
     assert fix in done.err
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_template_is_the_models_own_or_refused_with_one_that_is(name: str, rows: Path, tmp_path: Path) -> None:
+    """The tutorials' prompts of another family (ChatML on Baichuan2, and so on), for every pair; each fix typed."""
+    path = PUBLISHED[name](tmp_path / "model")
+
+    def refusal(choice: str) -> str | None:
+        found = inspect(configs.build({"model": {"path": path}, "data": {"train": rows, "template": choice}}))
+        return found.error.fix if found.error else None
+
+    assert refusal("auto") is None
+    refused = {choice: fix for choice in ("chatml", "jinja", *NATIVE) if (fix := refusal(choice))}
+    assert len(refused) >= 5
+    for choice, fix in refused.items():
+        typed = re.search(r"--set data\.template=(\w+)$", fix)
+        assert typed and refusal(typed.group(1)) is None, choice
+
+
+def test_a_new_family_is_a_record_and_a_template(
+    rows: Path, luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CONTRIBUTING.md says it costs is all it costs: entries in two lists, and every verb knows the model."""
+    turns = Turns(
+        name="toy",
+        user=("<|im_start|>Q: ", "<|im_end|>"),
+        reply="<|im_start|>A:",
+        stop=("<|im_end|>",),
+        markers=("<|im_start|>", "<|im_end|>"),
+    )
+    path = published.yi(tmp_path / "model")
+    tensors = {f"net.{name}": tensor for name, tensor in read_tensors(path).items()}
+    for file in path.glob("model*"):
+        file.unlink()
+    save_file(tensors, path / "model.safetensors")
+    settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings.pop("chat_template")
+    (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    edit(path, model_type="toy", architectures=["ToyForCausalLM"])
+
+    def native(raw: Mapping[str, Any]) -> Any:
+        return LlamaConfig(**{k: v for k, v in raw.items() if k not in ("model_type", "architectures")})
+
+    def layer_rules(_: Any) -> list[Rule]:
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".{i}.", name) for name in tensors)
+        return [Rule(name, (name.removeprefix("net."),)) for name in names]
+
+    monkeypatch.setitem(FAMILIES, "toy", Family("Toy", "llama", "toy", native, layer_rules))
+    monkeypatch.setitem(NATIVE, "toy", (turns,))
+    assert tune(path, rows, tmp_path / "run")["template"] == "toy"
+    assert library.chat(tmp_path / "run").send("你是谁？", library.Sampling(max_new_tokens=4)).reply_tokens > 0
+    for verb, to in (("merge", "merged"), ("export", "peft")):
+        layout = ["--layout", "original"] if verb == "export" else []
+        done = luthier(verb, tmp_path / "run", *layout, "--output-dir", tmp_path / to)
+        assert done.code == 0, done.err
+    tuned, merged, exported = (
+        library.chat(**place).generator.model(IDS).logits.detach()
+        for place in (
+            {"path": tmp_path / "run"},
+            {"path": tmp_path / "merged"},
+            {"model": path, "adapter": tmp_path / "peft"},
+        )
+    )
+    assert (merged - tuned).norm() / tuned.norm() < 2e-2
+    assert (exported - tuned).abs().max() < 1e-4 * tuned.abs().max()
+    assert "model.net.model.layers.0" in json.dumps(list(load_file(tmp_path / "peft" / "adapter_model.safetensors")))
+
+
 # --- adapters people already have -----------------------------------------------------------------------------------
 
 
@@ -187,9 +256,9 @@ def test_export_in_the_original_layout_is_the_same_model(name: str, rows: Path, 
     config = json.loads((out / "adapter_config.json").read_text())
     fused = {"baichuan2": "W_pack", "glm4": "query_key_value"}[name]
     assert fused in config["target_modules"]
-    assert {k: v for k, v in config["rank_pattern"].items() if k.endswith(fused)}.values() == [12] * 2 or all(
-        v == 12 for k, v in config["rank_pattern"].items()
-    )
+    patterns = config["rank_pattern"]
+    assert config["r"] == 4 and len(patterns) == 2  # of two layers
+    assert all(name.endswith(fused) and rank == 12 for name, rank in patterns.items())
     expected = library.chat(run).generator.model(IDS).logits
     found = library.chat(model=path, adapter=out).generator.model(IDS).logits
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -252,6 +321,14 @@ def test_every_tensor_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> Non
         "the weights do not fit the model (missing: model.layers.0-1.self_attn.W_pack.weight; "
         "unexpected: model.layers.0.mlp.extra.weight; mismatched: model.norm.weight is [3], expected [64])"
     )
+
+
+def test_buffers_that_the_model_computes_are_left_and_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    load_weights(published.deepseek(tmp_path / "d", inv_freq=True), torch.float32, say=said.append)
+    load_weights(published.glm4(tmp_path / "g"), torch.float32, say=said.append)
+    names = [s.partition("not used, as the model computes them: ")[2] for s in said]
+    assert names == ["model.layers.0-1.self_attn.rotary_emb.inv_freq", "transformer.rotary_pos_emb.inv_freq"]
 
 
 def test_containers_that_are_damaged(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from .conftest import Result
 
 Run = Callable[..., Result]
 ROWS = '[{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]'
+OLD = ROWS.replace('"output"', '"old"')
 CHECK = ["check", "--model", "{model}", "--data", "{rows}"]
 TRAIN = ["train", "--model", "{model}", "--data", "{rows}", "--set", "train.max_steps=1"]
 
@@ -36,7 +37,10 @@ CASES: dict[str, tuple[str, list[str], str, dict[str, str]]] = {
         "has no '='",
         {"=VALUE": "=1e-3", "--set train.learning_rate ": ""},
     ),
-    "a rename without a new name": (ROWS, [*CHECK, "--rename", "old"], "is not OLD=NEW", {"OLD=NEW": "old=output"}),
+    "a rename without a new name": (OLD, [*CHECK, "--rename", "old"], "is not OLD=NEW", {"OLD=NEW": "old=output"}),
+    "a rename of no key": (OLD, [*CHECK, "--rename", "odl=output"], "would be ignored", {"OLD=NEW": "old=output"}),
+    "a choice that is none": (ROWS, [*CHECK, "--set", "data.format=alpca"], "got 'alpca'", {}),
+    "a number out of range": (ROWS, [*CHECK, "--set", "lora.r=0"], "greater than or equal to 1", {}),
     "chat without a place": (ROWS, TALK, "no directory was given", {"BASE": "{model}", "DIR": "{adapter}"}),
     "chat with an empty prompt": (ROWS, ["chat", "{model}", "--prompt", " "], "the prompt is empty", {"TEXT": "hello"}),
     "chat --json without a prompt": (ROWS, ["chat", "{model}", "--json"], "so it needs a prompt", {"TEXT": "hello"}),

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 import luthier
 from luthier import config as configs
@@ -42,7 +44,7 @@ def test_it_holds_everything_and_asks_for_nothing(page: Path) -> None:
     for part in (
         "Loss a trained token",
         "Learning rate",
-        "Tokens of the rows",
+        "Rows, by their number of tokens",
         "held out",
         "What was trained",
         "q_proj",
@@ -105,4 +107,12 @@ def test_a_browser_shows_it(page: Path, tmp_path: Path) -> None:
         page.as_uri(),
     ]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert shot.stat().st_size > 20_000  # an empty page of that size packs to a few kB
+    pixels = np.rint(imread(shot)[..., :3] * 255)
+    blue = (np.abs(pixels - (0x09, 0x69, 0xDA)) < 8).all(axis=2)
+    assert blue.sum() > 3_000
+    drawn = np.flatnonzero(blue.any(axis=1))
+    charts = np.split(drawn, np.flatnonzero(np.diff(drawn) > 40) + 1)
+    assert len(charts) == 3  # loss, learning rate, rows: one below the other, with their headings between
+    for chart in charts:
+        across = np.flatnonzero(blue[chart].any(axis=0))
+        assert across[-1] - across[0] > 700  # of 1000

@@ -101,6 +101,8 @@ def estimate(config: RunConfig, with_rows: bool = True, length: int | None = Non
 
     with_rows: count the tokens of ``data.train``; else every row has ``length`` of them (None: ``data.max_length``).
     """
+    if with_rows and length is not None:
+        raise ConfigError("--length would be ignored: the rows of --data have lengths of their own", "leave it out")
     if with_rows:
         found = inspect(config, keep=False)
         if found.error:

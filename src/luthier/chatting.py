@@ -20,6 +20,7 @@ from luthier.generate import Generator, Reply, Sampling, check_text, prompt_text
 from luthier.located import locate
 from luthier.lora import LoraLinear, attach, plain, resolve
 from luthier.models.base import open_base
+from luthier.models.directory import must_be_directory
 from luthier.models.load import empty_model, load_weights, pick_device, pick_dtype
 from luthier.preflight import Voice, voice, voice_of
 from luthier.training import checkpoint as checkpoints
@@ -127,6 +128,7 @@ def open_chat(
     place = locate(path, model, adapter)
     if isinstance(place, Path):
         if with_adapter:
+            must_be_directory(place)
             raise ConfigError(f"{place}: there is no adapter to compare with its base", _GIVE_ADAPTER)
         found = voice(place)
         _check_system(found, system)
@@ -153,8 +155,9 @@ def _at_checkpoint(
     there = checkpoints.steps(run.checkpoints)
     chosen = next((p for p in there if int(p.name.removeprefix("step-")) == step), None)
     if chosen is None:
-        names = ", ".join(str(int(p.name.removeprefix("step-"))) for p in there) or "none"
-        raise ConfigError(f"{run.path}: has no checkpoint {step}", f"its checkpoints are: {names}")
+        names = ", ".join(str(int(p.name.removeprefix("step-"))) for p in there)
+        fix = f"its checkpoints are: {names}" if names else "leave --checkpoint out"
+        raise ConfigError(f"{run.path}: has no checkpoint {step}", fix)
     try:
         saved = checkpoints.read(chosen)
     except (OSError, ValueError, KeyError, TypeError) as e:

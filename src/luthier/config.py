@@ -32,6 +32,11 @@ def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
 
 
+def _names(value: Any) -> Any:
+    """``a,b`` as a list too, since a module's name holds no comma."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -71,10 +76,13 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _nothing_ignored(self) -> ModelConfig:
         if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit exclude each other; leave one out")
+            raise ConfigError("model: load_in_4bit and load_in_8bit exclude each other", "leave one of the two out")
         idle = [k for k in sorted(self.model_fields_set) if k.startswith("bnb_4bit_") and not self.load_in_4bit]
         if idle and any(getattr(self, k) != type(self).model_fields[k].default for k in idle):
-            raise ValueError(f"{', '.join(idle)} would be ignored without model.load_in_4bit")
+            raise ConfigError(
+                f"model: {', '.join(idle)} would be ignored without model.load_in_4bit",
+                f"--set model.load_in_4bit=true, or leave {' and '.join(idle)} out",
+            )
         return self
 
 
@@ -99,7 +107,7 @@ class DataConfig(Section):
     template: str = Field(
         "auto",
         description="auto: the model's own chat template, natively where we know it; jinja: its own, run as it is; or "
-        "a format by name (chatml, phi3, baichuan2, glm4, deepseek, llama3)",
+        "a native format by name, such as chatml (an unknown name lists them)",
     )
     system: str = Field("", description="system prompt for rows that have none; empty: the template's own default")
     system_role: SystemRole = Field(
@@ -116,7 +124,7 @@ class LoraConfig(Section):
     r: int = Field(8, ge=1, description="rank")
     lora_alpha: float = Field(32.0, gt=0, description="the update is scaled by lora_alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_one_or_many)] = Field(
+    target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = Field(
         None, min_length=1, description="names of linear layers; null: every linear layer of the decoder blocks"
     )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
@@ -380,4 +388,20 @@ def _problem(error: Any) -> tuple[str, str]:
         flag = {"model": "--model DIR", "model.path": "--model DIR", "data": "--data FILE", "data.train": "--data FILE"}
         return f"{where}: is missing", f"give {flag.get(where, f'--set {where}=VALUE')}"
     got = error.get("input")
-    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}, got {got!r}", f"correct {where}"
+    problem = error["msg"].removeprefix("Value error, ")
+    example = _example(where, got) if where in known else ""
+    return f"{where}: {problem[0].lower()}{problem[1:]}, got {got!r}", f"correct {where}{example}"
+
+
+def _example(key: str, got: Any) -> str:
+    """A value that would do: of a choice the nearest one, else the default."""
+    *sections, leaf = key.split(".")
+    kind: Any = RunConfig
+    for section in sections:
+        kind = kind.model_fields[section].annotation
+    field = kind.model_fields[leaf]
+    choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
+    value = nearest(str(got), choices) or field.default
+    if field.is_required() or value in (None, "", ()):
+        return ""
+    return f", as --set {key}={value if isinstance(value, str) else json.dumps(value)}"

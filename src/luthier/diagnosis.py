@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,15 @@ from luthier.training import loop
 from luthier.types import Example, RowRef
 
 CORE = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
-EXTRAS = {"parquet": ("pyarrow",), "eval": ("sacrebleu", "rouge-score", "jieba"), "bench": ("peft", "datasets")}
+EXTRAS = {
+    "modelscope": ("modelscope-hub",),
+    "parquet": ("pyarrow",),
+    "qlora": ("bitsandbytes",),
+    "notebooks": ("ipykernel", "ipywidgets", "matplotlib", "nbclient", "nbformat"),
+    "eval": ("jieba", "rouge-score", "sacrebleu"),
+    "serve": ("fastapi", "uvicorn"),
+    "bench": ("datasets", "peft"),
+}
 
 
 def examine() -> dict[str, Any]:
@@ -32,7 +42,7 @@ def examine() -> dict[str, Any]:
         "system": platform.platform(),
         "packages": {name: _version(name) for name in CORE},
         "extras": {name: all(_version(p) for p in packages) for name, packages in EXTRAS.items()},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else (platform.processor() or "CPU"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
@@ -54,6 +64,16 @@ def _smoke(device: torch.device) -> dict[str, Any]:
     except Exception as e:  # whatever is wrong with this machine is what the user asked for
         return {"ok": False, "error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"}
     return {"ok": True, "loss": done.losses[0], "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _processor() -> str:
+    """The processor's name; its kind alone where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 from luthier import files, text_metrics
 from luthier.chatting import Chat
 from luthier.config import RunConfig, build
+from luthier.data.text import encoding_of
 from luthier.errors import ConfigError
 from luthier.evaluate import NEW_TOKENS, REPLIES, Scores, answers, askable, score
 from luthier.generate import Generator
@@ -99,10 +100,17 @@ def evaluate(
         )
     found = read_held_out(chat.voice, chat.config or _defaults(rows), rows)
     file = rows[0]
-    if len(rows) > 1 or not set(found.report.formats.values()) <= {"alpaca", "messages"}:
+    if len(rows) > 1 or not _as_they_are(file, found):
         file = (run or Path()) / "eval-rows.jsonl"  # one file in a format that everything reads
         write_rows(file, found.chats)
     return compare(chat.generator, chat.layers, found.held_out, found.chats, file, None, most_replies, max_new_tokens)
+
+
+def _as_they_are(file: Path, found: Inspection) -> bool:
+    """Whether a file holds the rows that were scored, as plain JSON or JSONL in a format that everything reads."""
+    plain = file.suffix.lower() in (".json", ".jsonl") and file.is_file() and encoding_of(file) == "utf-8"
+    whole = not found.report.dropped and not found.config.data.rename
+    return plain and whole and set(found.report.formats.values()) <= {"alpaca", "messages"}
 
 
 def at_the_end(
@@ -123,12 +131,17 @@ def at_the_end(
     if note := text_metrics.note():
         say(f"note: {note}")
     if not (result.tuned.complete and result.base.complete):
-        say(f"evaluation stopped after its time ({seconds:.0f} s); luthier eval {run} takes as long as it needs")
+        say(f"evaluation stopped after its time ({seconds:.1f} s); luthier eval {run} takes as long as it needs")
     return result
 
 
 def samples_at_the_end(
-    run: Path, found: Inspection, generator: Generator, layers: dict[str, LoraLinear], seconds: float
+    run: Path,
+    found: Inspection,
+    generator: Generator,
+    layers: dict[str, LoraLinear],
+    seconds: float,
+    say: Callable[[str], None],
 ) -> None:
     """Without held-out rows: replies of both models to a few training questions, for the report."""
     asked = askable(generator, found.samples, len(found.samples))
@@ -136,6 +149,8 @@ def samples_at_the_end(
     after = answers(generator, prompts, NEW_TOKENS, time.monotonic() + seconds / 2)
     with plain(layers):
         before = answers(generator, prompts[: len(after)], NEW_TOKENS, time.monotonic() + seconds / 2)
+    if len(before) < len(asked):
+        say(f"replies for the report stopped after their time ({seconds:.1f} s), {len(before)} of {len(asked)} written")
     rows = zip(asked, before, after, strict=False)
     samples = [
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -202,6 +203,7 @@ def _read(found: Inspection, show: int) -> None:
             pass
         return
     encoder = _encoder(found.voice, found.config)
+    trained: set[bytes] = set()
     for conversation, example in encoder.stream(loader, found.report):
         if len(found.first) < show:
             found.first.append(example)
@@ -210,9 +212,12 @@ def _read(found: Inspection, show: int) -> None:
             found.chats.append(conversation)
         else:
             found.train.add(example)
+            if config.eval:
+                trained.add(prompt_key(conversation))
             if len(found.samples) < SAMPLES:
                 found.samples.append(conversation)
     found.fingerprint = loader.fingerprint()
+    _rename_is_used(loader)
     refuse(found.report)
     if not len(found.train):  # refuse() has seen to the case of no rows at all
         raise ConfigError(
@@ -221,13 +226,31 @@ def _read(found: Inspection, show: int) -> None:
     if config.eval_fraction and not len(found.held_out):
         found.report.notes[f"data.eval_fraction {config.eval_fraction} held out no row of {len(found.train)}"] += 1
     if config.eval:
-        held = Loader(config.eval, config.format, config.system, config.rename)
-        found.eval_report = held.report
-        for conversation, example in encoder.stream(held, held.report):
-            found.held_out.add(example)
-            found.chats.append(conversation)
-        found.fingerprint += held.fingerprint()
-        refuse(held.report)
+        _read_held_out(found, encoder, trained)
+
+
+def _read_held_out(found: Inspection, encoder: Encoder, trained: set[bytes]) -> None:
+    """``data.eval``'s rows. A prompt that is trained too is noted: what is learnt by heart says little."""
+    config = found.config.data
+    held = Loader(config.eval, config.format, config.system, config.rename)
+    found.eval_report = held.report
+    leaks = 0
+    for conversation, example in encoder.stream(held, held.report):
+        found.held_out.add(example)
+        found.chats.append(conversation)
+        leaks += prompt_key(conversation) in trained
+    found.fingerprint += held.fingerprint()
+    refuse(held.report)
+    if leaks:
+        found.report.notes["the prompt of a row in data.eval is trained too"] = leaks
+
+
+def _rename_is_used(loader: Loader) -> None:
+    if loader.unused and loader.report.read:
+        names = ", ".join(map(repr, sorted(loader.unused)))
+        raise ConfigError(
+            f"data.rename would be ignored: no row has the key {names}", "correct --rename OLD=NEW, or leave it out"
+        )
 
 
 def _encoder(v: Voice, config: RunConfig) -> Encoder:
@@ -237,11 +260,19 @@ def _encoder(v: Voice, config: RunConfig) -> Encoder:
 
 
 def is_held_out(conversation: Conversation, fraction: float, seed: int) -> bool:
-    """Whether a row is for evaluation: by a hash of its prompt, so that equal prompts are on one side, always."""
+    """Whether a row is for evaluation: by a hash of its prompt, so that equal prompts are on one side, always.
+
+    A conversation's prompt is what comes before its first reply: one that goes on where another ends is on its side.
+    """
+    return int.from_bytes(prompt_key(conversation, seed), "little") < fraction * 2**64
+
+
+def prompt_key(conversation: Conversation, seed: int = 0) -> bytes:
+    """A hash of 8 bytes over what comes before the first reply."""
     key = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8)
-    for m in conversation.messages[:-1]:
+    for m in itertools.takewhile(lambda m: m.role != "assistant", conversation.messages):
         key.update(f"{m.role}\0{m.content.strip()}\0".encode())
-    return int.from_bytes(key.digest(), "little") < fraction * 2**64
+    return key.digest()
 
 
 def read_held_out(v: Voice, config: RunConfig, paths: Sequence[Path]) -> Inspection:

@@ -65,7 +65,7 @@ def render(
         _chart([(range(1, len(losses) + 1), losses, "curve faint"), _smooth(losses)]),
         "<h2>Learning rate, by step</h2>",
         _chart([([m["step"] for m in metrics], [m["learning_rate"] for m in metrics], "curve")]),
-        "<h2>Tokens of the rows</h2>",
+        "<h2>Rows, by their number of tokens</h2>",
         _histogram(lengths),
     ]
     if results and results["samples"]:
@@ -170,7 +170,7 @@ def _histogram(lengths: Sequence[int]) -> str:
     counts = [0] * (-(-(high - low) // width))
     for n in lengths:
         counts[(n - low) // width] += 1
-    most = max(counts)
+    most = -(-max(counts) // 4) * 4  # so that the ticks are whole rows
     step = (_WIDTH - _LEFT - 8) / len(counts)
     room = _HEIGHT - _BOTTOM - 8
     bars = [

@@ -102,7 +102,7 @@ def train(
         result = evaluation.at_the_end(run.path, found, generator, layers, seconds, say)
         summary["held_out"] = {"base": result.base.as_dict(), "tuned": result.tuned.as_dict()}
     elif config.train.eval_time_ratio:
-        evaluation.samples_at_the_end(run.path, found, generator, layers, seconds)
+        evaluation.samples_at_the_end(run.path, found, generator, layers, seconds, say)
     report.write(run.path, config, summary, found.train.lengths())
     run.finish(summary)
     return summary

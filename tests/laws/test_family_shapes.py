@@ -16,7 +16,7 @@ from torch import nn
 
 from luthier.config import LoraConfig
 from luthier.lora import attach, resolve, trainable_parameters
-from luthier.models.directory import read_config
+from luthier.models.directory import family_of, read_config
 from luthier.models.load import empty_model
 from tests.published import CONFIGS
 
@@ -67,11 +67,15 @@ def test_published_sizes(full_size: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_sizes_in_the_fused_layout(full_size: Any, name: str) -> None:
-    """Queries, keys and values of a block share their input: as one layer they need one A, not three."""
-    model = full_size(name)
-    width, blocks = model.config.hidden_size, model.config.num_hidden_layers
-    assert adapter_size(model) - 2 * RANK * width * blocks == FUSED[name]
+def test_sizes_in_the_fused_layout(full_size: Any, name: str, tmp_path: Path) -> None:
+    """Counted over the published modules: rank times inputs and rows, whatever native modules the rows become."""
+    native = dict(full_size(name).named_modules())
+    modules = family_of(tmp_path).modules(read_config(tmp_path))
+    found = 0
+    for parts in modules.values():
+        rows = sum(count or native[part].out_features for part, count in parts)
+        found += RANK * (native[parts[0][0]].in_features + rows)
+    assert found == FUSED[name]
 
 
 @pytest.mark.parametrize("name", PARTIAL)

@@ -128,9 +128,12 @@ def test_all_of_huanhuan_keeps_the_law_in_every_format(name: str, huanhuan: Path
     assert _all(Encoder(template, v, stop_ids(template, v), 4096), huanhuan) == 3729
 
 
-@pytest.mark.parametrize("vocab", ["phi-3", "deepseek-llm"])
+REAL = {"phi-3": "phi3", "deepseek-llm": "deepseek", "baichuan": "baichuan2", "qwen2": "chatml"}
+
+
+@pytest.mark.parametrize("vocab", REAL)
 def test_all_of_huanhuan_keeps_the_law_with_real_vocabularies(vocab: str, huanhuan: Path, vocabs: Path) -> None:
-    names = [n for n, t in FORMS.items() if t.name == {"phi-3": "phi3", "deepseek-llm": "deepseek"}[vocab]]
+    names = [n for n, t in FORMS.items() if t.name == REAL[vocab]]
     v = gguf(vocabs, vocab)
     for name in names:
         e = Encoder(FORMS[name], v, stop_ids(FORMS[name], v), 2048)

@@ -1,20 +1,20 @@
 """Law "resume": killed at any moment and started again = never killed, bit for bit.
 
-A child process trains a tiny model with dropout and is killed with SIGKILL, some kills in the middle of a save (made
-slow by a hook in the child); the same command is run until it finishes. The adapter file must be the same bytes.
+A child process trains a tiny model with dropout and is killed with SIGKILL at chosen steps and file operations, with
+half-written files where a crash would leave them (``tests/killing.py``); the same run is started until it finishes.
+The adapter file must be the same bytes.
 
 Shown able to fail: a checkpoint that forgets one of AdamW's moments, and one that is off by a step, give other bytes.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from luthier.config import RunConfig
 from luthier.errors import ConfigError
 from luthier.training import checkpoint
 from luthier.training.optim import Optimizer
+
+from ..killing import zygote
 
 STEPS = 24
 
@@ -102,55 +104,63 @@ def test_stopped_and_resumed_is_never_stopped(every: int, model: Path, whole: Pa
     assert [x["loss"] for x in lines] == losses(whole)
 
 
-CHILD = """
-import sys, time
-import luthier
-from luthier import config as configs
-from luthier import files
-sync = files._sync_tree
-files._sync_tree = lambda folder: (time.sleep(float(sys.argv[2])), sync(folder))
-sys.stdout.write("ready\\n"); sys.stdout.flush()
-luthier.train(configs.load(sys.argv[1]), on_step=lambda r: (print(r.step, flush=True), time.sleep(0.02)))
-"""
-
-
-def test_killed_ten_times_is_never_killed(model: Path, whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    made = config(model, run)
+def yaml(tmp_path: Path, made: RunConfig) -> Path:
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(made.dump()))
-    kills = during_save = 0
-    for attempt in range(40):
-        slow = 0.4 if attempt % 2 else 0.0
-        with subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(file), str(slow)], stdout=subprocess.PIPE, text=True, env={**os.environ}
-        ) as child:
-            assert child.stdout
-            assert child.stdout.readline() == "ready\n"
-            if kills < 10:
-                if slow:  # wait for a half-written checkpoint, and kill in the middle of it
-                    deadline = time.monotonic() + 30
-                    while not list(run.glob("checkpoints/.step-*.new")) and time.monotonic() < deadline:
-                        if child.poll() is not None:
-                            break
-                        time.sleep(0.01)
-                    during_save += bool(list(run.glob("checkpoints/.step-*.new")))
-                else:
-                    for _ in range(1 + attempt % 3):
-                        child.stdout.readline()
-                if child.poll() is None:
-                    child.send_signal(signal.SIGKILL)
-                    kills += 1
-            child.stdout.read()
-        if child.returncode == 0:
-            break
-        assert child.returncode == -signal.SIGKILL
-        assert not (run / "summary.json").exists()
-    assert (kills, child.returncode) == (10, 0)
-    assert during_save >= 3
-    assert adapter(run) == adapter(whole)
-    assert losses(run) == losses(whole)
+    return file
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="sessions are forked and watched through /proc")
+
+
+@linux
+def test_killed_ten_times_is_never_killed(model: Path, tmp_path: Path) -> None:
+    """One run, killed ever later in its sessions: in steps, in saves, and in what comes after the last step."""
+    moments = []
+    with zygote() as sessions:
+        assert not sessions.train(yaml(tmp_path, config(model, tmp_path / "whole"))).killed
+        run = tmp_path / "run"
+        file = yaml(tmp_path, config(model, run))
+        for kill_at in itertools.chain(range(5, 200, 7), itertools.repeat(0)):
+            ended = sessions.train(file, kill_at)
+            if not ended.killed:
+                break
+            moments.append(ended.moment)
+            assert not (run / "summary.json").exists()
+    assert len(moments) >= 10
+    assert sum("/checkpoints/.step-" in m for m in moments) >= 3
+    assert sum(m.startswith("step ") for m in moments) >= 3
+    assert any("/.adapter." in m for m in moments)
+    assert adapter(run) == adapter(tmp_path / "whole")
+    assert losses(run) == losses(tmp_path / "whole")
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [x["loss"] for x in lines] == losses(run)
     assert [p.name for p in run.iterdir() if p.name.startswith(".")] == []
+
+
+@linux
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_any_moment_costs_nothing(every: int, model: Path, tmp_path: Path) -> None:
+    """A short run killed at its n-th moment, for every n (every 9th in the quick suite), then run to its end."""
+    short = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
+    seen = set()
+    with zygote() as sessions:
+        whole = tmp_path / "whole"
+        moments = sessions.train(yaml(tmp_path, config(model, whole, **short))).moments
+        assert moments > 50
+        for kill_at in range(every, moments + 1, every):
+            run = tmp_path / str(kill_at)
+            file = yaml(tmp_path, config(model, run, **short))
+            ended = sessions.train(file, kill_at)
+            assert ended.killed
+            assert not sessions.train(file).killed
+            assert adapter(run) == adapter(whole), ended.moment
+            assert losses(run) == losses(whole), ended.moment
+            assert [p.name for p in run.rglob(".*")] == [], ended.moment
+            seen.add(ended.moment.replace(str(run), "").split(" ")[0])
+            shutil.rmtree(run)
+    print(json.dumps({"moments": moments, "kills": moments // every}))
+    assert {"step", "fsync"} <= seen
 
 
 def test_the_law_sees_a_forgotten_moment(
@@ -252,24 +262,45 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(model: Path, whole: Path, t
 
 def test_ctrl_c_saves_and_says_how_to_go_on(model: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = [
-        "model.dtype=float32", "data.max_length=64", "lora.r=4", "lora.lora_dropout=0.1", f"train.max_steps={STEPS}",
-        "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2", "train.save_steps=3",
-        "train.learning_rate=1e-2",
-    ]  # fmt: skip
-    argv = [sys.executable, "-m", "luthier.cli.main", "train", "--model", str(model), "--data", str(personas.TEAHOUSE)]
-    argv += ["--output-dir", str(run), *(x for s in settings for x in ("--set", s))]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stderr
-        for line in child.stderr:
-            if line.startswith("step 1/"):
-                child.send_signal(signal.SIGINT)
-                break
-        rest = child.stderr.read()
-    if child.returncode == 130:
+    argv = [sys.executable, "-m", "luthier.cli.main", "train", str(yaml(tmp_path, config(model, run)))]
+    code, rest = interrupted_by_hand(argv, 1)
+    assert code in (0, 130)  # 0: the signal came after the last step
+    if code == 130:
         assert "run the same command again" in rest
         assert "which is saved" in rest
         assert subprocess.run(argv, capture_output=True, check=False).returncode == 0
-    else:
-        assert child.returncode == 0  # the signal came after the last step
     assert adapter(run) == adapter(whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(model: Path, tmp_path: Path) -> None:
+    """Here in the first step's place: the model's own code never comes back."""
+    code = (
+        "import sys, threading, luthier.training.loop as loop\n"
+        "def hang(*_): sys.stderr.write('step 1/\\n'); sys.stderr.flush(); threading.Event().wait(600)\n"
+        "loop._step = hang\n"
+        "from luthier.cli.main import main\n"
+        "sys.argv = ['luthier', *sys.argv[1:]]\n"
+        "main()\n"
+    )
+    argv = [sys.executable, "-c", code, "train", str(yaml(tmp_path, config(model, tmp_path / "run")))]
+    code_, rest = interrupted_by_hand(argv, 2)
+    assert code_ == 130
+    assert "stopped at once" in rest
+    assert "run the same command again" in rest
+    assert "Traceback" not in rest
+
+
+def interrupted_by_hand(argv: list[str], times: int) -> tuple[int, str]:
+    """Exit code, and what was said after the first step, of a command that gets Ctrl-C there."""
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr
+        said = ""
+        for line in child.stderr:
+            if line.startswith("step 1/") or (said and "stopping after this step" in line):
+                said += line
+                child.send_signal(signal.SIGINT)
+                times -= 1
+                if not times:
+                    break
+        said += child.stderr.read()
+    return child.returncode, said

@@ -62,8 +62,6 @@ def run(
     How replies are drawn: as the run's generation settings say, else the likeliest token, at most 512 of them; an
     option takes the place of its setting. /help lists the commands of a conversation.
     """
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype {dtype}: is not a type", "use auto, float32, bfloat16 or float16")
     if as_json and prompt is None:
         raise ConfigError("--json prints one reply, so it needs a prompt", "add --prompt TEXT")
     from luthier.api import chat

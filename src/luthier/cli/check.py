@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.console import fail
-from luthier.cli.options import Data, Json, Model, Recipe, Rename, Set, config
+from luthier.cli.options import Data, File, Json, Model, Recipe, Rename, Set, config
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def run(
+    file: File = None,
     model: Model = None,
     data: Data = None,
     settings: Set = None,
@@ -26,7 +27,7 @@ def run(
 ) -> None:
     """Prove data, template, stop tokens and target modules before anything is trained. Reads no weights."""
     try:
-        wanted = config(model, data, None, settings, rename, recipe=recipe)
+        wanted = config(model, data, None, settings, rename, file, recipe)
     except UserError as e:
         if as_json:
             print(json.dumps(_nothing(e)))
@@ -58,8 +59,7 @@ def _print(found: Inspection, show: int) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    report, facts = found.report, found.as_dict()
-    rows, tokens = facts["rows"], facts["tokens"]
+    report, rows, tokens = found.report, found.report.rows(), found.train.stats()
     for file, fmt in report.formats.items():
         console.print(f"{file}: {fmt} rows", markup=False)
     console.print(
@@ -76,7 +76,7 @@ def _print(found: Inspection, show: int) -> None:
         console.print(f"template {found.voice.template.name}; replies end by {ends}", markup=False)
     if found.targets:
         console.print(f"LoRA on  {', '.join(found.targets.leaves)}", markup=False)
-    for note in facts["model_notes"]:
+    for note in found.model_notes():
         console.print(f"  note: {note}", markup=False)
     for problem in report.problems[:20]:
         console.print(f"  {problem.source}: {problem.outcome}: {problem.reason}", markup=False)

@@ -24,7 +24,7 @@ def run(as_json: Json = False) -> None:
         for name, version in found["packages"].items():
             print(f"  {name:14}{version or 'missing'}")
         for name, there in found["extras"].items():
-            print(f"  extra {name:8}{'there' if there else f'not installed (pip install luthier[{name}])'}")
+            print(f"  extra {name:11}{'there' if there else f'not installed (pip install luthier[{name}])'}")
         smoke = found["smoke"]
         print(f"one step  {'works' if smoke['ok'] else 'FAILS: ' + smoke['error']}")
     if not found["smoke"]["ok"]:

@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.options import Data, Json, Model, Recipe, Rename, Set, config
+from luthier.cli.options import Data, File, Json, Model, Recipe, Rename, Set, config
 
 _NO_ROWS = Path("rows.jsonl")  # stands for a file that is not read
 
 
 def run(
+    file: File = None,
     model: Model = None,
     data: Data = None,
     settings: Set = None,
@@ -25,10 +26,11 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Memory and time of a run before it starts, at every precision; reads no weights."""
-    wanted = config(model, data or [_NO_ROWS], None, settings, rename, None, recipe)
+    with_rows = bool(data or file)
+    wanted = config(model, data if with_rows else [_NO_ROWS], None, settings, rename, file, recipe)
     from luthier.api import estimate
 
-    found = estimate(wanted, with_rows=bool(data), length=length)
+    found = estimate(wanted, with_rows=with_rows, length=length)
     if as_json:
         print(json.dumps(found.as_dict()))
         return

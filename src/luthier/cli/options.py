@@ -9,6 +9,7 @@ import typer
 
 from luthier.errors import ConfigError
 
+File = Annotated[Path | None, typer.Argument(metavar="FILE", help="A run.yaml, as luthier init writes it.")]
 Model = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="Directory of the base model.")]
 Data = Annotated[
     list[Path] | None,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from luthier.cli.console import say, step_progress, stopping
-from luthier.cli.options import Data, Model, OutputDir, Recipe, Rename, Set, config
+from luthier.cli.options import Data, File, Model, OutputDir, Recipe, Rename, Set, config
 
 
 def run(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A run.yaml, as luthier init writes it.")
-    ] = None,
+    file: File = None,
     model: Model = None,
     data: Data = None,
     output_dir: OutputDir = None,
@@ -34,6 +31,9 @@ def run(
             summary = train(wanted, on_step, say, stop, force)
     except Stopped as e:
         say(f"{e}\n  to go on: run the same command again")
+        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        say("stopped at once; what was saved before is kept\n  to go on: run the same command again")
         raise typer.Exit(130) from None
     losses = summary["losses"]
     print(

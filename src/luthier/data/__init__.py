@@ -39,7 +39,8 @@ class Loader:
     rename: ``{"old": "new"}`` for keys of rows.
     dedupe: drop rows that are word for word an earlier one.
 
-    ``report`` is complete when the stream is at its end; so is ``fingerprint``.
+    ``report`` is complete when the stream is at its end; so are ``fingerprint`` and ``unused``, the keys of ``rename``
+    that no row had.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Loader:
         self._module = FORMATS.get(fmt)
         self._system = system
         self._rename = dict(rename or {})
+        self.unused = set(self._rename)
         self._first: dict[bytes, RowRef] | None = {} if dedupe else None
         self._digest = hashlib.sha256()
 
@@ -107,6 +109,8 @@ class Loader:
         return conversation
 
     def _renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if self.unused:
+            self.unused.difference_update(row)
         taken = [new for old, new in self._rename.items() if old in row and new in row]
         if taken:
             raise RowProblem(f"has a key '{taken[0]}' already, so no other can be renamed to it")
@@ -154,7 +158,8 @@ def refuse(report: DataReport) -> None:
         raise DataError(f"{first.source}: {first.reason}{tail}", first.fix or "correct the rows")
     if report.kept == 0:
         why = "".join(f"; the first: {p.source}: {p.reason}" for p in report.problems[:1])
-        raise DataError(f"no row can be used ({report.read} read){why}", "correct the rows; luthier check lists them")
+        fix = next((p.fix for p in report.problems[:1] if p.fix), "correct the rows; luthier check lists them")
+        raise DataError(f"no row can be used ({report.read} read){why}", fix)
 
 
 def _sniff(row: Mapping[str, Any]) -> ModuleType | None:

@@ -34,6 +34,7 @@ class DataReport:
     formats: dict[str, str] = field(default_factory=dict)
     _dropped: set[RowRef] = field(default_factory=set)
     _changed: set[RowRef] = field(default_factory=set)
+    _texts: dict[str, str] = field(default_factory=dict)  # a million rows with one reason hold it once
 
     @property
     def dropped(self) -> int:
@@ -52,6 +53,7 @@ class DataReport:
         return [p for p in self.problems if p.outcome == "refused"]
 
     def add(self, source: RowRef, reason: str, outcome: Outcome, fix: str = "") -> None:
+        reason, fix = (self._texts.setdefault(text, text) for text in (reason, fix))
         self.problems.append(Problem(source, reason, outcome, fix))
         (self._changed if outcome == "changed" else self._dropped).add(source)
 

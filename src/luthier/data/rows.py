@@ -112,4 +112,5 @@ def _encodable(value: str, name: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowProblem(f"{name} holds bytes or half a surrogate pair that are not text") from None
+        reason = f"{name} holds bytes or half a surrogate pair that are not text"
+        raise RowProblem(reason, fix="save the file as UTF-8") from None

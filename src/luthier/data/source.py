@@ -1,7 +1,7 @@
 """Files -> rows with their numbers, one at a time. Knows JSON, JSONL, CSV and Parquet; not what a row means.
 
-The kind of a file is told from its content (``.csv`` and ``.tsv`` from the name too). What cannot be read as a row is
-yielded as a ``BadRow`` with the reason, so that it is counted; only a file that makes no sense as a whole raises.
+The kind of a file is told from its content, a table also from its name (``.csv``, ``.tsv``). What cannot be read as a
+row is yielded as a ``BadRow`` with the reason, so that it is counted; a file that makes no sense as a whole raises.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -52,11 +53,13 @@ def read_rows(path: Path) -> Rows:
         return
     encoding = encoding_of(path)
     start = _first_character(path, encoding)
-    if path.suffix.lower() in (".csv", ".tsv"):
-        yield from _csv(path, encoding)
-    elif start == "[":
+    if start == "[":
         yield from _Array(path, encoding).rows()
-    elif start == "{" or _has_object_lines(path, encoding):
+    elif start == "{":
+        yield from _objects(path, encoding)
+    elif path.suffix.lower() in (".csv", ".tsv") or _has_header(path, encoding):
+        yield from _csv(path, encoding)
+    elif _has_object_lines(path, encoding):
         yield from _objects(path, encoding)
     else:
         with open_text(path, encoding) as f:
@@ -65,6 +68,13 @@ def read_rows(path: Path) -> Rows:
             f"{path}: is neither JSON, JSONL, CSV nor Parquet (it starts with {begin!r})",
             'give rows like {"instruction": ..., "input": ..., "output": ...}, as a JSON array or one a line',
         )
+
+
+def _has_header(path: Path, encoding: str) -> bool:
+    """A table under another name."""
+    with open_text(path, encoding) as f:
+        cells = re.split("[\t,;]", f.readline(_BLOCK))
+    return len(cells) > 1 and not ROW_KEYS.isdisjoint(c.strip('\ufeff" \r\n') for c in cells)
 
 
 def _has_object_lines(path: Path, encoding: str) -> bool:
@@ -107,6 +117,9 @@ def _objects(path: Path, encoding: str) -> Rows:
 def _held(path: Path, value: Any, number: int = 1) -> Rows:
     """``{"data": [...]}`` and the like are their rows; any other object is one."""
     if isinstance(value, dict) and not ROW_KEYS & value.keys():
+        lists = [k for k, v in value.items() if isinstance(v, list) and any(isinstance(row, dict) for row in v)]
+        if len(lists) > 1:
+            raise DataError(f"{path}: holds several lists of rows: {', '.join(lists)}", "give each a file of its own")
         for key in CONTAINERS:
             if isinstance(value.get(key), list):
                 yield from ((RowRef(str(path), i), row) for i, row in enumerate(value[key], 1))
@@ -244,30 +257,43 @@ def _csv(path: Path, encoding: str) -> Rows:
         header_line = f.readline()
         f.seek(0)
         delimiter = max("\t,;", key=header_line.count)
-        reader = csv.reader((line.replace("\0", "\ufffd") for line in f), delimiter=delimiter)
+        reader = csv.reader(f, delimiter=delimiter, strict=True)
         try:
             header = [name.strip().removeprefix("\ufeff") for name in next(reader)]
         except (StopIteration, csv.Error):
             raise DataError(f"{path}: has no header line", "write the column names in the first line") from None
         if len(set(header)) != len(header):
             raise DataError(f"{path}: names a column twice", "give every column a name of its own")
-        number = 0
-        while True:
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as e:
-                yield RowRef(str(path), number + 1), BadRow(f"not CSV ({e})")
-                return
-            if not cells:
-                continue
-            number += 1
-            if len(cells) != len(header):
-                value: Any = BadRow(f"has {len(cells)} cells, the header has {len(header)}")
-            else:
-                value = {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
+        for number, cells in enumerate(_records(path, reader), 1):
+            value: Any = cells
+            if not isinstance(cells, BadRow):
+                value = {name: _cell(name, cell) for name, cell in zip(header, cells, strict=False)}
+                if len(cells) != len(header):
+                    value = BadRow(f"has {len(cells)} cells, the header has {len(header)}")
             yield RowRef(str(path), number), value
+
+
+def _records(path: Path, reader: Any) -> Iterator[list[str] | BadRow]:
+    """Records that are not blank; one that is not CSV is a bad row if it ends on its line.
+
+    Raises DataError where a stray quote runs over lines, since nothing says which of them were rows.
+    """
+    while True:
+        line = reader.line_num
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            if reader.line_num > line + 1 or "unexpected end" in str(e):
+                raise DataError(
+                    f"{path}:{line + 1}: a quote opens here that is not closed where its cell ends ({e})",
+                    f'close the quote in line {line + 1}; a quote inside a quoted cell is written twice ("")',
+                ) from None
+            yield BadRow(f"not CSV ({e})")
+            continue
+        if len(cells) > 1 or "".join(cells).strip():
+            yield cells
 
 
 def _cell(name: str, text: str) -> Any:

@@ -1,8 +1,8 @@
 """Bytes -> text: which encoding a file is in. Knows nothing of JSON or rows.
 
 UTF-8 (with or without a mark), UTF-16 and UTF-32 with a mark, UTF-16 without one where zeros give it away, else
-GB18030 (which holds GBK and GB2312) where more lines read as that than as UTF-8. What decodes as nothing stays in the
-text as lone surrogates, so that it costs its own row and no other.
+GB18030 (which holds GBK and GB2312) where more pieces of text read as that than as UTF-8 or as neither. What decodes as
+nothing stays in the text as lone surrogates, so that it costs its own row and no other.
 """
 
 from __future__ import annotations
@@ -22,6 +22,16 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _BLOCK = 1 << 20
+_UNREADABLE = "luthier-unreadable"
+
+
+def _unreadable(error: UnicodeError) -> tuple[str, int]:
+    """One lone surrogate for bytes that decode as nothing, whatever the encoding."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udc80", error.end
+
+
+codecs.register_error(_UNREADABLE, _unreadable)
 
 
 def check_file(path: Path) -> None:
@@ -71,8 +81,7 @@ def encoding_of(path: Path) -> str:
 
 def open_text(path: Path, encoding: str) -> IO[str]:
     """The file as text, line ends as they are; undecodable bytes as lone surrogates."""
-    errors = "surrogateescape" if encoding.startswith(("utf-8", "gb")) else "replace"
-    return open(path, encoding=encoding, errors=errors, newline="")
+    return open(path, encoding=encoding, errors=_UNREADABLE, newline="")
 
 
 def lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
@@ -103,17 +112,26 @@ def _is_utf8(path: Path) -> bool:
 
 def _utf8_or_gb18030(path: Path) -> str:
     """By majority of the pieces (between line ends and quotes) that are not ASCII."""
-    votes = {"utf-8": 0, "gb18030": 0}
+    votes = {"utf-8": 0, "gb18030": 0, "neither": 0}
     with open(path, "rb") as f:
         for line in f:
             for piece in line.split(b'"'):
-                if piece.isascii():
-                    continue
-                for name in votes:
-                    try:
-                        piece.decode(name)
-                    except UnicodeDecodeError:
-                        continue
-                    votes[name] += 1
-                    break  # valid UTF-8 is hardly ever meant as GB18030
-    return "gb18030" if votes["gb18030"] > votes["utf-8"] else "utf-8"
+                if not piece.isascii():
+                    votes[_vote(piece)] += 1
+    return "gb18030" if votes["gb18030"] > max(votes["utf-8"], votes["neither"]) else "utf-8"
+
+
+def _vote(piece: bytes) -> str:
+    """Valid UTF-8 is hardly ever meant as GB18030; Latin-1 and Big5 decode as GB18030 too, but to rare characters."""
+    for name in ("utf-8", "gb18030"):
+        try:
+            piece.decode(name)
+        except UnicodeDecodeError:
+            continue
+        if name == "utf-8":
+            return name
+        common = piece.decode("gb2312", "replace")
+        rare = common.count("\ufffd")
+        written = len(common) - len(common.encode("ascii", "ignore"))
+        return name if written >= 2 * rare else "neither"
+    return "neither"

@@ -28,18 +28,24 @@ _SHAPE_KEYS = (
 )
 
 
+def must_be_directory(path: Path) -> None:
+    """Raise ModelError, with the nearest directory's name, where a path is none."""
+    if not path.is_dir():
+        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        guess = nearest(path.name, beside)
+        raise ModelError(
+            f"{path}: is not a model directory" if path.exists() else f"{path}: does not exist",
+            f"did you mean {path.parent / guess}?" if guess else "get one with: luthier pull smollm2-135m",
+        )
+
+
 def read_config(path: Path, rope_theta: float | None = None) -> PretrainedConfig:
     """The model's configuration as a native class's, whatever its published layout.
 
     rope_theta: in place of the published rotary base (``model.rope_theta``).
     Raises ModelError where the directory is not one of a causal LM that a native class computes.
     """
-    if not path.is_dir():
-        guess = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else None
-        raise ModelError(
-            f"{path}: is not a model directory" if path.exists() else f"{path}: does not exist",
-            f"did you mean {path.parent / guess}?" if guess else "get one with: luthier pull smollm2-135m",
-        )
+    must_be_directory(path)
     file = path / "config.json"
     if not file.is_file():
         raise ModelError(f"{path}: holds no config.json, so it is not a model directory", "give a model directory")

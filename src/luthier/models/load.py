@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
-from luthier.errors import ModelError
+from luthier.errors import ConfigError, ModelError
 from luthier.models.directory import family_of, read_config
 from luthier.models.fit import Fit, collapse, match
 from luthier.models.shards import Shards
@@ -28,9 +28,14 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 where the device computes in it natively; CUDA without it: float16; else float32."""
-    if name != "auto":
+    """``auto``: bfloat16 where the device computes in it natively; CUDA without it: float16; else float32.
+
+    Raises ConfigError for a name that is none.
+    """
+    if name in DTYPES:
         return DTYPES[name]
+    if name != "auto":
+        raise ConfigError(f"--dtype {name}: is not a type", "use auto, float32, bfloat16 or float16")
     if device.type == "cuda":  # not yet run on a GPU
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if _cpu_has_bf16() else torch.float32

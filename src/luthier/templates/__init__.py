@@ -66,13 +66,18 @@ def _pick(
             return _named(family, None)
         raise TemplateError(
             "the model has no chat template (is it a base model?), so it does not say how a prompt looks",
-            "take a chat model, or choose a template: --set data.template=chatml",
+            f"take a chat model, or choose a template: --set data.template={family or 'chatml'}",
         )
-    if choice == "auto":
-        for native in _natives(render):
-            if _same_text(native, render):
-                return native
-    return Jinja(render, source, stop)
+    native = next((n for n in _natives(render) if _same_text(n, render)), None)
+    if choice == "auto" and native:
+        return native
+    found = Jinja(render, source, stop)
+    if native:
+        try:
+            found.spans((Message("user", "a"), Message("assistant", "b")))
+        except TemplateError as e:
+            raise TemplateError(e.message, f"--set data.template={native.name}") from None
+    return found
 
 
 def _named(name: str, render: Render | None) -> Template:
