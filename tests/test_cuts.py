@@ -176,9 +176,7 @@ def test_what_is_remembered_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None
 def both(encoder: Encoder, rows: Sequence[Conversation]) -> tuple[list[Example], DataReport]:
     """What the encoder makes of the rows, after comparing it with what it makes of them without cuts."""
     assert isinstance(encoder.tokenizer, Tokenizer)
-    definition = Encoder(
-        **{n: getattr(encoder, n) for n in Encoder.__slots__} | {"tokenizer": Plain(encoder.tokenizer)}
-    )
+    definition = replace(encoder, tokenizer=Plain(encoder.tokenizer))  # type: ignore[arg-type]
     reports = [DataReport(read=len(rows)) for _ in range(2)]
     found, expected = (e.encode(rows, r) for e, r in zip((encoder, definition), reports, strict=True))
     assert reports[0] == reports[1]
