@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"encode", "control", "store", "batch", "kernels"},
     {"models", "lora"},
     {"adapter_layout"},
-    {"adapter", "generate", "evaluate", "preflight", "memory"},
+    {"adapter", "generate", "evaluate", "preflight", "memory", "rowcache"},
     {"training", "located"},
     {"hub", "chatting", "merging", "exporting", "estimating"},
     {"evaluation", "diagnosis", "report", "bench", "serving"},
