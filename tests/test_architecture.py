@@ -26,9 +26,9 @@ LAYERS: list[set[str]] = [
     {"adapter", "generate", "evaluate", "preflight", "memory", "rowcache"},
     {"training", "located"},
     {"hub", "chatting", "merging", "exporting", "estimating"},
-    {"evaluation", "diagnosis", "report", "bench", "serving"},
+    {"evaluation", "diagnosis", "report", "serving"},
     {"tuning"},
-    {"api"},
+    {"api", "bench"},
     {"cli"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
