@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from luthier.cli.console import importing
 from luthier.cli.conversation import Conversation, ask, ask_both
 from luthier.cli.options import Adapter, Checkpoint, Json, Model
 from luthier.errors import ConfigError
@@ -66,7 +67,8 @@ def run(
         raise ConfigError(f"--dtype {dtype}: is not a type", "use auto, float32, bfloat16 or float16")
     if as_json and prompt is None:
         raise ConfigError("--json prints one reply, so it needs a prompt", "add --prompt TEXT")
-    from luthier.api import chat
+    with importing():
+        from luthier.api import chat
 
     if prompt == "-":
         prompt = sys.stdin.read()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from luthier.cli.console import importing
 from luthier.cli.options import Data, Json, Model, Recipe, Rename, Set, config
 
 _NO_ROWS = Path("rows.jsonl")  # stands for a file that is not read
@@ -26,7 +27,8 @@ def run(
 ) -> None:
     """Memory and time of a run before it starts, at every precision; reads no weights."""
     wanted = config(model, data or [_NO_ROWS], None, settings, rename, None, recipe)
-    from luthier.api import estimate
+    with importing():
+        from luthier.api import estimate
 
     found = estimate(wanted, with_rows=bool(data), length=length)
     if as_json:
