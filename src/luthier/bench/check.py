@@ -34,9 +34,9 @@ _CHECK = (
 _MAP = "import sys\nfrom luthier.bench.check import mapped\nprint(mapped(sys.argv[1], sys.argv[2], int(sys.argv[3])))\n"
 
 
-def write(to: Path, data: Path | None, count: int, distinct: bool) -> None:
-    """``count`` rows as JSONL."""
-    turns = [c.messages[-2:] for c in load([data or personas.TRAIN]).conversations]
+def write(to: Path, data: Path | None, count: int, distinct: bool, of: int | None = None) -> None:
+    """``count`` rows as JSONL: the first ``of`` rows of ``data`` (None: all) over and over."""
+    turns = [c.messages[-2:] for c in load([data or personas.TRAIN]).conversations[:of]]
     with to.open("w", encoding="utf-8") as f:
         for i in range(count):
             question, reply = turns[i % len(turns)]

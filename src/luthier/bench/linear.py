@@ -2,7 +2,7 @@
 
     python -m luthier.bench.linear --model DIR [--data huanhuan.json] [--rows 1000 100000] [--steps 60]
 
-Both files repeat the same rows, so lengths are distributed alike. Prints one JSON line: tokens a second and peak
+Both files repeat the rows of the small one, so lengths are distributed alike. Prints one JSON line: tokens a second and peak
 resident memory for each size, and the ratios of the largest to the smallest.
 """
 
@@ -24,7 +24,7 @@ def measure(model: Path, data: Path | None, sizes: list[int], settings: list[str
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             file = Path(folder) / f"{size}.jsonl"
-            check.write(file, data, size, distinct=False)
+            check.write(file, data, size, distinct=False, of=min(sizes))
             wanted = [x for setting in settings for x in ("--set", setting)]
             run = child("tuned", ["--model", model, "--data", file, "--dropout", 0, *wanted])
             found[size] = {key: run[key] for key in ("tokens", "tokens_per_s", "peak_rss_bytes")}
