@@ -150,12 +150,13 @@ def _kept() -> Iterator[None]:
 
 def _trim(latest: Path) -> None:
     """Delete the entries that were used longest ago, until the rest is small enough."""
-    found = sorted((p for p in root().iterdir() if p.is_dir() and p != latest), key=lambda p: -p.stat().st_mtime)
-    total = 0
-    for path in (latest, *found):
-        total += sum(f.stat().st_size for f in path.iterdir())
-        if total > _BYTES and path != latest:
-            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # another process does the same
+        found = [p for p in root().iterdir() if p.is_dir() and not p.name.startswith(".") and p != latest]
+        total = 0
+        for path in (latest, *sorted(found, key=lambda p: -p.stat().st_mtime)):
+            total += sum(f.stat().st_size for f in path.iterdir())
+            if total > _BYTES and path != latest:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _state(paths: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:

@@ -123,7 +123,8 @@ def main() -> None:
     try:
         run(a)
     except UserError as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 def run(a: argparse.Namespace) -> None:

@@ -19,6 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoTokenizer
+
 from luthier import personas
 from luthier.bench.recipe import encode
 from luthier.data import load
@@ -47,9 +50,6 @@ def write(to: Path, data: Path | None, count: int, distinct: bool, of: int | Non
 
 def mapped(model: str, file: str, count: int) -> float:
     """Rows a second of ``datasets.map`` over the first ``count`` rows of a file."""
-    from datasets import Dataset, disable_progress_bars
-    from transformers import AutoTokenizer
-
     disable_progress_bars()
     with open(file, encoding="utf-8") as f:
         rows = [json.loads(line) for _, line in zip(range(count), f, strict=False)]

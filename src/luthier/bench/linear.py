@@ -2,8 +2,8 @@
 
     python -m luthier.bench.linear --model DIR [--data huanhuan.json] [--rows 1000 100000] [--steps 60]
 
-Both files repeat the rows of the small one, so lengths are distributed alike. Prints one JSON line: tokens a second and peak
-resident memory for each size, and the ratios of the largest to the smallest.
+Both files repeat the rows of the small one, so lengths are distributed alike. Prints one JSON line: tokens a second
+and peak resident memory for each size, and the ratios of the largest to the smallest.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def write_rows(to: Path, data: Path | None, count: int) -> Path:
     if data is None:
         conversations = (conversations * (count // len(conversations) + 1))[:count]
     if len(conversations) < count:
-        raise UserError(f"{data}: holds {len(conversations)} rows, {count} are wanted", f"--rows {len(conversations)}")
+        raise UserError(f"{data}: holds {len(conversations)} rows, {count} are wanted", "ask for fewer rows")
     turns = [[m.content for m in c.messages if m.role != "system"] for c in conversations[:count]]
     rows = [{"instruction": question, "input": "", "output": reply} for question, reply, *_ in turns]
     files.write_text(to, json.dumps(rows, ensure_ascii=False))
