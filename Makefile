@@ -1,11 +1,12 @@
 # make demo   sets up what it needs and runs the whole story on the embedded model
 # make test   sets up what it needs and runs the tests
+# make bench  the tutorials' recipe and luthier on the same rows; BENCH="--data FILE --rows 80" changes what is run
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-slow test-all lint types check-all clean
+.PHONY: setup demo test test-slow test-all bench lint types check-all clean
 
 setup: $(VENV)/.dev model
 
@@ -33,6 +34,9 @@ test-slow: $(VENV)/.dev model
 
 test-all: $(VENV)/.dev model
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.dev model
+	$(BIN)/python -m luthier.bench --json runs/bench.json --markdown runs/bench.md $(BENCH)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests

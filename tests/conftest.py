@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier import config as configs
-from luthier import hub, personas
+from luthier import hub, personas, rowcache
 from luthier.config import RunConfig
 from luthier.data.report import DataReport
 from luthier.data.rows import RowProblem
@@ -78,6 +78,15 @@ def _loopback_only() -> Iterator[None]:
     socket.socket.connect = guarded  # type: ignore[method-assign]
     yield
     socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Encoded rows are kept apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("cache") / "rows"
+        patch.setattr(rowcache, "root", lambda: place)
+        yield
 
 
 def make_model(arch: str, seed: int = 0) -> Any:

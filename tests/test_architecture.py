@@ -24,12 +24,12 @@ LAYERS: list[set[str]] = [
     {"batch"},
     {"models", "lora"},
     {"adapter_layout", "fused"},
-    {"adapter", "generate", "evaluate", "preflight", "memory"},
+    {"adapter", "generate", "evaluate", "preflight", "memory", "rowcache"},
     {"training", "located"},
     {"hub", "chatting", "merging", "exporting", "estimating"},
-    {"evaluation", "diagnosis", "report", "bench", "serving"},
+    {"evaluation", "diagnosis", "report", "serving"},
     {"tuning"},
-    {"api"},
+    {"api", "bench"},
     {"cli"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -207,11 +207,14 @@ def test_the_command_and_its_json(model_dir: Callable[[str], Path], luthier: Run
     assert luthier("estimate", "--model", model_dir("llama"), "--data", "none.json").code == 2
 
 
-def test_the_calibration_is_measured_once(model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    first = estimating.calibration(torch.float32)
+def test_the_calibration_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(estimating.files, "cache_root", lambda: tmp_path)
+    first = estimating.rate("flops", torch.float32)
     monkeypatch.setattr(estimating, "_flops", lambda *_: 5.0)
-    assert estimating.calibration(torch.float32) == first
-    assert estimating.calibration(torch.float64)["flops"] == 5.0
+    monkeypatch.setattr(estimating, "_dequantised", lambda *_: 7.0)
+    assert estimating.rate("flops", torch.float32) == first
+    assert estimating.rate("flops", torch.float16) == 5.0
+    assert estimating.rate("dequantised", torch.float16) == 7.0
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_typing_the_fix_works(
     argv = [w.format(**places) for w in command]
     with monkeypatch.context() as broken:
         if words == "there is not enough memory":
-            broken.setattr("luthier.api.train", no_memory)
+            broken.setattr("luthier.tuning.train", no_memory)
         done = luthier(*argv)
     assert done.code == 2
     assert words in done.err

@@ -48,7 +48,7 @@ _EXPORTS = {
     "Reply": "luthier.generate",
     "RunConfig": "luthier.config",
     "Sampling": "luthier.generate",
-    "Stopped": "luthier.api",
+    "Stopped": "luthier.tuning",
     "UserError": "luthier.errors",
     "build": "luthier.config",
     "chat": "luthier.api",
@@ -65,7 +65,7 @@ _EXPORTS = {
     "pull": "luthier.api",
     "recipe": "luthier.recipes",
     "serve": "luthier.api",
-    "train": "luthier.api",
+    "train": "luthier.tuning",
 }
 
 __all__ = [

@@ -118,6 +118,7 @@ class DataConfig(Section):
     max_length: int = Field(1024, ge=8, description="longest row in tokens")
     too_long: TooLong = Field("truncate", description="what happens to longer rows; truncate keeps the stop token")
     train_on: TrainOn = Field("all_replies", description="which replies of a conversation are trained")
+    cache: bool = Field(True, description="keep the encoded rows on disk for the next start")
 
 
 class LoraConfig(Section):

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from luthier.control import ControlTokens
 from luthier.data.report import DataReport
 from luthier.errors import TemplateError
 from luthier.templates import RefusedConversation
-from luthier.types import ChatTokenizer, Conversation, Encoding, Example, Span, Template, TooLong, TrainOn
+from luthier.types import ChatTokenizer, Conversation, Example, Span, Template, TooLong, TrainOn
 
 _CHUNK = 512
+_Place = tuple[int | None, int]  # where a reply starts, None: its prompt is no prefix; where its stop token is
+_Encoded = tuple[NDArray[np.int32], list[_Place]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +69,62 @@ class Encoder:
                 report.add(c.source, f"the model's chat template refuses this conversation: {e}", "dropped")
             except TemplateError as e:
                 raise TemplateError(f"{c.source}: {e.message}", e.fix) from None
-        texts: list[str] = []
-        for c, spans in rendered:
-            texts.append("".join(s.text for s in spans))
-            texts += self._prompts(c, spans)
-        encodings = iter(self.tokenizer.encode_batch(texts))
-        for c, spans in rendered:
-            whole = next(encodings)
-            prompts = [next(encodings) for s in spans if s.written]
-            example = self._example(c, spans, whole, prompts, report)
+        stops = self.template.stop
+        by_cuts = all(map(self.tokenizer.is_cut, stops)) and all(
+            span.text.endswith(stops) for _, spans in rendered for span in spans if span.written
+        )
+        encoded = self._by_cuts(rendered) if by_cuts else self._by_offsets(rendered)
+        for (c, spans), (ids, replies) in zip(rendered, encoded, strict=True):
+            example = self._example(c, spans, ids, replies, report)
             if example is not None:
                 yield c, example
+
+    def _by_offsets(self, rendered: Sequence[tuple[Conversation, list[Span]]]) -> Iterator[_Encoded]:
+        """The definition: a reply's stop token is the first one that reaches the end of its span."""
+        texts: list[str] = []
+        for c, spans in rendered:
+            texts.append("".join([s.text for s in spans]))
+            texts += self._prompts(c, spans)
+        encodings = iter(self.tokenizer.encode_batch(texts))
+        for _, spans in rendered:
+            whole = next(encodings)
+            ends = [end for _, end in whole.offsets]
+            replies: list[_Place] = []
+            at = 0
+            for span in spans:
+                at += len(span.text)
+                if span.written:
+                    prompt = next(encodings).ids
+                    start = len(prompt)
+                    stop = next(j for j in range(start, len(ends)) if ends[j] >= at)
+                    replies.append((start if whole.ids[:start] == prompt else None, stop))
+            yield np.asarray(whole.ids, dtype=np.int32), replies
+
+    def _by_cuts(self, rendered: Sequence[tuple[Conversation, list[Span]]]) -> Iterator[_Encoded]:
+        """The same without offsets: what is before a reply's stop token is encoded as if it ended there."""
+        texts: list[str] = []
+        for c, spans in rendered:
+            whole = "".join([s.text for s in spans])
+            texts.append(whole)
+            prompts = iter(self._prompts(c, spans))
+            at = 0
+            for span in spans:
+                at += len(span.text)
+                if span.written:
+                    texts += (next(prompts), whole[: at - len(self._stop_of(span.text))])
+        encoded = iter(self.tokenizer.encode_ids(texts))
+        for _, spans in rendered:
+            row = next(encoded)
+            replies: list[_Place] = []
+            for span in spans:
+                if span.written:
+                    prompt, closing = next(encoded), next(encoded)
+                    replies.append((len(prompt) // 4 if row.startswith(prompt) else None, len(closing) // 4))
+            yield np.frombuffer(row, dtype=np.int32), replies
+
+    def _stop_of(self, written: str) -> str:
+        """The stop token's text at the end of a written span."""
+        return next(stop for stop in self.template.stop if written.endswith(stop))
 
     def _prompts(self, conversation: Conversation, spans: Sequence[Span]) -> list[str]:
         """The text before each written span, which must be what chat would send at that point."""
@@ -101,23 +149,14 @@ class Encoder:
         self,
         conversation: Conversation,
         spans: Sequence[Span],
-        whole: Encoding,
-        prompts: Sequence[Encoding],
+        ids: NDArray[np.int32],
+        places: Sequence[_Place],
         report: DataReport,
     ) -> Example | None:
         source = conversation.source
-        ids = np.asarray(whole.ids, dtype=np.int64)
-        ends = [end for _, end in whole.offsets]
         replies: list[tuple[int, int]] = []  # token ranges, each ending with its stop token
-        at = 0
-        proofs = iter(prompts)
-        for span in spans:
-            at += len(span.text)
-            if not span.written:
-                continue
-            prompt = next(proofs).ids
-            start = len(prompt)
-            if whole.ids[:start] != prompt:
+        for span, (start, stop) in zip((s for s in spans if s.written), places, strict=True):
+            if start is None:
                 report.add(
                     source,
                     "the tokenizer joins the start of a reply with the prompt before it "
@@ -126,17 +165,16 @@ class Encoder:
                     "remove the white space at the start of the reply",
                 )
                 return None
-            stop = next(j for j in range(start, len(ends)) if ends[j] >= at)
-            if whole.ids[stop] not in self.stop_ids:
+            if ids[stop] not in self.stop_ids:
                 raise TemplateError(
-                    f"{source}: a trained reply ends in token {whole.ids[stop]}, which the generator does not stop on",
+                    f"{source}: a trained reply ends in token {ids[stop]}, which the generator does not stop on",
                     "choose another template: --set data.template=jinja",
                 )
             replies.append((start, stop + 1))
         return self._fit(ids, replies, conversation, report)
 
     def _fit(
-        self, ids: Any, replies: list[tuple[int, int]], conversation: Conversation, report: DataReport
+        self, ids: NDArray[np.int32], replies: list[tuple[int, int]], conversation: Conversation, report: DataReport
     ) -> Example | None:
         source = conversation.source
         length = replies[-1][1]
@@ -161,7 +199,7 @@ class Encoder:
                 )
                 return None
             report.add(source, f"truncated from {length} to {replies[-1][1]} tokens", "changed")
-        kept = ids[: replies[-1][1]].copy()
+        kept = ids[: replies[-1][1]].astype(np.int64)
         kept[-1] = ids[stop_at]
         trained = np.zeros(len(kept), dtype=np.bool_)
         for start, end in replies:

@@ -176,17 +176,19 @@ def _seconds(wanted: Wanted, precision: Precision, train: TrainConfig, recompute
     model = empty_model(wanted.native)
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     passes = 3 if recompute else 2
-    rates = calibration(precision.dtype)
-    seconds = 2.0 * weights * tokens * passes / (rates["flops"] * _REACHED)
+    seconds = 2.0 * weights * tokens * passes / (rate("flops", precision.dtype) * _REACHED)
     if precision.quantisation:
         plan = Plan.of(len(wanted.rows.lengths), train)
         rows = plan.rows_per_step if train.micro_batch_tokens else plan.micro_rows
-        seconds += weights * passes * math.ceil(plan.rows / rows) / rates["dequantised"]
+        seconds += weights * passes * math.ceil(plan.rows / rows) / rate("dequantised", precision.dtype)
     return seconds
 
 
-def calibration(dtype: torch.dtype) -> dict[str, float]:
-    """This machine's rates, measured in two seconds and kept: FLOP/s in ``dtype``, weights dequantised a second."""
+def rate(name: str, dtype: torch.dtype) -> float:
+    """A rate of this machine's in ``dtype``, measured in a second when it is first asked for, and kept.
+
+    name: "flops", or "dequantised": weights a second.
+    """
     facts = {
         "luthier": __version__,
         "torch": version("torch"),
@@ -199,12 +201,12 @@ def calibration(dtype: torch.dtype) -> dict[str, float]:
         kept = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         kept = {}
-    key = f"{json.dumps(facts, sort_keys=True)} {dtype}"
-    if key not in kept:
-        kept = {k: v for k, v in kept.items() if isinstance(v, dict)}
-        kept[key] = {"flops": _flops(dtype), "dequantised": _dequantised(dtype)}
+    key = f"{json.dumps(facts, sort_keys=True)} {dtype} {name}"
+    if not isinstance(kept.get(key), float):
+        kept = {k: v for k, v in kept.items() if isinstance(v, float)}
+        kept[key] = (_flops if name == "flops" else _dequantised)(dtype)
         files.write_json(file, kept)
-    return dict(kept[key])
+    return float(kept[key])
 
 
 def _flops(dtype: torch.dtype, seconds: float = 1.0) -> float:

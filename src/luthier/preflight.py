@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from luthier import templates
-from luthier.config import RunConfig
+from luthier import rowcache, templates
+from luthier.config import DataConfig, RunConfig
 from luthier.control import ControlTokens
 from luthier.data import DataReport, Loader, refuse
 from luthier.encode import Encoder
@@ -23,9 +23,11 @@ from luthier.models.directory import eos_ids, family_of, read_config
 from luthier.models.families import Family, Modules
 from luthier.models.load import empty_model
 from luthier.models.tokenizer import Tokenizer, load_tokenizer
-from luthier.store import ExampleStore
+from luthier.store import ExampleStore, NotKept, StoreWriter
 from luthier.types import Conversation, Example, SystemRole, Template
 
+Say = Callable[[str], None]
+Rows = ExampleStore | StoreWriter
 SAMPLES = 4  # training questions that a run without held-out rows is asked at its end
 
 
@@ -144,16 +146,17 @@ class Inspection:
         return rows
 
 
-def inspect(config: RunConfig, keep: bool = True, show: int = 0) -> Inspection:
+def inspect(config: RunConfig, keep: bool = True, show: int = 0, say: Say = lambda _: None) -> Inspection:
     """Prove the run's contract: data, template, prompt prefix, stop tokens, target modules. Reads no weights.
 
-    keep: hold the encoded rows; false needs memory for their lengths alone. show: how many rows to hold in ``first``.
+    keep: hold the encoded rows, or take them from the disk as an earlier start proved them (``data.cache``); false
+    needs memory for their lengths alone. show: how many rows to hold in ``first``. say: called with a note.
     The user's mistakes are collected in ``.error`` instead of raised, so that the counts are complete.
     """
     found = Inspection(config, train=ExampleStore(keep=keep), held_out=ExampleStore(keep=keep))
     start = time.perf_counter()
     errors: list[UserError] = []
-    for stage in (_model, lambda f: _read(f, show)):
+    for stage in (_model, lambda f: _rows(f, keep, show, say)):
         try:
             stage(found)
         except UserError as e:
@@ -189,7 +192,56 @@ def check_text(v: Voice, text: str, what: str) -> None:
         control.check(text, what)
 
 
-def _read(found: Inspection, show: int) -> None:
+def _rows(found: Inspection, keep: bool, show: int, say: Say) -> None:
+    """Every row, from the cache where it is to be used, or from the files."""
+    if keep and not show and found.voice and found.config.data.cache:
+        try:
+            if _through_cache(found, found.voice, say):
+                return
+        except NotKept as e:
+            say(f"note: the encoded rows are not kept on disk ({' '.join(str(e).split())[:200]})")
+    account = rowcache.Account()
+    try:
+        _read(found, show, account, found.train, found.held_out)
+    finally:
+        _take(found, account)
+
+
+def _through_cache(found: Inspection, v: Voice, say: Say) -> bool:
+    """Map the rows that were kept, after reading and keeping them if need be. Raises NotKept.
+
+    False where a data file cannot be opened: reading it will tell why.
+    """
+    at = rowcache.entry(
+        found.config,
+        tokenizer=v.tokenizer.digest(),
+        template=templates.digest(v.template),
+        stop_ids=v.stop_ids,
+    )
+    if at is None:
+        return False
+    kept = rowcache.load(at, say)
+    if kept is None:
+        with rowcache.writing(at) as (train, held_out, account):
+            try:
+                _read(found, 0, account, train, held_out)
+            except UserError:
+                _take(found, account)
+                raise
+        kept = rowcache.load(at, say)
+        if kept is None:
+            raise NotKept(f"{at.path} cannot be read back")
+    account, found.train, found.held_out = kept
+    _take(found, account)
+    return True
+
+
+def _take(found: Inspection, account: rowcache.Account) -> None:
+    for name in rowcache.Account.__slots__:
+        setattr(found, name, getattr(account, name))
+
+
+def _read(found: Inspection, show: int, account: rowcache.Account, train: Rows, held_out: Rows) -> None:
     """Every row once, from file to ids; without a usable model, rows are counted all the same."""
     config = found.config.data
     if config.eval and config.eval_fraction:
@@ -197,52 +249,53 @@ def _read(found: Inspection, show: int) -> None:
             "data.eval_fraction would be ignored: data.eval names the held-out rows", "leave one of the two out"
         )
     loader = Loader(config.train, config.format, config.system, config.rename, config.dedupe)
-    found.report = loader.report
+    account.report = loader.report
     if found.voice is None:
         for _ in loader:
             pass
         return
     encoder = _encoder(found.voice, found.config)
     trained: set[bytes] = set()
-    for conversation, example in encoder.stream(loader, found.report):
+    for conversation, example in encoder.stream(loader, loader.report):
         if len(found.first) < show:
             found.first.append(example)
         if config.eval_fraction and is_held_out(conversation, config.eval_fraction, found.config.train.seed):
-            found.held_out.add(example)
-            found.chats.append(conversation)
+            held_out.add(example)
+            account.chats.append(conversation)
         else:
-            found.train.add(example)
+            train.add(example)
             if config.eval:
                 trained.add(prompt_key(conversation))
-            if len(found.samples) < SAMPLES:
-                found.samples.append(conversation)
-    found.fingerprint = loader.fingerprint()
+            if len(account.samples) < SAMPLES:
+                account.samples.append(conversation)
+    account.fingerprint = loader.fingerprint()
     _rename_is_used(loader)
-    refuse(found.report)
-    if not len(found.train):  # refuse() has seen to the case of no rows at all
+    refuse(loader.report)
+    if not len(train):  # refuse() has seen to the case of no rows at all
         raise ConfigError(
             f"data.eval_fraction {config.eval_fraction}: holds out every row", "choose a smaller fraction"
         )
-    if config.eval_fraction and not len(found.held_out):
-        found.report.notes[f"data.eval_fraction {config.eval_fraction} held out no row of {len(found.train)}"] += 1
+    if config.eval_fraction and not len(held_out):
+        loader.report.notes[f"data.eval_fraction {config.eval_fraction} held out no row of {len(train)}"] += 1
     if config.eval:
-        _read_held_out(found, encoder, trained)
+        _read_held_out(config, encoder, trained, account, held_out)
 
 
-def _read_held_out(found: Inspection, encoder: Encoder, trained: set[bytes]) -> None:
+def _read_held_out(
+    config: DataConfig, encoder: Encoder, trained: set[bytes], account: rowcache.Account, held_out: Rows
+) -> None:
     """``data.eval``'s rows. A prompt that is trained too is noted: what is learnt by heart says little."""
-    config = found.config.data
     held = Loader(config.eval, config.format, config.system, config.rename)
-    found.eval_report = held.report
+    account.eval_report = held.report
     leaks = 0
     for conversation, example in encoder.stream(held, held.report):
-        found.held_out.add(example)
-        found.chats.append(conversation)
+        held_out.add(example)
+        account.chats.append(conversation)
         leaks += prompt_key(conversation) in trained
-    found.fingerprint += held.fingerprint()
+    account.fingerprint += held.fingerprint()
     refuse(held.report)
     if leaks:
-        found.report.notes["the prompt of a row in data.eval is trained too"] = leaks
+        account.report.notes["the prompt of a row in data.eval is trained too"] = leaks
 
 
 def _rename_is_used(loader: Loader) -> None:

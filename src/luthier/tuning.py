@@ -48,7 +48,7 @@ def train(
     config_as_given = config
     run = RunDir(config.output_dir or Path())
     run.claim(config)
-    found = inspect(config)
+    found = inspect(config, say=say)
     if found.error:
         raise found.error
     assert found.voice and found.targets

@@ -75,7 +75,7 @@ class Example:
     @property
     def supervised(self) -> int:
         """How many tokens of this row are targets."""
-        return int(self.trained.sum())
+        return int(np.count_nonzero(self.trained))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,14 @@ class ChatTokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Encoding]:
         """Ids and character offsets of each text. Adds no special tokens: the template writes them."""
+        ...
+
+    def encode_ids(self, texts: Sequence[str]) -> list[bytes]:
+        """The ids that ``encode_batch`` gives, as int32, 4 bytes a token."""
+        ...
+
+    def is_cut(self, token: str) -> bool:
+        """Whether ``token``'s text is always that token, and what is before it is encoded as if it ended there."""
         ...
 
     @property

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from luthier.cli.console import importing
 from luthier.cli.conversation import Conversation, ask, ask_both
 from luthier.cli.options import Adapter, Checkpoint, Json, Model
 from luthier.errors import ConfigError
@@ -64,7 +65,8 @@ def run(
     """
     if as_json and prompt is None:
         raise ConfigError("--json prints one reply, so it needs a prompt", "add --prompt TEXT")
-    from luthier.api import chat
+    with importing():
+        from luthier.api import chat
 
     if prompt == "-":
         prompt = sys.stdin.read()

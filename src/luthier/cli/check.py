@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import fail
+from luthier.cli.console import fail, importing
 from luthier.cli.options import Data, File, Json, Model, Recipe, Rename, Set, config
 from luthier.errors import UserError
 
@@ -32,7 +32,8 @@ def run(
         if as_json:
             print(json.dumps(_nothing(e)))
         raise
-    from luthier.api import check
+    with importing():
+        from luthier.api import check
 
     found = check(wanted, show)
     if as_json:

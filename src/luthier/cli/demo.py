@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import say, step_progress, stopping
+from luthier.cli.console import importing, say, step_progress, stopping
 
 if TYPE_CHECKING:
     from luthier.api import DemoResult
@@ -21,7 +21,8 @@ def run(
     ),
 ) -> None:
     """Teach a small chat model a character in a few minutes, and compare it with the untaught one."""
-    from luthier.api import Stopped, demo
+    with importing():
+        from luthier.api import Stopped, demo
 
     try:
         with stopping() as stop, step_progress() as on_step:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from luthier.cli.console import importing
 from luthier.cli.options import Data, File, Json, Model, Recipe, Rename, Set, config
 
 _NO_ROWS = Path("rows.jsonl")  # stands for a file that is not read
@@ -28,7 +29,8 @@ def run(
     """Memory and time of a run before it starts, at every precision; reads no weights."""
     with_rows = bool(data or file)
     wanted = config(model, data if with_rows else [_NO_ROWS], None, settings, rename, file, recipe)
-    from luthier.api import estimate
+    with importing():
+        from luthier.api import estimate
 
     found = estimate(wanted, with_rows=with_rows, length=length)
     if as_json:

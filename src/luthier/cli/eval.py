@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import say
+from luthier.cli.console import importing, say
 from luthier.cli.options import Adapter, Checkpoint, Data, Json, Model
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def run(
     token, and the replies are held against the rows' own (BLEU, chrF, ROUGE-L; Chinese is cut into words by jieba).
     """
     from luthier import text_metrics
-    from luthier.api import eval as evaluate
+
+    with importing():
+        from luthier.api import eval as evaluate
 
     result = evaluate(path, data or (), dtype, model, adapter, checkpoint, samples, max_new_tokens)
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import say
+from luthier.cli.console import importing, say
 from luthier.cli.options import Adapter, Model
 from luthier.errors import ConfigError
 
@@ -56,6 +56,7 @@ def run(
 
         hand_over(paths or [], host, port, api_key, dtype, model, adapter, only_print, say)
         return
-    from luthier.api import serve
+    with importing():
+        from luthier.api import serve
 
     serve(paths or [], host, port, api_key, dtype, model, adapter, max_batch, max_queue, say)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import say, step_progress, stopping
+from luthier.cli.console import importing, say, step_progress, stopping
 from luthier.cli.options import Data, File, Model, OutputDir, Recipe, Rename, Set, config
 
 
@@ -24,7 +24,8 @@ def run(
 ) -> None:
     """Train an adapter: check everything first, then learn, then write RUN/adapter."""
     wanted = config(model, data, output_dir, settings, rename, file, recipe)
-    from luthier.api import Stopped, train
+    with importing():
+        from luthier.tuning import Stopped, train  # the api would bring the other verbs' imports too
 
     try:
         with stopping() as stop, step_progress() as on_step:

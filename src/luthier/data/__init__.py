@@ -28,6 +28,8 @@ FORMATS: dict[str, ModuleType] = {
     "prompt_completion": prompt_completion,
 }
 
+_NAMES = {module: name for name, module in FORMATS.items()}
+
 __all__ = ["FORMATS", "DataReport", "Dataset", "Loader", "Problem", "digest", "load", "refuse"]
 
 
@@ -96,14 +98,15 @@ class Loader:
             got = ", ".join(map(repr, list(keyed)[:6])) or "none"
             raise RowProblem(f"has none of the keys instruction, output, messages or conversations (its keys: {got})")
         row: Row = module.parse(keyed)
-        seen[module.__name__.rpartition(".")[2]] += 1
+        seen[_NAMES[module]] += 1
         conversation = self._conversation(row, source)
         if self._first is not None:
             key = digest(conversation)[:16]
             earlier = self._first.setdefault(key, source)
             if earlier is not source:
                 raise RowProblem(f"is the same as {earlier}")
-        self.report.notes.update(set(row.notes))
+        if row.notes:
+            self.report.notes.update(set(row.notes))
         for change in row.changes:
             self.report.add(source, change, "changed")
         return conversation
@@ -139,12 +142,12 @@ def load(paths: Sequence[Path], fmt: str = "auto", system: str = "") -> Dataset:
 
 def digest(conversation: Conversation) -> bytes:
     """SHA-256 of what a conversation says, wherever it was read."""
-    found = hashlib.sha256()
+    parts: list[bytes] = []
     for m in conversation.messages:
         for part in (m.role, m.content):
             raw = part.encode("utf-8")
-            found.update(len(raw).to_bytes(8, "little") + raw)
-    return found.digest()
+            parts += (len(raw).to_bytes(8, "little"), raw)
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 def refuse(report: DataReport) -> None:

@@ -19,13 +19,13 @@ def matches(row: Mapping[str, Any]) -> bool:
 def parse(value: Mapping[str, Any]) -> Row:
     """Raises RowProblem where the row cannot be used."""
     row = Row([])
-    check_keys(list(value), KEYS, REQUIRED, row)
+    check_keys(value, KEYS, REQUIRED, row)
     turns = value["messages"]
     if not isinstance(turns, list) or not turns:
         raise RowProblem("messages must be a list with at least one message")
     for i, turn in enumerate(turns, 1):
         message = mapping(turn)
-        check_keys(list(message), ("role", "content"), ("role", "content"), row)
+        check_keys(message, ("role", "content"), ("role", "content"), row)
         role = as_role(message["role"])
         content = text(_joined(message["content"]), f"messages[{i}].content", row)
         if role == "system" and not content:

@@ -19,7 +19,7 @@ def matches(row: Mapping[str, Any]) -> bool:
 def parse(value: Mapping[str, Any]) -> Row:
     """Raises RowProblem where the row cannot be used."""
     row = Row([])
-    check_keys(list(value), KEYS, REQUIRED, row)
+    check_keys(value, KEYS, REQUIRED, row)
     system = text(value.get("system"), "system", row)
     prompt = text(value["prompt"], "prompt", row)
     completion = text(value["completion"], "completion", row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -49,28 +49,37 @@ def text(value: Any, name: str, row: Row) -> str:
     raise RowProblem(f"{name} must be text, got {type(value).__name__}")
 
 
-def check_keys(keys: Sequence[str], known: Sequence[str], required: Sequence[str], row: Row) -> None:
+def check_keys(keys: Iterable[str], known: tuple[str, ...], required: tuple[str, ...], row: Row) -> None:
     """A missing key that is there under a misspelt name refuses the file; other unknown keys are noted."""
+    notes = _verdict(tuple(keys), known, required)
+    if isinstance(notes, RowProblem):
+        raise RowProblem(notes.reason, notes.refused, notes.fix)
+    row.notes += notes
+
+
+@lru_cache(1024)
+def _verdict(keys: tuple[str, ...], known: tuple[str, ...], required: tuple[str, ...]) -> tuple[str, ...] | RowProblem:
+    """The notes on a row with such keys, or its problem: the same few keys come with every row."""
     unknown = [k for k in keys if k not in known]
     missing = [name for name in required if name not in keys]
-    meant = {found: name for name in missing if (found := _nearest(name, tuple(unknown)))}
+    meant = {found: name for name in missing if (found := _nearest(name, unknown))}
     if meant:
         wrong, right = (", ".join(map(repr, names)) for names in (meant, meant.values()))
-        raise RowProblem(
+        return RowProblem(
             f"key {wrong} is unknown; did you mean {right}?",
             refused=True,
             fix="correct the rows, or pass " + " ".join(f"--rename {old}={new}" for old, new in meant.items()),
         )
     if missing:
-        raise RowProblem(f"has no key '{missing[0]}'")
+        return RowProblem(f"has no key '{missing[0]}'")
+    notes = []
     for key in unknown:
-        guess = _nearest(str(key), tuple(k for k in known if k not in keys))
-        row.notes.append(f"key {key!r} is not used" + (f"; did you mean '{guess}'?" if guess else ""))
+        guess = _nearest(str(key), [k for k in known if k not in keys])
+        notes.append(f"key {key!r} is not used" + (f"; did you mean '{guess}'?" if guess else ""))
+    return tuple(notes)
 
 
-@lru_cache(1024)
-def _nearest(name: str, known: tuple[str, ...]) -> str | None:
-    """The same few keys come with every row."""
+def _nearest(name: str, known: Iterable[str]) -> str | None:
     return nearest(name, [str(k) for k in known], cutoff=0.75)
 
 

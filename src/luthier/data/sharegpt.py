@@ -20,7 +20,7 @@ def matches(row: Mapping[str, Any]) -> bool:
 def parse(value: Mapping[str, Any]) -> Row:
     """Raises RowProblem where the row cannot be used."""
     row = Row([])
-    check_keys(list(value), KEYS, REQUIRED, row)
+    check_keys(value, KEYS, REQUIRED, row)
     system = text(value.get("system"), "system", row)
     if system:
         row.messages.append(Message("system", system))
@@ -30,7 +30,7 @@ def parse(value: Mapping[str, Any]) -> Row:
     for i, turn in enumerate(turns, 1):
         message = mapping(turn)
         names = ("from", "value") if "from" in message or "value" in message else ("role", "content")
-        check_keys(list(message), names, names, row)
+        check_keys(message, names, names, row)
         said = message[names[0]]
         role = as_role(_ROLES.get(said, said) if isinstance(said, str) else said)
         content = text(message[names[1]], f"conversations[{i}].{names[1]}", row)

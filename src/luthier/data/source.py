@@ -108,9 +108,10 @@ def _objects(path: Path, encoding: str) -> Rows:
     if second is None and not isinstance(value, BadRow):
         yield from _held(path, value, number)
         return
-    yield RowRef(str(path), number), value
+    name = str(path)
+    yield RowRef(name, number), value
     while second is not None:
-        yield RowRef(str(path), second[0]), _parse(second[1])
+        yield RowRef(name, second[0]), _parse(second[1])
         second = next(source, None)
 
 
@@ -130,7 +131,7 @@ def _held(path: Path, value: Any, number: int = 1) -> Rows:
 def _parse(line: str) -> Any:
     """The value of a line; duplicate keys and what is not JSON are bad rows."""
     try:
-        return json.loads(line.strip("\ufeff \t\0"), object_pairs_hook=_unique)
+        return _DECODER.decode(line.strip("\ufeff \t\0"))
     except json.JSONDecodeError as e:
         return BadRow(f"not JSON ({e.msg}, column {e.colno})")
     except RecursionError:
@@ -151,6 +152,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [k for k, _ in pairs]
         raise _DuplicateKeyError(f"key '{next(k for k in names if names.count(k) > 1)}' is there twice")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 # --- a JSON array ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.errors import ModelError, TemplateError
 from luthier.models import sentencepiece, tiktoken
+from luthier.models.cuts import Cuts
 from luthier.models.shards import read_json
 from luthier.templates import RefusedConversation
 from luthier.types import Encoding, Message
@@ -42,6 +44,16 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Encoding]:
         found: Sequence[Encoding] = self._fast.encode_batch(list(texts), add_special_tokens=False)
         return found
+
+    @cached_property
+    def _cuts(self) -> Cuts:
+        return Cuts(self._fast)
+
+    def encode_ids(self, texts: Sequence[str]) -> list[bytes]:
+        return self._cuts.encode(texts)
+
+    def is_cut(self, token: str) -> bool:
+        return token in self._cuts.tokens
 
     @property
     def control_tokens(self) -> tuple[str, ...]:

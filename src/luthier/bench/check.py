@@ -1,0 +1,105 @@
+"""Rows a second of ``luthier check`` against ``datasets.map`` with the tutorials' function for one row.
+
+    python -m luthier.bench.check --model DIR [--data huanhuan.json] [--rows 1000000] [--mapped 30000] [--distinct]
+
+The file has the rows over and over, an index with each; ``--distinct`` writes it into every question and reply too, so
+that no row's text repeats. ``check`` is timed as a command, imports and all, and proves the prompt prefix of every row;
+the map is timed alone, on the first rows of the file, in a process of its own. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoTokenizer
+
+from luthier import personas
+from luthier.bench.recipe import encode
+from luthier.data import load
+from luthier.errors import UserError
+
+_CHECK = (
+    "import resource, sys\n"
+    "from luthier.cli.main import main\n"
+    "sys.argv = ['luthier', 'check', '--json', '--model', sys.argv[1], '--data', sys.argv[2]]\n"
+    "try: main()\n"
+    "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)\n"
+)
+_MAP = "import sys\nfrom luthier.bench.check import mapped\nprint(mapped(sys.argv[1], sys.argv[2], int(sys.argv[3])))\n"
+
+
+def write(to: Path, data: Path | None, count: int, distinct: bool, of: int | None = None) -> None:
+    """``count`` rows as JSONL: the first ``of`` rows of ``data`` (None: all) over and over."""
+    turns = [c.messages[-2:] for c in load([data or personas.TRAIN]).conversations[:of]]
+    with to.open("w", encoding="utf-8") as f:
+        for i in range(count):
+            question, reply = turns[i % len(turns)]
+            mark = f"{i} " if distinct else ""
+            row = {"instruction": mark + question.content, "input": "", "output": mark + reply.content, "index": i}
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def mapped(model: str, file: str, count: int) -> float:
+    """Rows a second of ``datasets.map`` over the first ``count`` rows of a file."""
+    disable_progress_bars()
+    with open(file, encoding="utf-8") as f:
+        rows = [json.loads(line) for _, line in zip(range(count), f, strict=False)]
+    ds = Dataset.from_list(rows)
+    function = partial(encode, AutoTokenizer.from_pretrained(model))
+    start = time.perf_counter()
+    done = ds.map(function, remove_columns=ds.column_names)
+    seconds = time.perf_counter() - start
+    assert len(done) == len(rows)
+    return len(rows) / seconds
+
+
+def measure(model: Path, data: Path | None, rows: int, first: int, distinct: bool) -> dict[str, Any]:
+    """Both, one after the other. Raises UserError where a side fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        write(file, data, rows, distinct)
+        rate = float(_python(_MAP, model, file, first).stdout.split()[-1])
+        start = time.perf_counter()
+        done = _python(_CHECK, model, file)
+        seconds = time.perf_counter() - start
+    report = json.loads(done.stdout)
+    return {
+        "rows": report["rows"],
+        "distinct": distinct,
+        "check_rows_per_s": round(rows / seconds, 1),
+        "map_rows_per_s": round(rate, 1),
+        "ratio": round(rows / seconds / rate, 2),
+        "peak_rss_bytes": int(done.stderr.split()[-1]),
+    }
+
+
+def _python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"a side of the comparison failed: {done.stderr.strip()[-300:]}", "see its message")
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m luthier.bench.check", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--data", type=Path, help="instruction rows; the shipped persona unless given")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--mapped", type=int, default=30_000, help="how many of them the map encodes")
+    parser.add_argument("--distinct", action="store_true")
+    a = parser.parse_args()
+    print(json.dumps(measure(a.model, a.data, a.rows, a.mapped, a.distinct)))
+
+
+if __name__ == "__main__":
+    main()
