@@ -21,7 +21,7 @@ from luthier.types import ChatTokenizer, Message, SystemRole, Template
 
 __all__ = [
     "NATIVE", "ChatML", "Jinja", "MergedSystem", "RefusedConversation", "Turns",
-    "digest", "from_description", "pick", "stop_ids",
+    "digest", "from_description", "pick", "same_text", "stop_ids",
 ]  # fmt: skip
 
 # the published forms of each, the current one first; ChatML has one, with or without a default system prompt
@@ -70,7 +70,7 @@ def _pick(
         )
     if choice == "auto":
         for native in _natives(render):
-            if _same_text(native, render):
+            if same_text(native, render):
                 return native
     return Jinja(render, source, stop)
 
@@ -86,7 +86,7 @@ def _named(name: str, render: Render | None) -> Template:
     if name == "chatml":
         return ChatML(_chatml_default(render) if render else None)
     forms = NATIVE[name]
-    return next((f for f in forms if render and _same_text(f, render)), forms[0])
+    return next((f for f in forms if render and same_text(f, render)), forms[0])
 
 
 def _natives(render: Render) -> Iterator[ChatML | Turns]:
@@ -178,7 +178,7 @@ def _chatml_default(render: Render) -> str | None:
     return body.removeprefix(head) if text.startswith(head) else None
 
 
-def _same_text(native: ChatML | Turns, render: Render) -> bool:
+def same_text(native: ChatML | Turns, render: Render) -> bool:
     """Prompts must be equal, and conversations too, but for the ending that a published template is known to have."""
     system = not isinstance(native, Turns) or native.system is not None
     try:
