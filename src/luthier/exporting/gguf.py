@@ -140,7 +140,7 @@ def reader(file: Path, config: PretrainedConfig) -> Read:
         name = tensor_name(native)
         entry = there[name if name in there else "token_embd.weight"]
         values = quants.dequantize(entry.data, entry.tensor_type).reshape(list(reversed(entry.shape.tolist())))
-        return restored(config, native)(torch.from_numpy(np.ascontiguousarray(values)))
+        return restored(config, native)(torch.from_numpy(np.array(values, dtype=np.float32)))
 
     return read
 

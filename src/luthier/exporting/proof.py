@@ -24,7 +24,7 @@ from luthier.proving import chats, tuned_model
 from luthier.types import Message
 
 TOKENS = 32  # of each reply
-NEAR = {"f16": 0.02, "q8_0": 0.1, "q4_0": 0.1}  # standard deviations of the logits: a tie may fall the other way
+NEAR = {"f16": 0.02, "q8_0": 0.25, "q4_0": 0.25}  # standard deviations of the logits: a tie may fall the other way
 Say = Callable[[str], None]
 
 
