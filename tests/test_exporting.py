@@ -101,6 +101,7 @@ def test_the_adapter_alone_over_its_base(name: str, luthier: Run, tmp_path: Path
     assert done.code == 0, done.err
     told = json.loads(done.out)
     assert told["proven"] and told["files"] == ["run-lora.gguf"]
+    assert "the run's system prompt is not in the file" in told["notes"][-1]
     same, _, furthest = counted(told["proof"][0])
     assert same >= 11 and furthest < 0.01
     inside = fields(tmp_path / "out" / "run-lora.gguf")

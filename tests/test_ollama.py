@@ -138,6 +138,8 @@ def test_the_run_s_sampling_goes_along() -> None:
     assert [f"PARAMETER {line}" in text for line in lines] == [True] * 5 and "SYSTEM" not in text
     greedy = ollama.modelfile("a.gguf", ChatML(), None, GenerationSettings.model_validate({}))
     assert "PARAMETER temperature 0\n" in greedy and "top_p" not in greedy
+    none, some = (GenerationSettings.model_validate({"no_repeat_ngram_size": n}) for n in (0, 3))
+    assert ollama.notes(none) == [] and "no_repeat_ngram_size" in ollama.notes(some)[0]
 
 
 def test_what_ollama_s_language_cannot_say() -> None:

@@ -20,7 +20,12 @@ from luthier.training import loop
 from luthier.types import Example, RowRef
 
 CORE = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
-EXTRAS = {"parquet": ("pyarrow",), "eval": ("sacrebleu", "rouge-score", "jieba"), "bench": ("peft", "datasets")}
+EXTRAS = {
+    "parquet": ("pyarrow",),
+    "eval": ("sacrebleu", "rouge-score", "jieba"),
+    "export": ("xllamacpp",),
+    "bench": ("peft", "datasets"),
+}
 
 
 def examine() -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The formats of ``luthier export``: what each one writes, which options it takes, how it is proven.
 
-peft      the adapter for stock PEFT            read back, every update compared
-hf        the merged model's directory          logits against base+adapter
-gguf      the merged model in one file          llama.cpp's greedy replies against base+adapter
-gguf-lora the adapter alone, over a base's GGUF  the same, over the base written out for it
-ollama    a Modelfile beside a GGUF             the GGUF as above
+peft       the adapter for stock PEFT              read back, every update compared
+hf         the merged model's directory            logits against base+adapter
+gguf       the merged model in one file            llama.cpp's greedy replies against base+adapter
+gguf-lora  the adapter alone, over a base's GGUF   the same, over the base written out for it
+ollama     a Modelfile beside a GGUF               the GGUF as above
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import files
+from luthier.config import GenerationSettings
 from luthier.errors import ConfigError, nearest
 from luthier.exporting import gguf, llamacpp, ollama, peft, proof
 from luthier.exporting.architectures import notes
@@ -83,7 +84,8 @@ def _model(found: Located, to: str, path: Path, quantization: str, say: Say) -> 
         if text is not None:
             files.write_text(temp / "Modelfile", text)
         proven = _proven(lambda: proof.prove_model(found, voice, temp / file, quantization, say))
-    return Exported(path, to, _files(path), proven, notes(voice.config), None if proven else _UNPROVEN)
+    told = notes(voice.config) + (ollama.notes(_generation(found)) if to == "ollama" else [])
+    return Exported(path, to, _files(path), proven, told, None if proven else _UNPROVEN)
 
 
 def _lora(found: Located, path: Path, say: Say) -> Exported:
@@ -94,7 +96,8 @@ def _lora(found: Located, path: Path, say: Say) -> Exported:
         say(f"writing {file}")
         gguf.write_lora(voice.config, pending, temp / file, name)
         proven = _proven(lambda: _over_its_base(found, voice, temp, file, say))
-    return Exported(path, "gguf-lora", _files(path), proven, notes(voice.config), None if proven else _UNPROVEN)
+    told = [*notes(voice.config), *([_SYSTEM] if found.system else [])]
+    return Exported(path, "gguf-lora", _files(path), proven, told, None if proven else _UNPROVEN)
 
 
 def _over_its_base(found: Located, voice: Voice, temp: Path, file: str, say: Say) -> list[str]:
@@ -112,13 +115,14 @@ def _proven(prove: Callable[[], list[str]]) -> list[str]:
     return prove() if llamacpp.available() else []
 
 
+_SYSTEM = "the run's system prompt is not in the file, which holds the adapter alone: give it to llama.cpp yourself"
 _UNPROVEN = (
     f"not proven: {llamacpp.PACKAGE}, which runs llama.cpp, is not installed; to prove it: "
     "pip install 'luthier[export]', then export again"
 )
 
 
-def _generation(found: Located) -> Any:
+def _generation(found: Located) -> GenerationSettings | None:
     return found.config.generation if found.config else None
 
 

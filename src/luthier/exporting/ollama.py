@@ -30,6 +30,15 @@ def modelfile(file: str, template: Template, system: str | None, chosen: Generat
     return "\n".join(lines) + "\n"
 
 
+def notes(chosen: GenerationSettings | None) -> list[str]:
+    """What of a run's sampling Ollama has no setting for."""
+    if chosen is None or not chosen.no_repeat_ngram_size:
+        return []
+    return [
+        "Ollama has no setting for generation.no_repeat_ngram_size, so its replies may repeat what luthier's do not"
+    ]
+
+
 def go_template(template: Template) -> str:
     """The prompts of ``template`` in Ollama's language, for a conversation of any length. Raises TemplateError."""
     inner = template.inner if isinstance(template, MergedSystem) else template

@@ -75,7 +75,7 @@ def prove_lora(found: Located, voice: Voice, base: Path, lora: Path, say: Say) -
     _same_ids(found, voice, lora, answer)
     tuned = agreement(tuned_model(found, voice)[0], answer)
     _within(tuned, "f16", lora)
-    return [tuned.told("over the base's GGUF (f16) those of base+adapter in fp32")]
+    return ["over the base's GGUF in f16, " + tuned.told("those of base+adapter in fp32")]
 
 
 @torch.no_grad()
