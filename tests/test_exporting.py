@@ -296,6 +296,15 @@ def test_values_that_sixteen_bits_do_not_hold() -> None:
         gguf.kind_of("f8")
 
 
+def test_a_system_prompt_longer_than_llama_cpp_s_usual_context(
+    model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path
+) -> None:
+    adapter = tuned(model_dir("llama"), tmp_path / "run", "Keep the lamp. " * 120)
+    done = luthier("export", adapter, "--to", "gguf", "--output-dir", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert counted(done.out)[0] >= 11
+
+
 def test_only_a_model_called_so_strips_what_follows_its_markers() -> None:
     assert gguf._name("marlow", True) == "marlow (Phi-3)"
     assert "phi-3" not in gguf._name("my-Phi-3-run", False) and gguf._name("marlow", False) == "marlow"

@@ -259,3 +259,9 @@ def test_it_is_refused_and_outputs_are_untouched(what: str, luthier: Run, tmp_pa
         done = luthier(*argv, adapter, "--output-dir", tmp_path / "out")
         assert done.code == 2
     assert tree(tmp_path) == kept
+
+
+def test_a_long_system_prompt_does_not_keep_all_its_logits(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    short = library.merge(tuned(model_dir("llama"), tmp_path / "short", "Hi."), tmp_path / "a").proof
+    long = library.merge(tuned(model_dir("llama"), tmp_path / "long", "Hi there. " * 60), tmp_path / "b").proof
+    assert long.tokens < 4 * 64 + 100 and long.mean < 1e-4 and long.adapter > 0.01 and short.tokens < long.tokens

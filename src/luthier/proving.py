@@ -93,11 +93,16 @@ def tuned_model(found: Located, voice: Voice) -> tuple[Any, dict[str, LoraLinear
 
 @torch.no_grad()
 def logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """[sum of lengths, vocabulary], row after row. Padding stands on the right, where causal attention never looks."""
-    longest = max(map(len, rows))
+    """[tokens, vocabulary] of the rows' ends, row after row: from ``_KEPT`` tokens before the shortest row's end on.
+
+    Padding stands on the right, where causal attention never looks.
+    """
+    longest, start = max(map(len, rows)), max(0, min(map(len, rows)) - _KEPT)
     ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
-    found: Tensor = model(ids, use_cache=False).logits
-    return torch.cat([one[: len(row)] for one, row in zip(found, rows, strict=True)])
+    kept = torch.arange(start, longest)
+    found: Tensor = model(ids, use_cache=False, logits_to_keep=kept).logits
+    found = found[:, start:] if found.shape[1] == longest else found  # a model without that option
+    return torch.cat([one[: len(row) - start] for one, row in zip(found, rows, strict=True)])
 
 
 def compare_merged(found: Located, voice: Voice, merged: Path) -> Closeness:
@@ -127,4 +132,4 @@ def closeness(base: Tensor, tuned: Tensor, other: Tensor, prompts: int) -> Close
     )
 
 
-_FOR_LOGITS = 4  # whole logits are kept of so many prompts
+_FOR_LOGITS, _KEPT = 4, 64  # whole logits are kept of so many prompts, not of all of a long system prompt

@@ -104,14 +104,15 @@ _PROMPTS = (
 def _question(found: Located, voice: Voice, model: Path, lora: Path | None = None) -> Question:
     asked = [[{"role": m.role, "content": m.content} for m in chat] for chat in _talks(None)]
     texts = [prompt_text(voice.template, chat) for chat in chats(found.system)]
-    limit = int(voice.config.max_position_embeddings)
+    longest = max(len(e.ids) for e in voice.tokenizer.encode_batch(texts))
+    tokens = max(1, min(TOKENS, int(voice.config.max_position_embeddings) - longest))
     return Question(
         model=model,
         chats=[] if lora else asked,
         texts=texts,
         stops=[] if lora else voice.stop_ids[:3],
-        tokens=TOKENS,
-        context=min(limit, 2048),
+        tokens=tokens,
+        context=longest + tokens + 8,
         lora=lora,
     )
 
