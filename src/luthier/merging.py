@@ -240,7 +240,8 @@ def _original_files(folder: Path, base: Path, voice: Voice) -> None:
 
 
 def _holds_weights(file: Path) -> bool:
-    return file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or file.name.endswith(".index.json")
+    kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+    return file.suffix in kinds or file.name.endswith(".index.json")
 
 
 def _refuse_beyond(proof: Closeness, eps: float, to: Path) -> None:

@@ -56,7 +56,7 @@ def ask(question: Question) -> Answer:
     """Raises ModelError where llama.cpp does not load the file, or does not get to an answer."""
     asked = {k: str(v) if isinstance(v, Path) else v for k, v in _fields(question).items()}
     done = subprocess.run(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-P", "-m", __name__],  # nothing from the directory that the user stands in
         input=json.dumps(asked),
         capture_output=True,
         text=True,
