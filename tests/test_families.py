@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import luthier as library
 from luthier import config as configs
-from luthier import exporting
 from luthier.adapter_layout import Update
 from luthier.errors import AdapterError, ConfigError, ModelError
+from luthier.exporting import peft
 from luthier.located import locate_adapter
 from luthier.merging import merge
 from luthier.models import directory
@@ -356,7 +356,7 @@ def test_an_export_that_reads_back_as_something_else_is_refused(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tune(published.yi(tmp_path / "model"), rows, tmp_path / "run")
-    kept = exporting.to_native
+    kept = peft.to_native
     calls: list[int] = []
 
     def other(updates: dict[str, Update], modules: Modules) -> dict[str, Update]:
@@ -364,7 +364,7 @@ def test_an_export_that_reads_back_as_something_else_is_refused(
         calls.append(1)
         return found if len(calls) == 1 else {n: replace(u, b=u.b + 1) for n, u in found.items()}
 
-    monkeypatch.setattr(exporting, "to_native", other)
+    monkeypatch.setattr(peft, "to_native", other)
     with pytest.raises(AdapterError, match="reads back as another update"):
         library.export(tmp_path / "run", output_dir=tmp_path / "out")
 

@@ -23,6 +23,7 @@ TRAIN = ["train", "--model", "{model}", "--data", "{rows}", "--set", "train.max_
 
 # name: (rows, the command that fails, a word of its message, what takes the place of a placeholder in the fix)
 TALK = ["chat", "--prompt", "a"]
+EXPORT = ["export", "{run}", "--output-dir", "{new}"]
 PLAIN = ["check", "--model", "{plain}", "--data", "{rows}"]
 CASES: dict[str, tuple[str, list[str], str, dict[str, str]]] = {
     "a misspelt key in the rows": ('[{"instrution": "a", "output": "b"}]', CHECK, "'instrution' is unknown", {}),
@@ -45,6 +46,13 @@ CASES: dict[str, tuple[str, list[str], str, dict[str, str]]] = {
     "chat with an empty prompt": (ROWS, ["chat", "{model}", "--prompt", " "], "the prompt is empty", {"TEXT": "hello"}),
     "chat --json without a prompt": (ROWS, ["chat", "{model}", "--json"], "so it needs a prompt", {"TEXT": "hello"}),
     "eval of a run that held nothing out": (ROWS, ["eval", "{run}"], "no held-out rows", {"FILE": "{rows}"}),
+    "a format that is not there": (ROWS, [*EXPORT, "--to", "ggml"], "--to ggml: is not a format", {}),
+    "a type that is not written": (
+        ROWS,
+        [*EXPORT, "--to", "gguf", "--quantization", "q4_K"],
+        "is not a type that can be written",
+        {},
+    ),
     "a base that moved": (ROWS, ["chat", "{moved}", "--prompt", "a"], "is not there", {"BASE": "{model}"}),
     "a stock adapter": (ROWS, ["chat", "{stock}", "--prompt", "a"], "does not say which base", {"BASE": "{model}"}),
     "an unknown model": (ROWS, ["pull", "smolm2-135m"], "model 'smolm2-135m' is unknown; known", {}),

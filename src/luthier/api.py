@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import config as configs
-from luthier import estimating, evaluation, exporting, files, hub, merging, recipes
+from luthier import estimating, evaluation, files, hub, merging, recipes
 from luthier import personas as demos
 from luthier.chatting import Chat, open_chat
 from luthier.config import RunConfig
@@ -17,6 +17,8 @@ from luthier.errors import ConfigError
 from luthier.estimating import Estimate, Wanted
 from luthier.evaluate import NEW_TOKENS, REPLIES, Scores, score
 from luthier.evaluation import Comparison
+from luthier.exporting import formats
+from luthier.exporting.formats import Exported
 from luthier.generate import Reply
 from luthier.located import locate_adapter
 from luthier.lora import resolve
@@ -35,6 +37,7 @@ __all__ = [
     "Chat",
     "DemoResult",
     "Estimate",
+    "Exported",
     "Merged",
     "Stopped",
     "chat",
@@ -121,23 +124,31 @@ def merge(
     model: Path | str | None = None,
     adapter: Path | str | None = None,
     say: Say = lambda _: None,
+    layout: str = "native",
 ) -> Merged:
-    """The verb ``merge``: the tuned model as plain safetensors that stock transformers loads."""
-    return merging.merge(locate_adapter(path, model, adapter), Path(output_dir), say)
+    """The verb ``merge``: the tuned model as plain safetensors that stock transformers loads, proven by its logits.
+
+    layout: ``original`` for the tensor names and files in which the base was published.
+    """
+    return merging.merge(locate_adapter(path, model, adapter), Path(output_dir), say, layout)
 
 
 def export(
     path: Path | str | None = None,
     to: str = "peft",
     output_dir: Path | str = "exported",
-    layout: str = "native",
+    layout: str | None = None,
     model: Path | str | None = None,
     adapter: Path | str | None = None,
-) -> Path:
-    """The verb ``export``. to: "peft". layout: "native", or "original" for the checkpoint's own module names."""
-    if to != "peft":
-        raise ConfigError(f"--to {to}: is not a format", "write --to peft")
-    return exporting.peft(locate_adapter(path, model, adapter), Path(output_dir), layout)
+    quantization: str | None = None,
+    say: Say = lambda _: None,
+) -> Exported:
+    """The verb ``export``: another tool's format, proven before it is called done.
+
+    to: peft, hf, gguf, gguf-lora or ollama. layout: module names of peft and hf, native or original.
+    quantization: of gguf and ollama: f16, q8_0 or q4_0.
+    """
+    return formats.export(locate_adapter(path, model, adapter), to, Path(output_dir), layout, quantization, say)
 
 
 def eval(  # noqa: A001 - the verb's name

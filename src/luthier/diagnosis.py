@@ -29,6 +29,7 @@ EXTRAS = {
     "notebooks": ("ipykernel", "ipywidgets", "matplotlib", "nbclient", "nbformat"),
     "eval": ("jieba", "rouge-score", "sacrebleu"),
     "serve": ("fastapi", "uvicorn"),
+    "export": ("xllamacpp",),
     "bench": ("datasets", "peft"),
 }
 

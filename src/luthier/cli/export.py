@@ -8,27 +8,42 @@ from typing import Annotated
 
 import typer
 
+from luthier.cli.console import say
 from luthier.cli.options import Adapter, Json, Model
 
 
 def run(
     output_dir: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where it goes.")],
     path: Annotated[Path | None, typer.Argument(metavar="RUN|DIR", help="A run or an adapter directory.")] = None,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="peft.")] = "peft",
-    layout: Annotated[
+    to: Annotated[
         str,
-        typer.Option("--layout", metavar="LAYOUT", help="Module names: native, or original (the checkpoint's own)."),
-    ] = "native",
+        typer.Option("--to", metavar="FORMAT", help="peft, hf, gguf, gguf-lora (the adapter alone) or ollama."),
+    ] = "peft",
+    quantization: Annotated[
+        str | None,
+        typer.Option("--quantization", metavar="TYPE", help="Of gguf and ollama: f16 (as if left out), q8_0 or q4_0."),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option("--layout", metavar="LAYOUT", help="Of peft and hf: native names, or original (the base's own)."),
+    ] = None,
     model: Model = None,
     adapter: Adapter = None,
     as_json: Json = False,
 ) -> None:
-    """Write the adapter in another tool's format, read back and compared before it is called done."""
+    """Write the tuned model in another tool's format, proven before it is called done."""
     from luthier.api import export
 
-    done = export(path, to, output_dir, layout, model, adapter)
-    print(
-        json.dumps({"path": str(done), "format": to, "layout": layout})
-        if as_json
-        else f"{done}: written, and read back equal"
-    )
+    done = export(path, to, output_dir, layout, model, adapter, quantization, say)
+    if as_json:
+        print(json.dumps(done.as_dict(), ensure_ascii=False))
+        return
+    print(f"{done.path}: {', '.join(done.files)}")
+    for line in done.proof:
+        print(f"proof: {line}")
+    for note in done.notes:
+        print(f"note: {note}")
+    if done.unproven:
+        print(done.unproven)
+    if to == "ollama":
+        print(f"run it: ollama create {done.path.name} -f {done.path / 'Modelfile'}")

@@ -15,6 +15,7 @@ from transformers.utils import logging as hf_logging
 
 from luthier.errors import ConfigError, ModelError
 from luthier.models.directory import family_of, read_config
+from luthier.models.families import Rule
 from luthier.models.fit import Fit, collapse, match
 from luthier.models.shards import Shards
 
@@ -107,8 +108,29 @@ def finish(model: Any, path: Path, fit: Fit, device: torch.device | str) -> Any:
 
 def checkpoint_tensors(path: Path, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """(native name, tensor in its stored type), one at a time. Raises ModelError as ``load_weights`` does."""
+    for _, rule, tensor in published_tensors(path, config):
+        if rule:
+            yield from rule.split(tensor, tensor.dtype)
+
+
+def native_names(path: Path, config: PretrainedConfig) -> list[str]:
+    """The names that ``checkpoint_tensors`` gives, in its order; headers alone are read. Raises ModelError."""
     shards = Shards.open(path)
-    yield from native_tensors(shards, match(shards.shapes, family_of(path).rules(config), empty_model(config)))
+    fit = match(shards.shapes, family_of(path).rules(config), empty_model(config))
+    refuse_unfit(shards, fit)
+    return [part for name in shards.in_file_order() if name in fit.rules for part in fit.rules[name].parts]
+
+
+def published_tensors(path: Path, config: PretrainedConfig) -> Iterator[tuple[str, Rule | None, torch.Tensor]]:
+    """(published name, what becomes of it, tensor as stored), one at a time; no rule: the model computes it itself.
+
+    Raises ModelError as ``load_weights`` does, before the first one is read.
+    """
+    shards = Shards.open(path)
+    fit = match(shards.shapes, family_of(path).rules(config), empty_model(config))
+    refuse_unfit(shards, fit)
+    for name in shards.in_file_order():
+        yield name, fit.rules.get(name), shards.read(name)
 
 
 def native_tensors(
@@ -118,13 +140,18 @@ def native_tensors(
 
     Raises ModelError where the checkpoint does not fit.
     """
-    if fit.problems:
-        raise ModelError(f"{shards.path}: the weights do not fit the model ({fit.told()})", "download the model again")
+    refuse_unfit(shards, fit)
     for name in shards.in_file_order():
         if rule := fit.rules.get(name):
             tensor = shards.read(name)
             kept = dtype is None or not set(rule.parts).isdisjoint(as_stored)
             yield from rule.split(tensor, tensor.dtype if kept else dtype)  # type: ignore[arg-type]
+
+
+def refuse_unfit(shards: Shards, fit: Fit) -> None:
+    """Raise ModelError where a checkpoint is not this model's."""
+    if fit.problems:
+        raise ModelError(f"{shards.path}: the weights do not fit the model ({fit.told()})", "download the model again")
 
 
 def hollow(config: PretrainedConfig, dtype: torch.dtype) -> Any:

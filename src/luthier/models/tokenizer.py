@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,6 +22,10 @@ from luthier.templates import RefusedConversation
 from luthier.types import Encoding, Message
 
 _VOCABULARY = "tokenizer.model"
+TOKENIZER_FILES = (
+    *("tokenizer.json", _VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _RESERVED = re.compile(r"<reserved_\d+>")  # Baichuan's turn markers are two of these
 _MARKER = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?[A-Z_]+\]")
@@ -113,6 +118,11 @@ class Tokenizer:
         except (JinjaError, TypeError, ValueError) as e:
             raise RefusedConversation(str(e)) from None
         return text
+
+    def described(self) -> dict[str, Any]:
+        """The tokenizer as tokenizer.json holds it."""
+        found: dict[str, Any] = json.loads(self._fast.to_str())
+        return found
 
     def digest(self) -> str:
         """SHA-256 of the vocabulary, its rules and its added tokens."""

@@ -21,7 +21,7 @@ from luthier.types import ChatTokenizer, Message, SystemRole, Template
 
 __all__ = [
     "NATIVE", "ChatML", "Jinja", "MergedSystem", "RefusedConversation", "Turns",
-    "digest", "from_description", "pick", "stop_ids",
+    "digest", "from_description", "pick", "same_text", "stop_ids",
 ]  # fmt: skip
 
 # the published forms of each, the current one first; ChatML has one, with or without a default system prompt
@@ -68,7 +68,7 @@ def _pick(
             "the model has no chat template (is it a base model?), so it does not say how a prompt looks",
             f"take a chat model, or choose a template: --set data.template={family or 'chatml'}",
         )
-    native = next((n for n in _natives(render) if _same_text(n, render)), None)
+    native = next((n for n in _natives(render) if same_text(n, render)), None)
     if choice == "auto" and native:
         return native
     found = Jinja(render, source, stop)
@@ -91,7 +91,7 @@ def _named(name: str, render: Render | None) -> Template:
     if name == "chatml":
         return ChatML(_chatml_default(render) if render else None)
     forms = NATIVE[name]
-    return next((f for f in forms if render and _same_text(f, render)), forms[0])
+    return next((f for f in forms if render and same_text(f, render)), forms[0])
 
 
 def _natives(render: Render) -> Iterator[ChatML | Turns]:
@@ -183,7 +183,7 @@ def _chatml_default(render: Render) -> str | None:
     return body.removeprefix(head) if text.startswith(head) else None
 
 
-def _same_text(native: ChatML | Turns, render: Render) -> bool:
+def same_text(native: ChatML | Turns, render: Render) -> bool:
     """Prompts must be equal, and conversations too, but for the ending that a published template is known to have."""
     system = not isinstance(native, Turns) or native.system is not None
     try:

@@ -5,6 +5,7 @@ Source: the format's own publication (OpenAI, 2023) and the templates of Yi, Qwe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,18 @@ class ChatML:
 
     def describe(self) -> dict[str, str | None]:
         return {"name": self.name, "default_system": self.default_system}
+
+    def jinja(self) -> str:
+        """The same format as a ``chat_template``, for tools that read one."""
+        default = ""
+        if self.default_system is not None:
+            text = json.dumps(f"{START}system\n{self.default_system}{END}\n", ensure_ascii=False)
+            default = f"{{% if messages[0]['role'] != 'system' %}}{{{{ {text} }}}}{{% endif %}}"
+        return (
+            f"{default}{{% for m in messages %}}"
+            f"{{{{ '{START}' + m['role'] + '\n' + m['content'] + '{END}\n' }}}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{{{{ '{START}assistant\n' }}}}{{% endif %}}"
+        )
 
     def _opening(self, messages: Sequence[Message]) -> str:
         if self.default_system is None or messages[0].role == "system":
