@@ -7,12 +7,10 @@ them one to one. Every mistake is reported at once, an unknown key with its near
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -26,6 +24,7 @@ from pydantic import (
 
 from luthier.errors import ConfigError, nearest
 from luthier.types import SystemRole, TooLong, TrainOn
+from luthier.yaml_text import parse_yaml
 
 
 def _one_or_many(value: Any) -> Any:
@@ -223,22 +222,6 @@ def describe(key: str) -> str:
         assert isinstance(kind, type) and issubclass(kind, BaseModel)
         model = kind
     return model.model_fields[leaf].description or ""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-4`` as text; everyone who types it means a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number form
-    except (yaml.YAMLError, ValueError) as e:
-        raise ConfigError(f"{where}: is not YAML ({' '.join(str(e).split())})", "correct the text") from None
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from luthier import config as configs
 from luthier.config import RunConfig
 from luthier.errors import ConfigError, nearest
+from luthier.yaml_text import parse_yaml
 
 FOLDER = Path(__file__).parent
 
@@ -37,7 +38,7 @@ def text(name: str) -> str:
 
 def read(name: str) -> dict[str, Any]:
     """The recipe's values, without model.path, data.train and output_dir."""
-    return dict(configs.parse_yaml(text(name), name))
+    return dict(parse_yaml(text(name), name))
 
 
 def recipe(
