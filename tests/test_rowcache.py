@@ -104,7 +104,7 @@ def test_kept_rows_are_the_rows(
     assert second.report.dropped == 1
     assert second.report.changed > 1
     assert second.report.notes
-    assert isinstance(second.train._ids, np.memmap)
+    assert isinstance(second.train._ends, np.memmap)
     assert not said
 
 

@@ -208,7 +208,7 @@ def _rows(found: Inspection, keep: bool, show: int, say: Say) -> None:
 
 
 def _through_cache(found: Inspection, v: Voice, say: Say) -> bool:
-    """Map the rows that were kept, after reading and keeping them if need be. Raises NotKept.
+    """Open the rows that were kept, after reading and keeping them if need be. Raises NotKept.
 
     False where a data file cannot be opened: reading it will tell why.
     """

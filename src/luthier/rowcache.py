@@ -93,7 +93,7 @@ def entry(config: RunConfig, **voice: Any) -> Entry | None:
 
 
 def load(at: Entry, say: Say) -> tuple[Account, ExampleStore, ExampleStore] | None:
-    """(account, training rows, held-out rows), the rows mapped into memory; None where there are none, or not whole."""
+    """(account, training rows, held-out rows), the rows on disk; None where there are none, or not whole."""
     folder = at.path
     if not folder.is_dir():
         return None

@@ -1,4 +1,4 @@
-"""Encoded rows, kept compactly: about 5 bytes a token, in memory or in mapped files, in place of an object a row.
+"""Encoded rows, kept compactly: about 5 bytes a token, in memory or in files, in place of an object a row.
 
 train.ids         int32  [tokens]       token ids of all rows, one after another
 train.trained     uint8  [tokens]       1 where the token is a target of the loss
@@ -9,6 +9,9 @@ train.sources     int64  [rows, 2]      number of the file it came from, and its
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,11 +41,14 @@ class ExampleStore(Sequence[Example]):
 
     @classmethod
     def map(cls, folder: Path, name: str, files: Sequence[str]) -> ExampleStore:
-        """What a ``StoreWriter`` wrote; pages come from the disk when they are read. ``files``: its ``files``."""
+        """What a ``StoreWriter`` wrote; rows come from the disk when they are asked for. ``files``: its ``files``."""
         store = cls()
         for column, code in _COLUMNS.items():
             path = folder / f"{name}.{column}"
-            setattr(store, f"_{column}", np.memmap(path, code, "r") if path.stat().st_size else np.empty(0, code))
+            found: Any = np.empty(0, code)
+            if path.stat().st_size:
+                found = _Read(path, code) if column in ("ids", "trained") else np.memmap(path, code, "r")
+            setattr(store, f"_{column}", found)
         store._files = {file: i for i, file in enumerate(files)}
         return store
 
@@ -115,6 +121,22 @@ class ExampleStore(Sequence[Example]):
         """Supervised tokens of each row."""
         found: list[int] = self._supervised.tolist()
         return found
+
+
+class _Read:
+    """A column in a file: slices are read. Mapped, the 64 KB around every row would count as the process's memory."""
+
+    def __init__(self, path: Path, code: str) -> None:
+        self._type = np.dtype(code)
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
+        weakref.finalize(self, os.close, self._file)
+
+    def __getitem__(self, part: slice) -> Any:
+        size = self._type.itemsize
+        with self._lock:
+            os.lseek(self._file, int(part.start) * size, os.SEEK_SET)
+            return np.frombuffer(os.read(self._file, int(part.stop - part.start) * size), self._type)
 
 
 class NotKept(Exception):

@@ -19,7 +19,7 @@ from luthier.fused.layer import Heads, Kept, Layer, Stream
 from luthier.kernels import native
 from luthier.kernels.noise import Noise
 from luthier.kernels.segments import DeviceBatch
-from luthier.lora import LoraLinear
+from luthier.lora import LoraLinear, frozen_dtype
 from luthier.models.quant import QuantLinear
 
 LOGITS = 40_000_000  # elements of logits that exist at once
@@ -52,15 +52,15 @@ class FusedModel:
     """The compiled form of a model with its adapters attached. recompute: keep each layer's input only."""
 
     def __init__(self, model: Any, layers: Mapping[str, LoraLinear], noise: Noise, recompute: bool) -> None:
-        decoder = _suited(model, layers)
+        decoder, dtype = _suited(model, layers), frozen_dtype(model)
         try:
-            self.kernels: Any = native.kernels(model.dtype)
+            self.kernels: Any = native.kernels(dtype)
         except native.Unavailable as e:
             raise Unsuitable(str(e)) from None
         self.parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
         self.recompute, self._noise = recompute, noise
         self._decoder, self._head = decoder, model.get_output_embeddings()
-        self._scratch, self._arena = Scratch(model.dtype), Arena(model.dtype)
+        self._scratch, self._arena = Scratch(dtype), Arena(dtype)
         index = {id(layer): i for i, layer in enumerate(layers.values())}
         self.layers = [self._layer(block, index) for block in decoder.layers]
         trained = [i for i, layer in enumerate(self.layers) if any(g.parts for g in layer.groups())]
@@ -261,7 +261,7 @@ def _suited(model: Any, layers: Mapping[str, LoraLinear]) -> Any:
             "a layer that is not attention's input has a bias": any(_biased(b) for b in blocks),
             "widths must be multiples of 16": any(_uneven(b) for b in blocks),
             "quantised layers must compute in the model's own type": any(
-                isinstance(m, QuantLinear) and m.compute is not model.dtype for m in decoder.modules()
+                isinstance(m, QuantLinear) and m.compute is not frozen_dtype(model) for m in decoder.modules()
             ),
         }
     inside = {id(m) for m in decoder.modules()}
