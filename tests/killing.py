@@ -79,15 +79,21 @@ def _count(kill_at: int, log: int) -> Callable[[str, Path | None], None]:
     return moment
 
 
-def _watch(moment: Callable[[str, Path | None], None]) -> None:
+def _watch(moment: Callable[[str, Path | None], None], run: Path) -> None:
+    """Operations on the run's own files are moments; what else is written (a cache, once a machine) is not counted."""
+
+    def ours(path: object) -> bool:
+        return not Path(str(path)).is_absolute() or Path(str(path)).is_relative_to(run)
+
     for name in OPERATIONS:
         plain = getattr(os, name)
 
         def watched(*args: Any, plain: Any = plain, name: str = name, **kwargs: Any) -> Any:
             if name == "fsync":
                 path = Path(f"/proc/self/fd/{args[0]}").readlink()
-                moment(f"{name} {path}", path if stat.S_ISREG(os.fstat(args[0]).st_mode) else None)
-            else:
+                if ours(path):
+                    moment(f"{name} {path}", path if stat.S_ISREG(os.fstat(args[0]).st_mode) else None)
+            elif ours(args[0]):
                 moment(f"{name} {args[0]}", None)
             return plain(*args, **kwargs)
 
@@ -100,7 +106,8 @@ def _session(config: str, kill_at: int, log: int) -> None:
 
     made = configs.load(config)
     moment = _count(kill_at, log)
-    _watch(moment)
+    assert made.output_dir
+    _watch(moment, made.output_dir)
 
     def step(record: Any) -> None:
         assert made.output_dir
