@@ -203,6 +203,47 @@ def test_old_checkpoints_are_pruned_and_a_damaged_one_passed_over(model: Path, w
     assert adapter(run) == adapter(whole)
 
 
+def test_a_flipped_bit_anywhere_is_seen(model: Path, whole: Path, tmp_path: Path) -> None:
+    """In the tensors, and in the JSON beside them: every byte of it, one bit each."""
+    saved = checkpoint.steps(whole / "checkpoints")[-1]
+    checkpoint.read(saved)
+    copy = tmp_path / saved.name
+    shutil.copytree(saved, copy)
+    for name, stride in ((checkpoint.STATE, 1), (checkpoint.TENSORS, 20_011)):
+        raw = (copy / name).read_bytes()
+        for i in range(0, len(raw), stride):
+            damaged = bytearray(raw)
+            damaged[i] ^= 1 << (i % 7)
+            (copy / name).write_bytes(damaged)
+            if name == checkpoint.STATE and _says_the_same(raw, bytes(damaged)):
+                continue  # white space
+            with pytest.raises((ValueError, KeyError, TypeError, OSError)):
+                checkpoint.read(copy)
+        (copy / name).write_bytes(raw)
+    checkpoint.read(copy)
+
+
+def _says_the_same(a: bytes, b: bytes) -> bool:
+    try:
+        return bool(json.loads(a) == json.loads(b))
+    except ValueError:
+        return False
+
+
+def test_with_every_checkpoint_damaged_it_starts_again_and_says_so(model: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    made = config(model, run)
+    with pytest.raises(Stopped):
+        luthier.train(made, stop=stop_after(7))
+    for kept in checkpoint.steps(run / "checkpoints"):
+        (kept / checkpoint.STATE).write_text("[]")
+    said: list[str] = []
+    luthier.train(made, say=said.append)
+    assert sum("is damaged" in s for s in said) == 2
+    assert any("no checkpoint is whole, so the run starts again at its first step" in s for s in said)
+    assert adapter(run) == adapter(whole)
+
+
 def test_an_unfinished_run_with_other_settings_or_rows_is_refused(model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     rows = tmp_path / "rows.jsonl"
@@ -226,6 +267,7 @@ def test_another_machine_is_said(model: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(Stopped):
         luthier.train(made, stop=stop_after(4))
     here = checkpoint.machine()
+    assert {"luthier", "torch", "transformers", "tokenizers", "numpy", "cpu", "threads"} <= here.keys()
     monkeypatch.setattr(checkpoint, "machine", lambda: {**here, "threads": 64})
     said: list[str] = []
     luthier.train(made, say=said.append)

@@ -9,6 +9,7 @@ hundred of its rows. Embedding and head keep 16 bits.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -73,9 +74,14 @@ def load_quantised(
             native_tensors(shards, fit, dtype, [n for n in (aside, head) if n]), weights, wanted.how, say
         )
         tensors = _kept(tensors, kept, say) if kept else tensors
+    passed = 0
     for name, tensor in tensors:
         if name != aside:
             put(model, name, tensor.to(device))
+        passed += tensor.numel() * tensor.element_size()
+        if passed > _GROUP:
+            _give_back()
+            passed = 0
     if head:
         model.set_output_embeddings(NarrowHead.of(model.get_output_embeddings(), dtype))
     if aside:
@@ -85,7 +91,15 @@ def load_quantised(
         else:  # a pickle file, and no copy was kept
             rule = next(r for r in fit.rules.values() if aside in r.parts)
             put(model, aside, dict(rule.split(shards.read(rule.source), dtype))[aside].to(device))
+    _give_back()
     return finish(model, path, fit, device)
+
+
+def _give_back() -> None:
+    """Freed memory goes back to the system: 16-bit tensors passed through every worker's heap on the way."""
+    allocator = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(allocator, "malloc_trim"):  # glibc
+        allocator.malloc_trim(0)  # type: ignore[union-attr]
 
 
 def _swap(model: Any, wanted: FourOrEight) -> set[str]:

@@ -1,15 +1,17 @@
 """Checkpoints: everything that the rest of a run depends on, whole or absent.
 
     checkpoints/step-00000040/state.safetensors   A, B and the optimizer's moments of every adapter
-    checkpoints/step-00000040/state.json          progress, identity, machine, and the tensors' SHA-256
+    checkpoints/step-00000040/state.json          progress, identity, machine, the tensors' SHA-256, and its own
 
 Order of rows and dropout follow from (seed, step), so no generator's state is needed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from luthier import files
+from luthier import __version__, files
+from luthier.kernels import native
 from luthier.lora import LoraLinear
 from luthier.training.metrics import Progress
 from luthier.training.optim import Optimizer
@@ -47,13 +50,23 @@ class Checkpoint:
 def machine() -> dict[str, Any]:
     """What must be the same for the bits to be the same."""
     return {
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "cpu": platform.processor() or platform.machine(),
+        "luthier": __version__,
+        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+        "cpu": cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "kernels": native.identity(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def cpu_name() -> str:
+    """The processor's name; its kind alone where the system does not tell."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def write(
@@ -76,7 +89,7 @@ def write(
             "scaler": optimizer.scaler_state(),
             "sha256": files.sha256(temp / TENSORS),
         }
-        files.write_json(temp / STATE, state)
+        files.write_json(temp / STATE, {**state, "seal": _seal(state)})
     for old in steps(folder)[:-limit]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -88,7 +101,10 @@ def steps(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path, say: Say = lambda _: None) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are named and passed over. Half-written ones are deleted."""
+    """The newest checkpoint that is whole; damaged ones are named and passed over. Half-written ones are deleted.
+
+    None where there is no whole one: the run starts at its first step, which is said if there were damaged ones.
+    """
     if folder.is_dir():
         for leftover in folder.glob(".step-*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -96,13 +112,17 @@ def latest(folder: Path, say: Say = lambda _: None) -> Checkpoint | None:
         try:
             return read(path)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-            say(f"{path}: is damaged ({e}); using the one before it")
+            say(f"{path}: is damaged ({e}), so it is passed over")
+    if steps(folder):
+        say(f"{folder}: no checkpoint is whole, so the run starts again at its first step")
     return None
 
 
 def read(path: Path) -> Checkpoint:
     """Raises ValueError and the like where anything is not as it was written."""
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = dict(json.loads((path / STATE).read_text(encoding="utf-8")))
+    if state.pop("seal") != _seal(state):
+        raise ValueError(f"{STATE} is not as it was written")
     if files.sha256(path / TENSORS) != state["sha256"]:
         raise ValueError("its SHA-256 is not the recorded one")
     return Checkpoint(
@@ -113,6 +133,11 @@ def read(path: Path) -> Checkpoint:
         scaler=state["scaler"],
         tensors=load_file(path / TENSORS),
     )
+
+
+def _seal(state: Mapping[str, Any]) -> str:
+    """SHA-256 of everything else in ``state.json``, whose numbers survive JSON to the last bit."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def restore(found: Checkpoint, layers: Mapping[str, LoraLinear], optimizer: Optimizer) -> None:

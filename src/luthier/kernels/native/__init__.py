@@ -119,6 +119,14 @@ def _tools() -> tuple[str, Path]:
     return compiler, runtime
 
 
+def identity() -> str | None:
+    """What the compiled functions' last bits depend on; None where they cannot be had."""
+    try:
+        return _key(_tools()[0])
+    except Unavailable:
+        return None
+
+
 @lru_cache(1)
 def load() -> ctypes.CDLL:
     """The kernels, compiled at the first call on a machine (about 10 s). Raises Unavailable."""
