@@ -122,7 +122,7 @@ def test_the_modelfile(luthier: Run, tmp_path: Path) -> None:
     adapter = tuned(published.phi3(tmp_path / "base"), tmp_path / "marlow")
     done = luthier("export", adapter, "--to", "ollama", "--output-dir", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "proof: llama.cpp's greedy replies" in done.out and "run it: ollama create out -f" in done.out
+    assert "proof: llama.cpp's greedy replies" in done.out and "run it: ollama create marlow -f" in done.out
     text = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
     assert text.startswith("FROM ./marlow-f16.gguf\n") and (tmp_path / "out" / "marlow-f16.gguf").is_file()
     assert f'SYSTEM """{SYSTEM}"""\n' in text and 'PARAMETER stop "<|end|>"\n' in text

@@ -46,4 +46,5 @@ def run(
     if done.unproven:
         print(done.unproven)
     if to == "ollama":
-        print(f"run it: ollama create {done.path.name} -f {done.path / 'Modelfile'}")
+        name = next(f for f in done.files if f.endswith(".gguf")).rpartition("-")[0]
+        print(f"run it: ollama create {name} -f {done.path / 'Modelfile'}")
