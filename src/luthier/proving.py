@@ -65,8 +65,13 @@ class Closeness:
         return (
             f"logits of base+adapter against the merged model on {self.prompts} prompts ({self.tokens} tokens, fp32): "
             f"maximum difference {self.largest:.2g}, mean {self.mean:.2g} (the adapter itself changes them by "
-            f"{self.adapter:.2g} on average)"
+            f"{self.adapter:.2g} on average{self._lost()})"
         )
+
+    def _lost(self) -> str:
+        """What rounding swallowed of a change that is smaller than it."""
+        little = self.carried is not None and abs(self.carried - 1) > 0.1
+        return f", of which rounding leaves {self.carried:.0%}" if little else ""
 
 
 def chats(system: str | None) -> list[list[Message]]:
