@@ -28,6 +28,7 @@ from luthier.types import Example, RowRef
 
 _BATCHES = 20_000  # micro-batches looked through for the heaviest
 _OPTIMIZER_BYTES = {"adamw_torch": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2.1}  # a trainable parameter
+_KEPT = 120e6  # measured: what the allocator keeps for the compiled layers' next call, packed operands
 _RUNTIME = 120e6  # an allowance for thread pools, kernels' packing buffers and the allocator's own
 
 
@@ -122,7 +123,8 @@ def estimate(
     trainable = trainable_parameters(layers)
     heaviest = _heaviest(rows, train)
     supervised, vocabulary = sum(e.supervised for e in heaviest), embedding.weight.shape[0]
-    if train.fused and kernel == "auto" and size.compiled(model, layers, precision.dtype):
+    compiled = bool(train.fused) and kernel == "auto" and size.compiled(model, layers, precision.dtype)
+    if compiled:
         tokens = len(collate(heaviest, train.shared_prefix).input_ids)
         activations = size.kept(model, tokens, recompute, wide)
         logits = size.logits(vocabulary, supervised, wide)
@@ -138,6 +140,7 @@ def estimate(
         activations=activations,
         logits=logits,
         workspace=biggest * wide * (1 if how else 0)
+        + (_KEPT if compiled else 0)
         + (0 if tied or not how or wide == 2 else 8192 * 4 * head.weight.shape[1]),
         library=resident_now() + _RUNTIME,
         on_disk=narrow * embedding.weight.numel() if how and not tied else 0,
