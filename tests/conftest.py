@@ -89,10 +89,10 @@ def _own_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def make_model(arch: str, seed: int = 0) -> Any:
+def make_model(arch: str, seed: int = 0, **sizes: Any) -> Any:
     """A tiny random model in fp32; weights large enough that attention is not uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**_SIZE, **ARCHITECTURES[arch]}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**_SIZE, **ARCHITECTURES[arch], **sizes}))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:

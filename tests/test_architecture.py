@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "luthier"
 LINES_A_FILE, LINES_A_FUNCTION = 400, 80
 
 LAYERS: list[set[str]] = [
-    {"errors", "types", "files", "text_metrics", "yaml_text"},
+    {"errors", "types", "files", "processor", "text_metrics", "yaml_text"},
     {"config"},
     {"data", "templates", "personas", "recipes"},
     {"encode", "control", "store", "packing", "kernels"},

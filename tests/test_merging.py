@@ -87,6 +87,24 @@ def test_a_merge_with_another_update_is_refused_and_removed(
     assert tree(path, adapter) == before
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.0])
+def test_what_rounding_swallows_of_a_small_adapter_is_told_and_hides_no_fault(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Little training changes less than bfloat16's last bit: most of it is lost, and what is left is proven."""
+    path = published.yi(tmp_path / "yi")
+    adapter = tuned(path, tmp_path / "run", size=0.003)
+    right = merging.delta
+    monkeypatch.setattr(merging, "delta", lambda update: factor * right(update))
+    if factor == 1:
+        done = library.merge(adapter, tmp_path / "merged")
+        assert 0.01 < done.proof.left < 0.9
+        assert re.search(r"of which rounding leaves \d+%", done.proof.told())
+    else:
+        with pytest.raises(ModelError, match="is not the tuned one"):
+            library.merge(adapter, tmp_path / "merged")
+
+
 def test_a_file_that_does_not_read_back_is_refused(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,8 +33,7 @@ def collate(examples: Sequence[Example], share: bool = False) -> Batch:
     nodes = tree.nodes
     lengths = np.asarray([n.end - n.start for n in nodes])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    places = [_places(tree, tree.last[row], offsets) for row in range(len(examples))]
-    above = [np.concatenate([np.arange(offsets[c], offsets[c + 1]) for c in tree.chain(i)]) for i in range(len(nodes))]
+    above = [_places(tree, i, offsets) for i in range(len(nodes))]
     queries, inside = _rows([np.arange(a, b) for a, b in pairwise(offsets)])
     keys, _ = _rows(above)
     return Batch(
@@ -42,7 +41,7 @@ def collate(examples: Sequence[Example], share: bool = False) -> Batch:
         position_ids=np.concatenate([np.arange(n.start, n.end, dtype=np.int64) for n in nodes]),
         offsets=tuple(int(b) for b in offsets),
         parents=tuple(n.parent for n in nodes),
-        target_index=np.concatenate([p[e.trained[1:]] for e, p in zip(examples, places, strict=True)]),
+        target_index=np.concatenate([above[i][e.trained[1:]] for e, i in zip(examples, tree.last, strict=True)]),
         target_ids=np.concatenate([e.ids[1:][e.trained[1:]] for e in examples]),
         query_index=queries.reshape(-1),
         key_index=keys.reshape(-1),
@@ -53,7 +52,7 @@ def collate(examples: Sequence[Example], share: bool = False) -> Batch:
 
 
 def _places(tree: Tree, node: int, offsets: Ids) -> Ids:
-    """Where a row's tokens stand in the stream."""
+    """Where the tokens of a node and of those above it stand in the stream."""
     chain = tree.chain(node)
     return np.concatenate([np.arange(offsets[c], offsets[c + 1]) for c in chain]).astype(np.int64)
 

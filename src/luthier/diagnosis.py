@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from luthier import __version__
+from luthier import __version__, processor
 from luthier.config import LoraConfig, TrainConfig
 from luthier.lora import attach, resolve
 from luthier.models.load import pick_device, pick_dtype
@@ -43,7 +41,7 @@ def examine() -> dict[str, Any]:
         "system": platform.platform(),
         "packages": {name: _version(name) for name in CORE},
         "extras": {name: all(_version(p) for p in packages) for name, packages in EXTRAS.items()},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor.name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
@@ -65,16 +63,6 @@ def _smoke(device: torch.device) -> dict[str, Any]:
     except Exception as e:  # whatever is wrong with this machine is what the user asked for
         return {"ok": False, "error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"}
     return {"ok": True, "loss": done.losses[0], "seconds": round(time.perf_counter() - start, 2)}
-
-
-def _processor() -> str:
-    """The processor's name; its kind alone where the system does not tell."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from luthier import __version__, files
+from luthier import __version__, files, processor
 from luthier.batch import Plan
 from luthier.config import RunConfig, TrainConfig
 from luthier.errors import UserError
@@ -192,7 +191,7 @@ def rate(name: str, dtype: torch.dtype) -> float:
     facts = {
         "luthier": __version__,
         "torch": version("torch"),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": processor.name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

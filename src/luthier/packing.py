@@ -58,7 +58,7 @@ def prefix_tree(examples: Sequence[Example]) -> Tree:
     """Common beginnings of at least SHORTEST_SHARED tokens become nodes of their own."""
     rows = [e.ids[:-1] for e in examples]
     order = in_order(rows)
-    common = [0, *(_common(rows[a], rows[b]) for a, b in pairwise(order)), 0]
+    common = [0, *(common_prefix(rows[a], rows[b]) for a, b in pairwise(order)), 0]
     nodes: list[Node] = []
     last = [-1] * len(rows)
 
@@ -104,7 +104,7 @@ def in_order(rows: Sequence[Ids]) -> list[int]:
     return sorted(range(len(rows)), key=lambda i: (keys[i], i))
 
 
-def _common(a: Ids, b: Ids) -> int:
+def common_prefix(a: Ids, b: Ids) -> int:
     """How many first tokens two rows have in common."""
     size = min(len(a), len(b))
     differ = np.flatnonzero(a[:size] != b[:size])
@@ -120,7 +120,7 @@ def by_tokens(examples: Sequence[Example], budget: int, share: bool) -> list[lis
     order = in_order(rows) if share else sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     costs = [len(rows[i]) for i in order]
     for at in range(1, len(order) if share else 0):
-        common = _common(rows[order[at - 1]], rows[order[at]])
+        common = common_prefix(rows[order[at - 1]], rows[order[at]])
         costs[at] -= common if common >= SHORTEST_SHARED else 0
     fill = sum(costs) / -(-sum(costs) // budget)
     batches: list[list[int]] = []

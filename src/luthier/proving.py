@@ -5,13 +5,14 @@ Everything is asked of the same fixed prompts, written by the run's own template
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier import adapter as adapters
 from luthier.adapter import updates
@@ -49,8 +50,8 @@ class Closeness:
     """How far another model's logits are from the tuned model's on ``prompts`` fixed prompts, in fp32.
 
     largest, mean: absolute differences; size: the tuned logits' own standard deviation.
-    adapter:       what the adapter itself changes, on average.
-    carried:       how much of that change the other model shows (1: all of it); None where rounding hides it.
+    adapter:       what the adapter itself changes, on average. left: the share of it that rounding the sums leaves.
+    carried:       how much of what is left the other model shows (1: all of it); None where other rounding hides it.
     """
 
     prompts: int
@@ -59,6 +60,7 @@ class Closeness:
     mean: float
     size: float
     adapter: float
+    left: float
     carried: float | None
 
     def told(self) -> str:
@@ -70,8 +72,7 @@ class Closeness:
 
     def _lost(self) -> str:
         """What rounding swallowed of a change that is smaller than it."""
-        little = self.carried is not None and abs(self.carried - 1) > 0.1
-        return f", of which rounding leaves {self.carried:.0%}" if little else ""
+        return f", of which rounding leaves {self.left:.0%}" if self.left < 0.9 else ""
 
 
 def chats(system: str | None) -> list[list[Message]]:
@@ -110,22 +111,46 @@ def logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat([one[: len(row) - start] for one, row in zip(found, rows, strict=True)])
 
 
-def compare_merged(found: Located, voice: Voice, merged: Path) -> Closeness:
-    """The merged model, read from disk, against base and adapter. Raises ModelError where it cannot be read."""
+@contextmanager
+def summed(layers: Mapping[str, LoraLinear], kind: torch.dtype) -> Iterator[None]:
+    """Within the block each update is added to its base's weight as that is fetched, the sum rounded to ``kind``."""
+
+    def add(layer: LoraLinear) -> Callable[..., None]:
+        def hook(base: nn.Module, _: Any) -> None:
+            weight = base._parameters["weight"]
+            assert weight is not None
+            both = weight + layer.scaling * (layer.lora_B @ layer.lora_A)
+            base._parameters["weight"] = nn.Parameter(both.to(kind).float(), requires_grad=False)
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.callback(layer.base.register_forward_pre_hook(add(layer)).remove)
+        stack.enter_context(plain(layers))
+        yield
+
+
+def compare_merged(found: Located, voice: Voice, merged: Path, kind: torch.dtype) -> Closeness:
+    """The merged model, read from disk, against base and adapter, whose sums it stores in ``kind``.
+
+    Raises ModelError where it cannot be read.
+    """
     rows = prompt_ids(voice, found.system)[:_FOR_LOGITS]
     model, layers = tuned_model(found, voice)
     tuned = logits(model, rows)
     with plain(layers):
         base = logits(model, rows)
+    with summed(layers, kind):
+        rounded = logits(model, rows)
     config = read_config(merged)
-    return closeness(base, tuned, logits(streamed(config, reader(merged, config)), rows), len(rows))
+    return closeness(base, tuned, rounded, logits(streamed(config, reader(merged, config)), rows), len(rows))
 
 
-def closeness(base: Tensor, tuned: Tensor, other: Tensor, prompts: int) -> Closeness:
-    """All [tokens, vocabulary]."""
+def closeness(base: Tensor, tuned: Tensor, rounded: Tensor, other: Tensor, prompts: int) -> Closeness:
+    """All [tokens, vocabulary]. rounded: the tuned model's with its sums rounded as the other model stores them."""
     change, error = tuned - base, other - tuned
     effect = float(change.square().mean())
-    carried = float((change * (other - base)).mean()) / effect if effect > float(error.square().mean()) / 16 else None
     return Closeness(
         prompts=prompts,
         tokens=len(tuned),
@@ -133,8 +158,15 @@ def closeness(base: Tensor, tuned: Tensor, other: Tensor, prompts: int) -> Close
         mean=float(error.abs().mean()),
         size=float(tuned.std()),
         adapter=float(change.abs().mean()),
-        carried=carried,
+        left=float((change * (rounded - base)).mean()) / effect if effect else 1.0,
+        carried=_share(rounded - base, other - base),
     )
+
+
+def _share(change: Tensor, shown: Tensor) -> float | None:
+    """How much of ``change`` is in ``shown``; None where it drowns in what else is there."""
+    effect, noise = float(change.square().mean()), float((shown - change).square().mean())
+    return float((change * shown).mean()) / effect if effect > noise / 16 else None
 
 
 _FOR_LOGITS, _KEPT = 4, 64  # whole logits are kept of so many prompts, not of all of a long system prompt

@@ -19,6 +19,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from luthier.packing import common_prefix
 from luthier.types import Example, RowRef
 
 _COLUMNS = {"ids": "i", "trained": "B", "ends": "q", "supervised": "i", "sources": "q"}
@@ -112,9 +113,7 @@ class ExampleStore(Sequence[Example]):
         first = self[0].ids[:-1]
         size = len(first)
         for example in self[1:rows]:
-            ids = example.ids[: min(size, len(example) - 1)]
-            differ = np.flatnonzero(ids != first[: len(ids)])
-            size = int(differ[0]) if len(differ) else len(ids)
+            size = common_prefix(first[:size], example.ids[:-1])
         return size
 
     def supervised(self) -> list[int]:

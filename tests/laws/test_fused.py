@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,17 @@ import pytest
 import torch
 
 from luthier.batch import Packing, collate
-from luthier.config import TrainConfig
+from luthier.config import LoraConfig, TrainConfig
 from luthier.errors import ConfigError
-from luthier.fused import Unsuitable, fused, unsuitable
+from luthier.fused import Unsuitable, fused, size, unsuitable
 from luthier.kernels import native, noise
 from luthier.kernels.segments import to_device
+from luthier.lora import attach, resolve
 from luthier.models.forward import loss_sum, segment_attention
 from luthier.models.tokenizer import Tokenizer
 from luthier.packing import by_tokens, prefix_tree
 from luthier.training import loop
-from luthier.types import Example, RowRef
+from luthier.types import Batch, Example, RowRef
 
 from ..conftest import ARCHITECTURES, make_model
 from .helpers import distance, examples, fails, gradients, with_adapter, worst
@@ -41,15 +42,26 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+def taken(model: Any, layers: dict[str, Any], batch: Batch, kernel: str | None, recompute: bool = False) -> Result:
+    """Loss and gradients of one batch: by transformers' layers with an attention kernel, None: compiled."""
+    given = to_device(batch, "cpu")
+    if kernel is None:
+        with fused(model, layers, next(iter(layers.values())).noise, recompute) as found:
+            loss = found.loss_sum(given)
+            loss.backward()
+    else:
+        with segment_attention(model, kernel):
+            loss = loss_sum(model, given)
+            loss.backward()
+    return float(loss.detach()), gradients(layers)
+
+
 def plain(arch: str, rows: list[Example], share: bool = False, **lora: Any) -> Result:
     """The definition; with ``share`` on the same stream, so that dropout's masks are those of the other side."""
     model = make_model(arch).train()
     layers = with_adapter(model, **lora)
     set_noise(layers)
-    with segment_attention(model, "reference"):
-        loss = loss_sum(model, to_device(collate(rows, share), "cpu"))
-        loss.backward()
-    return float(loss.detach()), gradients(layers)
+    return taken(model, layers, collate(rows, share), "reference")
 
 
 def compiled(arch: str, rows: list[Example], share: bool, recompute: bool, step: int = 3, **lora: Any) -> Result:
@@ -57,14 +69,9 @@ def compiled(arch: str, rows: list[Example], share: bool, recompute: bool, step:
     layers = with_adapter(model, **lora)
     set_noise(layers, step)
     weights = {n: p.clone() for n, p in model.named_parameters()}
-    with fused(model, layers, next(iter(layers.values())).noise, recompute) as found:
-        for part in (rows[:2], rows):  # memory taken for little has to do for more
-            for layer in layers.values():
-                layer.lora_A.grad = layer.lora_B.grad = None
-            loss = found.loss_sum(to_device(collate(part, share), "cpu"))
-            loss.backward()
+    found = taken(model, layers, collate(rows, share), None, recompute)
     assert all(torch.equal(weights[n], p) and p.is_contiguous() for n, p in model.named_parameters())
-    return float(loss.detach()), gradients(layers)
+    return found
 
 
 def set_noise(layers: dict[str, Any], step: int = 3) -> None:
@@ -98,27 +105,56 @@ def test_the_law_sees_another_steps_mask(tokenizer: Tokenizer) -> None:
 @needs_compiler
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",), ("o_proj", "up_proj"), ("k_proj",)])
 def test_compiled_layers_equal_the_definition_on_some_modules(targets: tuple[str, ...], tokenizer: Tokenizer) -> None:
-    from luthier.config import LoraConfig
-    from luthier.lora import attach, resolve
-
     rows, results = examples(tokenizer, 4), []
-    for fast in (False, True):
+    for kernel in ("reference", None):
         model = make_model("llama").train()
         layers = attach(model, LoraConfig(r=3, use_rslora=True), resolve(model, targets), 1)
         torch.manual_seed(1)
         for layer in layers.values():
             torch.nn.init.normal_(layer.lora_B, 0, 0.1)
-        batch = to_device(collate(rows, fast), "cpu")
-        if fast:
-            with fused(model, layers, next(iter(layers.values())).noise, False) as found:
-                loss = found.loss_sum(batch)
-                loss.backward()
-        else:
-            with segment_attention(model, "reference"):
-                loss = loss_sum(model, batch)
-                loss.backward()
-        results.append((float(loss.detach()), gradients(layers)))
+        results.append(taken(model, layers, collate(rows, kernel is None), kernel))
     equal(results[1], results[0])
+
+
+@needs_compiler
+def test_memory_taken_for_a_small_batch_does_for_a_large_one(tokenizer: Tokenizer) -> None:
+    rows = examples(tokenizer, 8)
+    for recompute in (False, True):
+        model = make_model("llama").train()
+        layers = with_adapter(model)
+        with fused(model, layers, noise.Noise(), recompute) as found:
+            for part in (rows[:2], rows):
+                for layer in layers.values():
+                    layer.lora_A.grad = layer.lora_B.grad = None
+                loss = found.loss_sum(to_device(collate(part), "cpu"))
+                loss.backward()
+        equal((float(loss.detach()), gradients(layers)), plain("llama", rows))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("r", "heads"), [(400, 4), (4, 72)])
+def test_large_ranks_and_many_heads_over_one_key(r: int, heads: int, tokenizer: Tokenizer) -> None:
+    """Scratch memory has no size of its own: ranks of 1200 on one input, 72 query heads a key head."""
+    rows, results = examples(tokenizer, 3), []
+    sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": 1}
+    for kernel in ("reference", None):
+        model = make_model("llama", **sizes).train()
+        results.append(taken(model, with_adapter(model, r=r), collate(rows), kernel))
+    equal(results[1], results[0])
+
+
+@needs_compiler
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_they_keep_is_what_the_estimate_counts(recompute: bool, tokenizer: Tokenizer) -> None:
+    model = make_model("llama").train()
+    layers = with_adapter(model)
+    batch = to_device(collate(examples(tokenizer, 8)), "cpu")
+    with fused(model, layers, noise.Noise(), recompute) as found:
+        found.loss_sum(batch).backward()
+        held = found.bytes_held()
+    tokens, targets = batch.input_ids.shape[1], len(batch.target_ids)
+    counted = size.kept(model, tokens, recompute, 4) + size.logits(model.config.vocab_size, targets, 4)
+    assert counted == pytest.approx(held, rel=0.25)
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
@@ -129,10 +165,7 @@ def test_a_shared_prefix_equals_none(arch: str, kernel: str, tokenizer: Tokenize
     layers = with_adapter(model)
     batch = collate(rows, share=True)
     assert len(batch.input_ids) < len(collate(rows).input_ids) - 50
-    with segment_attention(model, kernel):
-        loss = loss_sum(model, to_device(batch, "cpu"))
-        loss.backward()
-    equal((float(loss.detach()), gradients(layers)), plain(arch, rows))
+    equal(taken(model, layers, batch, kernel), plain(arch, rows))
 
 
 def test_the_law_sees_a_prefix_whose_gradients_do_not_sum(tokenizer: Tokenizer) -> None:
@@ -140,19 +173,17 @@ def test_the_law_sees_a_prefix_whose_gradients_do_not_sum(tokenizer: Tokenizer) 
     expected = plain("llama", rows)
     model = make_model("llama").train()
     layers = with_adapter(model)
-    batch = to_device(collate(rows, share=True), "cpu")
-    inner = max(batch.segments.parents) + 1
+    batch = collate(rows, share=True)
+    inner = max(batch.parents) + 1
 
     def cut(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-        first = batch.segments.offsets[inner]
+        first = batch.offsets[inner]
         return torch.cat([output[:, :first].detach(), output[:, first:]], 1)
 
     for name in ("k_proj", "v_proj"):
         model.model.layers[1].self_attn.get_submodule(name).register_forward_hook(cut)
-    with segment_attention(model, "reference"):
-        loss = loss_sum(model, batch)
-        loss.backward()
-    assert fails(lambda: equal((float(loss.detach()), gradients(layers)), expected))
+    found = taken(model, layers, batch, "reference")
+    assert fails(lambda: equal(found, expected))
 
 
 SWITCHES = [
@@ -195,21 +226,11 @@ def test_bf16_stays_within_the_noise_of_bf16(tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer, 8)
     truth = plain("llama", rows)
     gaps = []
-    for fast in (False, True):
+    for kernel in ("reference", None):
         model = make_model("llama").to(torch.bfloat16).train()
-        layers = with_adapter(model)
-        batch = to_device(collate(rows), "cpu")
-        if fast:
-            with fused(model, layers, next(iter(layers.values())).noise, False) as found:
-                loss = found.loss_sum(batch)
-                loss.backward()
-        else:
-            with segment_attention(model, "reference"):
-                loss = loss_sum(model, batch)
-                loss.backward()
-        found_gradients = gradients(layers)
-        gaps.append(np.mean([distance(found_gradients[n], truth[1][n]) for n in truth[1]]))
-        assert float(loss.detach()) == pytest.approx(truth[0], rel=5e-3)
+        loss, found = taken(model, with_adapter(model), collate(rows), kernel)
+        gaps.append(np.mean([distance(found[n], truth[1][n]) for n in truth[1]]))
+        assert loss == pytest.approx(truth[0], rel=5e-3)
     assert gaps[1] < 1.2 * gaps[0]
 
 
@@ -301,5 +322,15 @@ def test_without_a_compiler_training_goes_on(monkeypatch: pytest.MonkeyPatch, to
         fused(model, layers, noise.Noise(), False).__enter__()
     said: list[str] = []
     loop.train(model, layers, examples(tokenizer, 2), TrainConfig(max_steps=1), loop.Session(say=said.append))
-    assert "g++" in said[0]
-    assert partial(loss_sum, model)
+    assert len(said) == 1 and "g++" in said[0]
+
+
+@needs_compiler
+def test_the_first_compilation_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = make_model("llama")
+    said: list[str] = []
+    loop.train(
+        model, with_adapter(model), examples(tokenizer, 2), TrainConfig(max_steps=1), loop.Session(say=said.append)
+    )
+    assert said == ["compiling the training step for this processor, once (about 10 s)"]

@@ -11,22 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from luthier import processor
 from luthier.bench.tuned import config
 from luthier.bench.workload import ACCUMULATION, BATCH
 from luthier.models.load import DTYPES, empty_model
 from luthier.preflight import inspect
-from luthier.types import Ids
 
 _TOKENS = 1024  # of one product
 _SECONDS = 0.25  # each shape is measured for
@@ -37,7 +35,7 @@ def facts() -> dict[str, Any]:
     capabilities = torch.cpu.get_capabilities()
     shown = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
     return {
-        "cpu": _cpu(),
+        "cpu": processor.name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": [name for name in shown if capabilities.get(name)],
@@ -52,11 +50,10 @@ def limit(model: Path, data: Path, dtype: str) -> dict[str, float]:
     if found.error:
         raise found.error
     assert found.voice
-    rows = [e.ids for e in found.train]
-    tokens, supervised = sum(map(len, rows)), sum(found.train.supervised())
-    shared = min(_same(rows[0], other) for other in rows)
-    steps = -(-len(rows) // (BATCH * ACCUMULATION))
-    once = tokens - shared * (len(rows) - steps)
+    rows = len(found.train)
+    tokens, supervised = sum(found.train.lengths()), sum(found.train.supervised())
+    steps = -(-rows // (BATCH * ACCUMULATION))
+    once = tokens - found.train.common(rows) * (rows - steps)
     net: Any = empty_model(found.voice.config)
     head = net.get_output_embeddings()
     shapes = Counter(
@@ -71,12 +68,6 @@ def limit(model: Path, data: Path, dtype: str) -> dict[str, float]:
     return {"tokens_per_s": round(tokens / seconds, 1), "flops": round(flops / seconds)}
 
 
-def _same(a: Ids, b: Ids) -> int:
-    """How many ids two rows begin with alike."""
-    n = min(len(a), len(b))
-    return int(np.argmin(np.append(a[:n] == b[:n], False)))
-
-
 def _per_position(inside: int, outside: int, dtype: torch.dtype) -> float:
     """Seconds that x W^T and dy W take for one position."""
     weight = torch.randn(outside, inside).to(dtype)
@@ -89,14 +80,6 @@ def _per_position(inside: int, outside: int, dtype: torch.dtype) -> float:
         torch.mm(dy, weight)
         best = min(best, time.perf_counter() - start)
     return best / _TOKENS
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _memory() -> int:

@@ -84,20 +84,21 @@ def tensor_name(native: str) -> str:
 
 def reordered(config: PretrainedConfig, native: str) -> Callable[[Tensor], Tensor]:
     """How a tensor's rows [heads * size, ...] are put in llama.cpp's order."""
-    part = re.search(r"\.([qk])_proj(\.|$)", native)
-    if not ARCHITECTURES[config.model_type].pairs or not part:
-        return lambda t: t
-    heads = config.num_attention_heads if part.group(1) == "q" else config.num_key_value_heads
-    return lambda t: t.reshape(heads, 2, -1, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
+    return _rows_turned(config, native, (2, -1))
 
 
 def restored(config: PretrainedConfig, native: str) -> Callable[[Tensor], Tensor]:
     """The way back from ``reordered``."""
+    return _rows_turned(config, native, (-1, 2))
+
+
+def _rows_turned(config: PretrainedConfig, native: str, split: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """Each head's rows, seen as ``split``, transposed: of queries and keys, where the architecture turns pairs."""
     part = re.search(r"\.([qk])_proj(\.|$)", native)
     if not ARCHITECTURES[config.model_type].pairs or not part:
         return lambda t: t
     heads = config.num_attention_heads if part.group(1) == "q" else config.num_key_value_heads
-    return lambda t: t.reshape(heads, -1, 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
+    return lambda t: t.reshape(heads, *split, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
 
 
 def head_size(config: PretrainedConfig) -> int:

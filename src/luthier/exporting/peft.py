@@ -39,4 +39,7 @@ def _prove(native: dict[str, Update], read: dict[str, Update], to: Path) -> None
                 continue
         elif not update.b.any():
             continue  # a module that was not trained, inside a fused one that was
-        raise AdapterError(f"{to}: {name} reads back as another update", "tell us: this is a fault of luthier's")
+        raise AdapterError(
+            f"{to}: {name} reads back as another update",
+            "tell us, with what luthier doctor prints: this is a fault of luthier's",
+        )

@@ -28,7 +28,7 @@ class Bump:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._block = mapped(0, dtype)
-        self._used = 0
+        self._used = self._reserved = 0
 
     @staticmethod
     def rounded(elements: int, dtype: torch.dtype) -> int:
@@ -37,7 +37,7 @@ class Bump:
 
     def reserve(self, elements: int) -> None:
         """Take everything back, and have room for so many elements."""
-        self._used = 0
+        self._used, self._reserved = 0, elements
         if self._block.numel() < elements:
             self._block = mapped(0, self._dtype)  # the old one goes before the new one comes
             self._block = mapped(int(elements * _SPARE), self._dtype)
@@ -51,6 +51,11 @@ class Bump:
 
     def reset(self) -> None:
         self._used = 0
+
+    @property
+    def reserved(self) -> int:
+        """Elements that were asked for last."""
+        return self._reserved
 
 
 class Arena:
@@ -70,6 +75,11 @@ class Arena:
         self.streams.reserve(streams)
         self.layers.reserve(layers)
         self.generation += 1
+
+    def bytes_held(self) -> int:
+        """Of the latest micro-batch: what its layers keep, and the scratch that is held, without what was spared."""
+        named = sum(t.numel() for t in self._named.values()) / _SPARE
+        return int((self.streams.reserved + self.layers.reserved + named) * self.dtype.itemsize)
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)

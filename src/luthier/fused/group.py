@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.fused.arena import Arena
 from luthier.kernels.noise import Noise, threshold
 from luthier.lora import LoraLinear
 from luthier.models.quant import BLOCK, QuantLinear, absolute_maxima, code_table
 
-_PAD = 32  # columns: a tile of bf16
+PAD = 32  # columns: a tile of bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +35,6 @@ class Part:
     index: int
 
 
-class Scratch:
-    """One buffer in which quantised weights are made floats, used by every group in turn."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._buffer = torch.empty(0, dtype=dtype)
-
-    def room(self, rows: int, columns: int) -> Tensor:
-        if self._buffer.numel() < rows * columns:
-            self._buffer = torch.empty(rows * columns, dtype=self.dtype)
-        return self._buffer[: rows * columns].view(rows, columns)
-
-
 class Group:
     """Stacked linear layers of one input width, in the order of their rows.
 
@@ -54,12 +42,12 @@ class Group:
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], kernels: Any, scratch: Scratch, noise: Noise, index: Mapping[int, int]
+        self, layers: Sequence[nn.Module], kernels: Any, arena: Arena, noise: Noise, index: Mapping[int, int]
     ) -> None:
         self.bases: list[Any] = [m.base if isinstance(m, LoraLinear) else m for m in layers]
         self.k = int(self.bases[0].in_features)
         self.n = sum(int(b.out_features) for b in self.bases)
-        self._kernels, self._scratch, self._noise = kernels, scratch, noise
+        self._kernels, self._arena, self._noise = kernels, arena, noise
         self.parts: list[Part] = []
         row = rank = 0
         for layer, base in zip(layers, self.bases, strict=True):
@@ -70,15 +58,15 @@ class Group:
                 rank += r
             row = rows.stop
         self.rank = rank
-        self.wide = -(-(self.k + rank) // _PAD) * _PAD if rank else self.k
+        self.wide = -(-(self.k + rank) // PAD) * PAD if rank else self.k
         self.quantised = any(isinstance(b, QuantLinear) for b in self.bases)
         self.a = torch.zeros(rank, self.k)
-        self._b = torch.zeros(self.n, self.wide - self.k, dtype=scratch.dtype)
+        self._b = torch.zeros(self.n, self.wide - self.k, dtype=arena.dtype)
         self.dropout = self.parts[0].layer.dropout if self.parts else 0.0
         keep = 1 / (1 - self.dropout)
         scales = [torch.full((p.layer.lora_A.shape[0],), p.layer.scaling * keep) for p in self.parts]
         self.factor = torch.cat(scales) if scales else torch.zeros(0)
-        self.bias = self._stacked_bias(scratch.dtype)
+        self.bias = self._stacked_bias(arena.dtype)
         self._weight = None if self.quantised else self._resident()
 
     def _stacked_bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -95,7 +83,7 @@ class Group:
 
     def _resident(self) -> Tensor:
         """The frozen weights moved into [W | B]; the layers keep views of it."""
-        weight = torch.zeros(self.n, self.wide, dtype=self._scratch.dtype)
+        weight = torch.zeros(self.n, self.wide, dtype=self._arena.dtype)
         for base, rows in self._slices():
             weight[rows, : self.k] = base.weight.detach()
             base.weight.data = weight[rows, : self.k]
@@ -120,7 +108,7 @@ class Group:
         """[W | B], [n, wide]; of quantised layers only until the next call of any group's."""
         if self._weight is not None:
             return self._weight
-        found = self._scratch.room(self.n, self.wide)
+        found = self._arena.scratch("weight", self.n, self.wide)
         for base, rows in self._slices():
             self._floats(base, found[rows])
         found[:, self.k :] = self._b

@@ -22,7 +22,7 @@ from luthier.fused.group import Group
 class Stream:
     """A flat batch as the kernels want it. All index tensors int64 on the host.
 
-    rows:  the positions whose output is wanted of the last layer [U], in order; query_offsets: theirs by segment.
+    rows:   the positions whose output is wanted of the last layer [U], in order; row_offsets: theirs by segment.
     shared: how many rows of the stream, the first ones, are seen by other segments.
     """
 
@@ -33,9 +33,6 @@ class Stream:
     sin: Tensor
     rows: Tensor
     row_offsets: Tensor
-
-    def __len__(self) -> int:
-        return int(self.cos.shape[0])
 
 
 @dataclass(frozen=True, slots=True)

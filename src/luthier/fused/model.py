@@ -1,6 +1,6 @@
 """A whole model's loss and the gradients of its adapters, layer by layer, without autograd inside.
 
-``prepare`` says why where a model cannot be trained so; the general path (transformers' own layers) then serves.
+``fused`` raises Unsuitable, with the reason, where a model cannot be trained so; transformers' own layers then serve.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.fused.arena import Arena, Bump
-from luthier.fused.group import Group, Scratch
+from luthier.fused.group import Group
 from luthier.fused.layer import Heads, Kept, Layer, Stream
 from luthier.kernels import native
 from luthier.kernels.noise import Noise
@@ -60,7 +60,7 @@ class FusedModel:
         self.parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
         self.recompute, self._noise = recompute, noise
         self._decoder, self._head = decoder, model.get_output_embeddings()
-        self._scratch, self._arena = Scratch(dtype), Arena(dtype)
+        self._arena = Arena(dtype)
         index = {id(layer): i for i, layer in enumerate(layers.values())}
         self.layers = [self._layer(block, index) for block in decoder.layers]
         trained = [i for i, layer in enumerate(self.layers) if any(g.parts for g in layer.groups())]
@@ -73,7 +73,7 @@ class FusedModel:
         gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
 
         def group(modules: list[Any]) -> Group:
-            return Group(modules, self.kernels, self._scratch, self._noise, index)
+            return Group(modules, self.kernels, self._arena, self._noise, index)
 
         dim = int(attention.head_dim)
         window = _window(block, config)
@@ -96,6 +96,10 @@ class FusedModel:
         for layer in self.layers:
             for group in layer.groups():
                 group.release()
+
+    def bytes_held(self) -> int:
+        """Memory of the latest micro-batch; logits included."""
+        return self._arena.bytes_held()
 
     def loss_sum(self, batch: DeviceBatch) -> Tensor:
         """[] fp32: cross-entropy summed over the batch's supervised tokens, with gradients for the adapters."""
@@ -159,10 +163,10 @@ class FusedModel:
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The head's weight in the model's type: whole, or so many rows at a time where it is stored in another."""
         weight = self._head.weight.detach()
-        size = len(weight) if weight.dtype is self._scratch.dtype else _BLOCK
+        size = len(weight) if weight.dtype is self._arena.dtype else _BLOCK
         for first in range(0, len(weight), size):
             rows = slice(first, min(first + size, len(weight)))
-            yield rows, weight[rows].to(self._scratch.dtype)
+            yield rows, weight[rows].to(self._arena.dtype)
 
     def _logits(self, h: Tensor) -> Tensor:
         found = self._arena.scratch("logits", len(h), len(self._head.weight))

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
+from luthier.fused.group import PAD
 from luthier.fused.model import LOGITS, unsuitable
 from luthier.kernels import native
 from luthier.lora import LoraLinear
-
-_PAD = 32
 
 
 def compiled(model: Any, layers: Mapping[str, LoraLinear], dtype: torch.dtype) -> bool:
@@ -49,6 +48,6 @@ def _sizes(block: Any) -> dict[str, int]:
 
     return {
         "qkv": sum(base(getattr(attention, n)).out_features for n in names),
-        "attended": base(attention.o_proj).in_features + _PAD,
+        "attended": base(attention.o_proj).in_features + PAD,
         "gate_up": sum(base(getattr(mlp, n)).out_features for n in gate_up),
     }

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from luthier import __version__, files
+from luthier import __version__, files, processor
 from luthier.kernels import native
 from luthier.lora import LoraLinear
 from luthier.training.metrics import Progress
@@ -52,21 +50,12 @@ def machine() -> dict[str, Any]:
     return {
         "luthier": __version__,
         **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
-        "cpu": cpu_name(),
+        "cpu": processor.name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "kernels": native.identity(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def cpu_name() -> str:
-    """The processor's name; its kind alone where the system does not tell."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def write(

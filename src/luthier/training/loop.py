@@ -25,7 +25,8 @@ from torch import Tensor
 from luthier.batch import Packing, Plan
 from luthier.config import TrainConfig
 from luthier.errors import ConfigError, TrainError
-from luthier.fused import Unsuitable, fused
+from luthier.fused import Unsuitable, fused, unsuitable
+from luthier.kernels import native
 from luthier.kernels.noise import Noise
 from luthier.kernels.segments import DeviceBatch, to_device
 from luthier.lora import LoraLinear, frozen_dtype
@@ -112,6 +113,8 @@ def losses(model: Any, layers: Mapping[str, LoraLinear], config: TrainConfig, se
     noise = next(iter(layers.values())).noise
     with ExitStack() as stack:
         if config.fused and session.attention == "auto":
+            if native.to_be_compiled() and not unsuitable(model, layers):
+                session.say("compiling the training step for this processor, once (about 10 s)")
             try:
                 compiled = stack.enter_context(fused(model, layers, noise, recompute))
             except Unsuitable as e:

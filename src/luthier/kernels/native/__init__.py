@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier import files
+from luthier import files, processor
 
 _SOURCES = ("rows.cpp", "attention.cpp", "loss.cpp", "weights.cpp")
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
@@ -127,12 +127,20 @@ def identity() -> str | None:
         return None
 
 
+def to_be_compiled() -> bool:
+    """Whether they can be had but were never compiled on this machine."""
+    try:
+        return not _place(_tools()[0]).exists()
+    except Unavailable:
+        return False
+
+
 @lru_cache(1)
 def load() -> ctypes.CDLL:
     """The kernels, compiled at the first call on a machine (about 10 s). Raises Unavailable."""
     compiler, runtime = _tools()
     ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # one pool of threads for torch and for us
-    path = files.cache_root() / "kernels" / f"luthier-{_key(compiler)}.so"
+    path = _place(compiler)
     if not path.exists():
         _build(compiler, path)
     _keep_freed_memory()
@@ -151,10 +159,16 @@ def _keep_freed_memory() -> None:
         allocator.mallopt(trim, 1 << 30)
 
 
+def _place(compiler: str) -> Path:
+    return files.cache_root() / "kernels" / f"luthier-{_key(compiler)}.so"
+
+
 def _key(compiler: str) -> str:
     """What the compiled file depends on: sources, flags, compiler, processor, torch."""
     here = Path(__file__).parent
-    digest = hashlib.sha256("\n".join([*_flags(), torch.__version__, platform.machine(), _processor()]).encode())
+    digest = hashlib.sha256(
+        "\n".join([*_flags(), torch.__version__, platform.machine(), processor.instructions()]).encode()
+    )
     for name in ("common.h", *_SOURCES):
         digest.update((here / name).read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
@@ -163,18 +177,8 @@ def _key(compiler: str) -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    wide = "avx512f" in _processor()
+    wide = "avx512f" in processor.instructions()
     return (*_FLAGS, "-mprefer-vector-width=512") if wide else _FLAGS
-
-
-@lru_cache(1)
-def _processor() -> str:
-    """The processor's instruction sets, as Linux lists them."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            return next((line for line in f if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return ""
 
 
 def _build(compiler: str, path: Path) -> None:

@@ -138,6 +138,7 @@ void attend_forward(const Segments& segments, const Queries& queries, const Shap
                 float* qs = mine.room(mine.q, m * a.dim);
                 float* s = mine.room(mine.s, m * wide);
                 float* o = mine.room(mine.o, m * a.dim);
+                float* sums = mine.room(mine.d, m);
                 gather(k + task.head * a.dim, ldk, rows, a.dim, vs, kt, wide);
                 gather(v + task.head * a.dim, ldk, rows, a.dim, vs, (float*)nullptr, 0);
                 const int64_t last = queries.offsets[task.segment + 1];
@@ -149,7 +150,6 @@ void attend_forward(const Segments& segments, const Queries& queries, const Shap
                     const int64_t most = limit(count - 1);
                     load_queries(q, ldq, i, count, a, task.head, a.scale, qs);
                     product(count * g, most, a.dim, qs, a.dim, 1, kt, wide, s, wide, false);
-                    float sums[QB * 64];
                     for (int64_t r = 0; r < count * g; r++) sums[r] = softmax(s + r * wide, a.first(limit(r / g)), limit(r / g), most);
                     product(count * g, a.dim, most, s, wide, 1, vs, a.dim, o, a.dim, false);
                     for (int64_t r = 0; r < count * g; r++) {

@@ -188,14 +188,13 @@ inline void lora_in(const Lora& l, const float* __restrict rows, int64_t k, floa
     }
 }
 
-// back[r] = factor * dz[r] @ a; grad_a[j] += factor[j] * sum over r of dz[r, j] * dropped[r]
-inline void lora_back(const Lora& l, const float* __restrict dz, const float* __restrict dropped, int64_t k,
+// back[r] = factor * dz[r] @ a; grad_a[j] += factor[j] * sum over r of dz[r, j] * dropped[r]; dz is scaled in place
+inline void lora_back(const Lora& l, float* __restrict dz, const float* __restrict dropped, int64_t k,
                       float* __restrict back, float* __restrict grad_a) {
-    float d[RB * 1024];
     for (int r = 0; r < RB; r++)
-        for (int64_t j = 0; j < l.rank; j++) d[r * l.rank + j] = l.factor[j] * dz[r * l.rank + j];
-    product(RB, k, l.rank, d, l.rank, 1, l.a, k, back, k, false);
-    product(l.rank, k, RB, d, 1, l.rank, dropped, k, grad_a, k, true);
+        for (int64_t j = 0; j < l.rank; j++) dz[r * l.rank + j] *= l.factor[j];
+    product(RB, k, l.rank, dz, l.rank, 1, l.a, k, back, k, false);
+    product(l.rank, k, RB, dz, 1, l.rank, dropped, k, grad_a, k, true);
 }
 
 // This thread's share of RB-row blocks; the same for the same thread count.
