@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic import Field
 
 from luthier import personas
@@ -18,6 +17,7 @@ from luthier.bench import __main__ as bench
 from luthier.bench import check, linear, machine, recipe, startup, tuned, workload
 from luthier.config import TrainConfig
 from luthier.errors import UserError
+from luthier.store import ExampleStore
 
 from .conftest import SHARED
 
@@ -104,12 +104,15 @@ def test_every_switch_of_training_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     assert f"{bench.OURS}, train.fused=false, dropout 0.1" in bench._variants(work, [0.1], True) or found == []
 
 
-def test_the_limit_counts_the_shared_prefix_once(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    rows = workload.write_rows(tmp_path / "rows.json", None, 20)
-    assert machine._same(torch.arange(5).numpy(), torch.tensor([0, 1, 9, 3]).numpy()) == 2
-    assert machine._same(torch.arange(5).numpy(), torch.arange(3).numpy()) == 3
-    found = machine.limit(model_dir("llama"), rows, "fp32")
-    assert found["flops"] > 1e6
+def test_the_limit_counts_the_shared_prefix_once(
+    model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = model_dir("llama"), workload.write_rows(tmp_path / "rows.json", None, 20)
+    assert machine.limit(model, rows, "fp32")["flops"] > 1e6
+    monkeypatch.setattr(machine, "_per_position", lambda *_: 1e-6)
+    counted = machine.limit(model, rows, "fp32")["tokens_per_s"]
+    monkeypatch.setattr(ExampleStore, "common", lambda *_: 0)
+    assert machine.limit(model, rows, "fp32")["tokens_per_s"] < counted
 
 
 def test_rows_are_the_first_of_a_file_or_the_personas_over_and_over(tmp_path: Path) -> None:

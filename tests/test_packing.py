@@ -1,0 +1,61 @@
+"""Which rows come together, against the plain definition of a common beginning."""
+
+from __future__ import annotations
+
+from itertools import pairwise, takewhile
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.packing import SHORTEST_SHARED, by_tokens, common_prefix, in_order, prefix_tree
+from luthier.types import Example, RowRef
+
+row = st.lists(st.integers(0, 2), min_size=2, max_size=40)
+rows = st.lists(row, min_size=1, max_size=12)
+
+
+def _alike(a: list[int], b: list[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _examples(rows: list[list[int]]) -> list[Example]:
+    where = RowRef("rows", 1)
+    return [Example(np.array(r, dtype=np.int32), np.ones(len(r), dtype=np.bool_), where) for r in rows]
+
+
+@given(row, row)
+def test_a_common_prefix_ends_at_the_first_difference(a: list[int], b: list[int]) -> None:
+    assert common_prefix(np.array(a), np.array(b)) == _alike(a, b)
+
+
+@given(rows)
+def test_the_order_is_that_of_the_tokens(given_rows: list[list[int]]) -> None:
+    order = in_order([np.array(r) for r in given_rows])
+    assert [given_rows[i] for i in order] == sorted(given_rows)
+
+
+@given(rows)
+def test_the_tree_holds_every_row_and_shares_what_neighbours_share(given_rows: list[list[int]]) -> None:
+    examples = _examples(given_rows)
+    tree = prefix_tree(examples)
+    for i, tokens in enumerate(given_rows):
+        parts = [tree.nodes[n] for n in tree.chain(tree.last[i])]
+        assert [t for p in parts for t in given_rows[p.row][p.start : p.end]] == tokens[:-1]
+    computed = sum(n.end - n.start for n in tree.nodes)
+    assert computed <= sum(len(r) - 1 for r in given_rows)
+    ordered = sorted(r[:-1] for r in given_rows)
+    shared = max((_alike(a, b) for a, b in pairwise(ordered)), default=0)
+    assert (computed < sum(len(r) - 1 for r in given_rows)) == (shared >= SHORTEST_SHARED)
+
+
+@given(rows, st.integers(1, 60))
+def test_micro_batches_hold_every_row_once_within_the_budget(given_rows: list[list[int]], budget: int) -> None:
+    for share in (True, False):
+        examples = _examples(given_rows)
+        batches = by_tokens(examples, budget, share)
+        assert sorted(i for b in batches for i in b) == list(range(len(given_rows)))
+        for batch in batches:
+            nodes = prefix_tree([examples[i] for i in batch]).nodes if share else []
+            computed = sum(n.end - n.start for n in nodes) if share else sum(len(given_rows[i]) - 1 for i in batch)
+            assert computed <= budget or len(batch) == 1
