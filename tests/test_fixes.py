@@ -57,6 +57,12 @@ CASES: dict[str, tuple[str, list[str], str, dict[str, str]]] = {
     "a stock adapter": (ROWS, ["chat", "{stock}", "--prompt", "a"], "does not say which base", {"BASE": "{model}"}),
     "an unknown model": (ROWS, ["pull", "smolm2-135m"], "model 'smolm2-135m' is unknown; known", {}),
     "a base model without a template": (ROWS, PLAIN, "no chat template", {}),
+    "attention that is not to be had here": (
+        ROWS,
+        [*TRAIN, "--output-dir", "{new}", "--set", "model.attn_implementation=varlen"],
+        "a GPU of compute capability 8.0 or newer, a 16-bit model.dtype and the package flash-attn",
+        {},
+    ),
     "memory that does not do": (ROWS, [*TRAIN, "--output-dir", "{new}"], "there is not enough memory", {}),
 }  # fmt: skip
 

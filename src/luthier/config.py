@@ -56,8 +56,8 @@ class ModelConfig(Section):
     rope_theta: float | None = Field(
         None, gt=0, description="rotary base in place of the published one (see GLM-4's -hf checkpoint)"
     )
-    attn_implementation: Literal["auto", "padded", "looped", "reference"] = Field(
-        "auto", description="how segments attend; reference is the plain definition"
+    attn_implementation: Literal["auto", "padded", "looped", "varlen", "reference"] = Field(
+        "auto", description="how segments attend; varlen needs flash-attn, reference is the plain definition"
     )
     load_in_4bit: bool = Field(False, description="store the frozen linear layers in 4 bits (QLoRA)")
     load_in_8bit: bool = Field(False, description="store the frozen linear layers in 8 bits")

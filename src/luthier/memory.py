@@ -106,6 +106,7 @@ def estimate(
     kernel: str = "auto",
 ) -> Memory:
     """The memory of one run. recompute: gradient checkpointing."""
+    kernel = "looped" if kernel == "varlen" else kernel  # keeps as much, and runs on the meta device
     model: Any = empty_model(config).to(precision.dtype)
     wide = precision.dtype.itemsize
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

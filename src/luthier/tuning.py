@@ -14,6 +14,7 @@ from luthier.config import RunConfig, differences
 from luthier.errors import ConfigError
 from luthier.estimating import Wanted
 from luthier.generate import Generator
+from luthier.kernels import attention
 from luthier.lora import LoraLinear, attach, trainable_parameters
 from luthier.memory import Rows
 from luthier.models.base import open_base, quantisation, training_dtype
@@ -130,6 +131,7 @@ def _prepare(config: RunConfig, found: Inspection, say: Say) -> tuple[Any, dict[
     )
     device = pick_device()
     dtype = training_dtype(config.model, device)
+    attention.check(config.model.attn_implementation, device, dtype)
     for note in found.model_notes():
         say(f"note: {note}")
     if instead := substitute(config.train.optim, device.type):

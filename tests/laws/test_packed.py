@@ -6,7 +6,9 @@ losses differ and a change in one row changes the next; with positions that run 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from luthier.batch import collate
+from luthier.kernels import attention as kernels
 from luthier.kernels.attention import KERNELS
 from luthier.kernels.segments import Segments, to_device
 from luthier.models.forward import segment_attention, token_losses
@@ -21,7 +24,14 @@ from luthier.models.tokenizer import Tokenizer
 from luthier.types import Batch, Example, RowRef
 
 from ..conftest import ARCHITECTURES, make_model
+from ..documented import flash_attn_varlen_func
 from .helpers import distance, examples, fails, padded_losses, with_adapter
+
+
+@pytest.fixture(autouse=True)
+def documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of FlashAttention's kernel, which needs a GPU: what its documentation says of each argument."""
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
 
 
 def losses(model: Any, batch: Batch, kernel: str = "auto") -> torch.Tensor:
@@ -121,3 +131,22 @@ def test_fast_attention_equals_its_definition_forward_and_backward(
     for expected, found in zip(*results, strict=True):
         assert found.shape == expected.shape
         assert distance(found, expected) < 1e-6  # scores are softmaxed in fp32 by definition
+
+
+@pytest.mark.parametrize("width", [8, kernels.VARLEN_WIDEST + 8])
+def test_flash_attention_is_taken_where_it_serves(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        called.append(1)
+        return flash_attn_varlen_func(*args, **kwargs)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=counted))
+    monkeypatch.setattr(kernels, "serves", lambda *_: True)
+    segments = stream([5, 9], 0)
+    inputs = [torch.randn(1, heads, 14, width) for heads in (6, 2, 2)]
+    found = KERNELS["auto"](*inputs, segments, 0.3)
+    assert distance(found, KERNELS["reference"](*inputs, segments, 0.3)) < 1e-6
+    assert bool(called) == (width <= kernels.VARLEN_WIDEST)
+    monkeypatch.undo()
+    assert not kernels.serves(torch.device("cpu"), torch.bfloat16)

@@ -2,7 +2,8 @@
 
 ``luthier_padded``    one padded row a segment, batched matrix products, fp32 softmax: fastest on short rows
 ``luthier_looped``    torch's scaled_dot_product_attention, one call a segment: no [S, L, L] scores, for long rows
-``luthier_auto``      padded up to AUTO_LONGEST tokens a segment, looped beyond
+``luthier_varlen``    FlashAttention's function for rows of any length, where the package ``flash-attn`` is installed
+``luthier_auto``      varlen where it can be had; else padded up to AUTO_LONGEST tokens a segment, looped beyond
 ``luthier_reference`` the definition
 
 They serve flat batches alone: ``models.forward.segment_attention`` puts a model's own attention back afterwards.
@@ -10,7 +11,9 @@ They serve flat batches alone: ``models.forward.segment_attention`` puts a model
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,10 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from luthier.errors import ConfigError
 from luthier.kernels import reference
 from luthier.kernels.segments import Segments
 
 AUTO_LONGEST = 512
+VARLEN_WIDEST = 256  # features of a head that FlashAttention 2 takes
+OLDEST_GPU = (8, 0)
 Kernel = Callable[..., Tensor]
 
 
@@ -96,8 +102,72 @@ def looped(
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """As ``reference.attention``, in one call. Its causal mask ends where the keys end, so a segment sees all above it.
+
+    Source: Dao, FlashAttention-2 (2023), and the documentation of ``flash_attn_varlen_func``.
+    """
+    from flash_attn import flash_attn_varlen_func
+
+    plan = segments.varlen
+    k, v = (x[0].transpose(0, 1) for x in (key, value))
+    if plan.keys is not None:
+        k, v = k.index_select(0, plan.keys), v.index_select(0, plan.keys)
+    out: Tensor = flash_attn_varlen_func(
+        query[0].transpose(0, 1),
+        k,
+        v,
+        *plan.starts,
+        *plan.longest,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        softcap=softcap or 0.0,
+        deterministic=True,  # else its gradients differ from run to run, and a resumed run from an uninterrupted one
+    )
+    return out[None]
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``varlen`` can be had: its package, a GPU that it knows, 16 bits."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device) >= OLDEST_GPU
+        and _installed()
+    )
+
+
+def check(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ConfigError where this way to attend cannot be had."""
+    if name == "varlen" and not serves(device, dtype):
+        raise ConfigError(
+            "model.attn_implementation: varlen needs a GPU of compute capability 8.0 or newer, a 16-bit model.dtype "
+            "and the package flash-attn",
+            "--set model.attn_implementation=auto",
+        )
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
 def auto(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *args: Any, **kwargs: Any) -> Tensor:
-    kernel = padded if max(segments.lengths) <= AUTO_LONGEST else looped
+    if query.shape[-1] <= VARLEN_WIDEST and serves(query.device, query.dtype):
+        kernel = varlen
+    else:
+        kernel = padded if max(segments.lengths) <= AUTO_LONGEST else looped
     return kernel(query, key, value, segments, *args, **kwargs)
 
 
@@ -130,7 +200,13 @@ def _adapter(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
     return forward
 
 
-KERNELS: dict[str, Kernel] = {"auto": auto, "padded": padded, "looped": looped, "reference": reference.attention}
+KERNELS: dict[str, Kernel] = {
+    "auto": auto,
+    "padded": padded,
+    "looped": looped,
+    "varlen": varlen,
+    "reference": reference.attention,
+}
 
 for _name, _kernel in KERNELS.items():
     AttentionInterface.register(f"luthier_{_name}", _adapter(_kernel))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -11,6 +14,18 @@ from luthier.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
+class Varlen:
+    """What variable-length attention asks for: each segment's queries, and one after the other all keys that it sees.
+
+    starts: [S + 1] int32, of queries and of keys. longest: the same. keys: [K] places in the stream; None: the stream.
+    """
+
+    starts: tuple[Tensor, Tensor]
+    longest: tuple[int, int]
+    keys: Tensor | None
+
+
+@dataclass(frozen=True)
 class Segments:
     """Boundaries and parents of a flat stream (host integers), and the gathers to and from a padded row a segment."""
 
@@ -22,7 +37,7 @@ class Segments:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return tuple(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+        return tuple(b - a for a, b in pairwise(self.offsets))
 
     def above(self, segment: int) -> tuple[int, ...]:
         """The segments that this one sees besides itself, from the top."""
@@ -40,6 +55,21 @@ class Segments:
         for parent in self.parents:
             found.append(found[parent] + sizes[parent] if parent >= 0 else 0)
         return tuple(found)
+
+    @cached_property
+    def varlen(self) -> Varlen:
+        """Made once a batch, used by every layer."""
+        device, own = self.query_index.device, self.lengths
+        seen = [before + size for before, size in zip(self.before(), own, strict=True)]
+
+        def starts(sizes: Sequence[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True)
+
+        keys = None
+        if any(parent >= 0 for parent in self.parents):
+            rows = self.key_index.view(len(own), -1)
+            keys = torch.cat([row[:size] for row, size in zip(rows, seen, strict=True)])
+        return Varlen((starts(own), starts(seen)), (max(own), max(seen)), keys)
 
 
 @dataclass(frozen=True, slots=True)
