@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 import luthier as library
 from luthier import config as configs
@@ -92,6 +93,21 @@ def test_what_two_layers_tell_of_many_is_what_many_keep(recompute: bool, model_d
     told = memory._count(model, rows, recompute, "padded")
     assert len(model.get_decoder().layers) == 7
     assert told == memory._counted(model, rows, recompute, "padded")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_models_of_experts_are_counted_in_every_type(kind: str) -> None:
+    """The meta device knows their products in bfloat16 alone."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, **sizes, num_key_value_heads=2, head_dim=16, moe_intermediate_size=32)
+    config.vocab_size = 640
+    targets = resolve(empty_model(config), None)
+    kept = [
+        estimate(config, targets, LoraConfig(), TrainConfig(), Rows.of_length(40, 4), Precision("", dtype), False)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert kept[0].activations == pytest.approx(2 * kept[1].activations, rel=0.1)
+    assert kept[0].base == 2 * kept[1].base
 
 
 def test_base_and_adapter_are_those_in_memory(model_dir: Callable[[str], Path]) -> None:

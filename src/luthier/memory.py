@@ -130,7 +130,13 @@ def estimate(
         activations = size.kept(model, tokens, recompute, wide)
         logits = size.logits(vocabulary, supervised, wide)
     else:
-        activations = _saved(model, heaviest, recompute, kernel, train.shared_prefix)
+        try:
+            activations = _saved(model, heaviest, recompute, kernel, train.shared_prefix)
+        except RuntimeError:
+            if model.dtype is torch.bfloat16:
+                raise
+            # the meta device knows products of experts in bfloat16 alone; what is kept is as many numbers
+            activations = _saved(model.bfloat16(), heaviest, recompute, kernel, train.shared_prefix) * wide / 2
         logits = float(supervised * vocabulary * (8 + wide))
     return Memory(
         base=stored + wide * others,
