@@ -205,3 +205,34 @@ def test_a_paged_optimizer_says_what_runs_here(model: Path, tmp_path: Path) -> N
 def test_settings_that_exclude_each_other(settings: dict[str, Any], words: str, model: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         configs.build({"model": {"path": model, **settings}, "data": {"train": personas.TEAHOUSE}})
+
+
+_READ = """
+import sys, threading, psutil, torch
+from pathlib import Path
+from luthier.models.families.base import Rule
+from luthier.models.shards import Shards
+
+shards, me = Shards.open(Path(sys.argv[1])), psutil.Process()
+before, most, done = me.memory_info().rss, [0], threading.Event()
+
+def watch():
+    while not done.wait(0.0005):
+        most[0] = max(most[0], me.memory_info().rss)
+
+watcher = threading.Thread(target=watch, daemon=True)
+watcher.start()
+head = Rule("head", ("head",), unit_rows=True)
+part = dict(head.split(shards.read("head"), torch.bfloat16, own=True))["head"]
+done.set(), watcher.join()
+assert torch.allclose(part[::999].float().norm(dim=1), torch.ones(1), atol=1e-2)
+print((most[0] - before) / (part.numel() * part.element_size()))
+"""
+
+
+def test_a_large_head_in_a_pickle_file_is_in_memory_once(tmp_path: Path) -> None:
+    """Baichuan2's: read and scaled to unit rows, neither the file's pages nor a second copy stay beside it."""
+    torch.save({"head": torch.randn(100_000, 1024, dtype=torch.bfloat16)}, tmp_path / "pytorch_model.bin")
+    done = subprocess.run([sys.executable, "-c", _READ, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.5

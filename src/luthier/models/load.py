@@ -145,7 +145,7 @@ def native_tensors(
         if rule := fit.rules.get(name):
             tensor = shards.read(name)
             kept = dtype is None or not set(rule.parts).isdisjoint(as_stored)
-            yield from rule.split(tensor, tensor.dtype if kept else dtype)  # type: ignore[arg-type]
+            yield from rule.split(tensor, tensor.dtype if kept else dtype, own=True)  # type: ignore[arg-type]
 
 
 def refuse_unfit(shards: Shards, fit: Fit) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 Shape = tuple[int, ...]
+_BLOCK = 16_000_000  # values read from a pickle file at a time
 _DAMAGE = (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
 _KINDS = (("model.safetensors.index.json", "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 
@@ -241,8 +242,13 @@ class _Bin:
         return {str(name): tuple(t.shape) for name, t in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        copy = self._tensors[name].clone(memory_format=torch.contiguous_format)
-        _forget_pages(self._tensors[name])
+        there = self._tensors[name]
+        copy = torch.empty(there.shape, dtype=there.dtype)
+        step = max(1, _BLOCK * len(there) // max(1, there.numel())) if there.dim() else 0
+        parts = zip(torch.split(there, step), torch.split(copy, step), strict=True) if step else [(there, copy)]
+        for part, to in parts:  # block by block, or file and copy would both be resident whole
+            to.copy_(part)
+            _forget_pages(part)
         return copy
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor:

@@ -41,10 +41,13 @@ class Rule:
 
         return Rule(name(self.source), tuple(map(name, self.parts)), self.rows, self.unit_rows)
 
-    def split(self, tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """[sum(rows), ...] -> each part's name and its tensor in ``dtype``, in memory of its own."""
+    def split(self, tensor: Tensor, dtype: torch.dtype, own: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """[sum(rows), ...] -> each part's name and its tensor in ``dtype``, in memory of its own.
+
+        own: ``tensor`` is nobody else's, and its memory may be a part's.
+        """
         if self.unit_rows:
-            unit = torch.empty_like(tensor, dtype=dtype)
+            unit = tensor if own and tensor.dtype is dtype else torch.empty_like(tensor, dtype=dtype)
             for start in range(0, len(tensor), _BLOCK):  # the whole in fp32 would be a spike of gigabytes
                 unit[start : start + _BLOCK] = F.normalize(tensor[start : start + _BLOCK].float(), dim=1)
             tensor = unit
