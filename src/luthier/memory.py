@@ -151,15 +151,15 @@ def estimate(
         + (0 if tied or not how or wide == 2 else 8192 * 4 * head.weight.shape[1]),
         library=resident_now() + _RUNTIME,
         on_disk=narrow * embedding.weight.numel() if how and not tied else 0,
-        largest_on_load=_on_load(biggest, embedding.weight.numel(), wide, how),
+        largest_on_load=_on_load(biggest, embedding.weight.numel(), wide, how, tied),
     )
 
 
-def _on_load(linear: int, ends: int, wide: int, how: Quantisation | None) -> float:
-    """The tensor in hand: as read and as converted; two workers quantise at once."""
+def _on_load(linear: int, ends: int, wide: int, how: Quantisation | None, tied: bool) -> float:
+    """The tensor in hand: as read and as converted; two workers quantise at once. Untied ends are not converted."""
     if how is None:
         return 2 * ends * wide if wide == 4 else ends * 2
-    return max(2 * linear * (2 * wide + 1), ends * (2 + wide))
+    return max(2 * linear * (2 * wide + 1), ends * (2 + wide if tied else 2))
 
 
 def resident_now() -> float:

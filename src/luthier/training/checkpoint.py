@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from luthier import __version__, files, processor
 from luthier.kernels import native
 from luthier.lora import LoraLinear
+from luthier.models.shards import write_safetensors
 from luthier.training.metrics import Progress
 from luthier.training.optim import Optimizer
 
@@ -68,9 +69,8 @@ def write(
 ) -> Path:
     """Write the checkpoint of ``progress.step``, then delete all but the newest ``limit``."""
     target = folder / f"step-{progress.step:08d}"
-    data = save(_tensors(layers, optimizer))
     with files.new_dir(target) as temp:
-        files.write_bytes(temp / TENSORS, data)
+        write_safetensors(temp / TENSORS, _tensors(layers, optimizer))
         state = {
             "progress": asdict(progress),
             "identity": dict(identity),
