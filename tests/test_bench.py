@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,33 @@ def test_cost_does_not_depend_on_the_files_size(smollm2: Path) -> None:
     print(json.dumps(found))
     assert found["tokens_per_s"] == pytest.approx(1, abs=0.1)
     assert found["peak_rss"] == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.parametrize("rows", [1, 4])
+def test_sixty_steps_take_no_longer_than_without_any_of_it(rows: int, smollm2: Path, tmp_path: Path) -> None:
+    """The whole command, its first time on a machine: nothing is compiled, encoded or calibrated yet."""
+    wanted = ["train.max_steps=60", f"train.per_device_train_batch_size={rows}", "train.gradient_accumulation_steps=1"]
+    seconds = {}
+    for name, settings in {
+        "with": [],
+        "without": [*tuned.switches(), "train.micro_batch_tokens=0", "data.cache=false"],
+    }.items():
+        command = [sys.executable, "-m", "luthier.cli.main", "train", "--model", str(smollm2), "--data", str(DATA)]
+        command += ["--output-dir", str(tmp_path / name), *(x for s in [*wanted, *settings] for x in ("--set", s))]
+        start = time.perf_counter()
+        done = subprocess.run(
+            command,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / f"cache-{name}")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seconds[name] = round(time.perf_counter() - start, 1)
+        assert done.returncode == 0, done.stderr
+    print(json.dumps({"rows": rows, **seconds}))
+    assert seconds["with"] <= seconds["without"]
 
 
 @pytest.mark.slow
