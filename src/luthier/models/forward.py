@@ -79,7 +79,7 @@ def prove_segments(model: Any, examples: Sequence[Example], kernel: str = "auto"
     Some architectures carry state from token to token (convolutions, recurrences) or attend in a way that no segment
     kernel knows; trained flat, they would learn from their neighbours. Raises ModelError for those.
     """
-    rows = [_short(examples[0]), _short(examples[min(1, len(examples) - 1)])]
+    rows = [short(examples[0]), short(examples[min(1, len(examples) - 1)])]
     other = replace(rows[0], ids=rows[0].ids[::-1].copy())  # up to its very last token
     one, two = (to_device(collate([first, rows[1]]), model.device) for first in (rows[0], other))
     alone = torch.from_numpy(rows[1].ids[:-1]).to(model.device)[None]
@@ -102,8 +102,8 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / (b - b.mean()).norm().clamp_min(1e-30))
 
 
-def _short(example: Example, tokens: int = 24) -> Example:
-    """The first tokens of a row, all but the first scored."""
+def short(example: Example, tokens: int = 24) -> Example:
+    """The beginning of a row, all but the first token scored."""
     size = min(tokens, len(example))
     return Example(example.ids[:size], np.arange(size) >= 1, example.source)
 

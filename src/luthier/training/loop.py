@@ -25,7 +25,7 @@ from torch import Tensor
 from luthier.batch import Packing, Plan
 from luthier.config import TrainConfig
 from luthier.errors import ConfigError, TrainError
-from luthier.fused import Unsuitable, fused, unsuitable
+from luthier.fused import Unsuitable, fused, prove, unsuitable
 from luthier.kernels import native
 from luthier.kernels.noise import Noise
 from luthier.kernels.segments import DeviceBatch, to_device
@@ -82,7 +82,7 @@ def train(
     before, start = done.seconds, time.perf_counter()
     model.train()
     try:
-        with losses(model, layers, config, session) as loss_of:
+        with losses(model, layers, examples, config, session) as loss_of:
             for step, batches in schedule.batches(examples, done.step, Packing.of(config)):
                 record = _step(loss_of, layers, optimizer, batches, step, schedule, config)
                 done.step = step + 1
@@ -104,8 +104,14 @@ def train(
 
 
 @contextmanager
-def losses(model: Any, layers: Mapping[str, LoraLinear], config: TrainConfig, session: Session) -> Iterator[LossOf]:
-    """How a batch becomes a loss here: by the compiled layers, or by transformers' own.
+def losses(
+    model: Any,
+    layers: Mapping[str, LoraLinear],
+    examples: Sequence[Example],
+    config: TrainConfig,
+    session: Session,
+) -> Iterator[LossOf]:
+    """How a batch becomes a loss here: by the compiled layers, proven on two rows, or by transformers' own.
 
     Raises ConfigError where ``train.fused`` is true and the compiled layers cannot be had.
     """
@@ -116,7 +122,10 @@ def losses(model: Any, layers: Mapping[str, LoraLinear], config: TrainConfig, se
             if native.to_be_compiled() and not unsuitable(model, layers):
                 session.say("compiling the training step for this processor, once (about 10 s)")
             try:
-                compiled = stack.enter_context(fused(model, layers, noise, recompute))
+                with ExitStack() as tried:
+                    compiled = tried.enter_context(fused(model, layers, noise, recompute))
+                    prove(compiled, model, layers, examples)
+                    stack.push(tried.pop_all())
             except Unsuitable as e:
                 if config.fused is True:
                     raise ConfigError(f"train.fused: {e}", "--set train.fused=auto") from None
