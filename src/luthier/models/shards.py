@@ -243,6 +243,7 @@ class _Bin:
 
     def read(self, name: str) -> Tensor:
         there = self._tensors[name]
+        _advise(there, "MADV_SEQUENTIAL")
         copy = torch.empty(there.shape, dtype=there.dtype)
         step = max(1, _BLOCK * len(there) // max(1, there.numel())) if there.dim() else 0
         parts = zip(torch.split(there, step), torch.split(copy, step), strict=True) if step else [(there, copy)]
@@ -252,17 +253,23 @@ class _Bin:
         return copy
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        _advise(self._tensors[name], "MADV_RANDOM")  # a few rows of a large file: nothing around them is wanted
         return torch.cat([self._tensors[name][i : i + 1] for i in rows])
 
 
 def _forget_pages(tensor: Tensor) -> None:
-    """Give a mapped tensor's pages back, or every page ever read would stay in resident memory. Linux only."""
+    """Give a mapped tensor's pages back, or every page ever read would stay in resident memory."""
+    _advise(tensor, "MADV_DONTNEED")  # on a private mapping of a file: the next read comes from the file again
+
+
+def _advise(tensor: Tensor, advice: str) -> None:
+    """Tell the system how the pages of a mapped tensor will be used. Linux only."""
     if sys.platform != "linux" or not tensor.is_contiguous():
         return
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
-    if end > start:  # MADV_DONTNEED on a private file mapping: the next read comes from the file again
+    if end > start:
         ctypes.CDLL(None, use_errno=True).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
+            ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, advice)
         )
