@@ -64,7 +64,7 @@ class FusedModel:
         index = {id(layer): i for i, layer in enumerate(layers.values())}
         self.layers = [self._layer(block, index) for block in decoder.layers]
         trained = [i for i, layer in enumerate(self.layers) if any(g.parts for g in layer.groups())]
-        self._first = trained[0]
+        self.first = trained[0]
 
     def _layer(self, block: Any, index: Mapping[int, int]) -> Layer:
         attention, mlp, config = block.self_attn, block.mlp, block.self_attn.config
@@ -122,7 +122,7 @@ class FusedModel:
             if self.recompute:
                 self._arena.layers.reset()
             x, saved = layer.forward(x, stream, i == len(self.layers) - 1)
-            if i >= self._first:
+            if i >= self.first:
                 kept.append(Kept(saved.x) if self.recompute else saved)
         loss, grad = self._loss(x, which if len(which) > len(rows) else None, batch.target_ids[order])
         return loss, State(stream, kept, grad, self._arena.generation)
@@ -187,10 +187,10 @@ class FusedModel:
         assert state.generation == self._arena.generation, "another micro-batch has been computed since"
         into: list[Tensor | None] = [None] * len(self.parameters)
         current: Tensor | None = grad * scale.to(grad.dtype)
-        for i in range(len(self.layers) - 1, self._first - 1, -1):
+        for i in range(len(self.layers) - 1, self.first - 1, -1):
             assert current is not None
             current = self.layers[i].backward(
-                current, kept.pop(), stream, i == len(self.layers) - 1, i > self._first, into
+                current, kept.pop(), stream, i == len(self.layers) - 1, i > self.first, into
             )
         return into
 
