@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from luthier.batch import collate
 from luthier.fused.model import FusedModel, Unsuitable
+from luthier.kernels import native
 from luthier.kernels.segments import to_device
 from luthier.lora import LoraLinear, frozen_dtype
 from luthier.models.forward import loss_sum, segment_attention, short
@@ -31,7 +32,7 @@ def prove(compiled: FusedModel, model: Any, layers: Mapping[str, LoraLinear], ex
     batch = to_device(collate(rows, share=True), model.device)
     parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
     loss_bound, gradient_bound = _BOUNDS[frozen_dtype(model)]
-    with segment_attention(model):
+    with native.returning_memory(), segment_attention(model):
         with torch.no_grad():
             found, expected = float(compiled.loss_sum(batch)), float(loss_sum(model, batch))
         if not abs(found - expected) <= loss_bound * abs(expected):
