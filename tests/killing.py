@@ -37,8 +37,9 @@ class Zygote:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def train(self, config: Path, kill_at: int = 0) -> Session:
-        """One session of the run that a YAML file describes, killed at its ``kill_at``-th moment (0: never)."""
+    def train(self, config: Path, kill_at: int | str = 0) -> Session:
+        """One session of the run that a YAML file describes, killed at its ``kill_at``-th moment (0: never), or at the
+        first one that has such a text in its name."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps([str(config), kill_at]) + "\n")
         self._process.stdin.flush()
@@ -63,7 +64,7 @@ def zygote() -> Iterator[Zygote]:
 # --- the process itself ---------------------------------------------------------------------------------------------
 
 
-def _count(kill_at: int, log: int) -> Callable[[str, Path | None], None]:
+def _count(kill_at: int | str, log: int) -> Callable[[str, Path | None], None]:
     """A function to call at every moment; kills this process at the one that was asked for."""
     seen = 0
 
@@ -71,7 +72,7 @@ def _count(kill_at: int, log: int) -> Callable[[str, Path | None], None]:
         nonlocal seen
         seen += 1
         os.pwrite(log, json.dumps({"moments": seen, "moment": name}).encode().ljust(4096), 0)
-        if seen == kill_at:
+        if seen == kill_at or (isinstance(kill_at, str) and kill_at in name):
             if half is not None:
                 os.truncate(half, half.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -100,7 +101,7 @@ def _watch(moment: Callable[[str, Path | None], None], run: Path) -> None:
         setattr(os, name, watched)
 
 
-def _session(config: str, kill_at: int, log: int) -> None:
+def _session(config: str, kill_at: int | str, log: int) -> None:
     import luthier
     from luthier import config as configs
 

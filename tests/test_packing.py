@@ -8,6 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from luthier.batch import Packing, collate
+from luthier.config import TrainConfig
 from luthier.packing import SHORTEST_SHARED, by_tokens, common_prefix, in_order, prefix_tree
 from luthier.types import Example, RowRef
 
@@ -21,7 +23,7 @@ def _alike(a: list[int], b: list[int]) -> int:
 
 def _examples(rows: list[list[int]]) -> list[Example]:
     where = RowRef("rows", 1)
-    return [Example(np.array(r, dtype=np.int32), np.ones(len(r), dtype=np.bool_), where) for r in rows]
+    return [Example(np.array(r, dtype=np.int32), np.arange(len(r)) > 0, where) for r in rows]
 
 
 @given(row, row)
@@ -42,6 +44,9 @@ def test_the_tree_holds_every_row_and_shares_what_neighbours_share(given_rows: l
     for i, tokens in enumerate(given_rows):
         parts = [tree.nodes[n] for n in tree.chain(tree.last[i])]
         assert [t for p in parts for t in given_rows[p.row][p.start : p.end]] == tokens[:-1]
+    assert all(n.parent < i for i, n in enumerate(tree.nodes))
+    kinds = [n.inner for n in tree.nodes]
+    assert kinds == sorted(kinds, reverse=True)
     computed = sum(n.end - n.start for n in tree.nodes)
     assert computed <= sum(len(r) - 1 for r in given_rows)
     ordered = sorted(r[:-1] for r in given_rows)
@@ -59,3 +64,18 @@ def test_micro_batches_hold_every_row_once_within_the_budget(given_rows: list[li
             nodes = prefix_tree([examples[i] for i in batch]).nodes if share else []
             computed = sum(n.end - n.start for n in nodes) if share else sum(len(given_rows[i]) - 1 for i in batch)
             assert computed <= budget or len(batch) == 1
+
+
+def test_a_deeper_tree_shares_more() -> None:
+    a, b = list(range(20)), list(range(100, 120))
+    rows = _examples([[*a, *b, 1, 9], [*a, *b, 2, 9], [*a, 3, 3, 9], [*a, *b, 1, 9]])
+    tree = prefix_tree(rows)
+    assert [(n.start, n.end, n.inner) for n in tree.nodes][:2] == [(0, 20, True), (20, 40, True)]
+    assert sum(n.end - n.start for n in tree.nodes) < 50
+    batch = collate(rows, share=True)
+    assert len(batch.target_index) == sum(e.supervised for e in rows)
+
+
+def test_what_the_settings_ask_for() -> None:
+    assert Packing.of(TrainConfig(micro_batch_tokens=0, shared_prefix=False)) == Packing(0, False)
+    assert Packing.of(TrainConfig()).share

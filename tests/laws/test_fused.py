@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from luthier import personas
-from luthier.batch import Packing, collate
+from luthier.batch import collate
 from luthier.config import LoraConfig, TrainConfig
 from luthier.errors import ConfigError
 from luthier.fused import FusedModel, Unsuitable, fused, size, unsuitable
@@ -30,10 +30,9 @@ from luthier.lora import attach, resolve
 from luthier.models.forward import loss_sum, segment_attention
 from luthier.models.load import load_weights
 from luthier.models.tokenizer import Tokenizer
-from luthier.packing import by_tokens, prefix_tree
 from luthier.preflight import inspect
 from luthier.training import loop
-from luthier.types import Batch, Example, RowRef
+from luthier.types import Batch, Example
 
 from ..conftest import ARCHITECTURES, make_model
 from .helpers import distance, examples, fails, gradients, with_adapter, worst
@@ -277,58 +276,6 @@ def test_twenty_steps_of_smollm2_in_bf16_stay_within_the_noise_of_three_seeds(sm
 
 
 # --- the pieces -------------------------------------------------------------------------------------------------------
-
-
-def row(*ids: int) -> Example:
-    return Example(np.asarray(ids), np.arange(len(ids)) > 0, RowRef("rows", 1))
-
-
-def rebuilt(rows: list[Example]) -> list[list[int]]:
-    tree = prefix_tree(rows)
-    return [
-        [int(t) for node in tree.chain(last) for n in [tree.nodes[node]] for t in rows[n.row].ids[n.start : n.end]]
-        for last in tree.last
-    ]
-
-
-def test_a_prefix_tree_holds_every_row() -> None:
-    generator = np.random.default_rng(0)
-    for _ in range(50):
-        common = [generator.integers(0, 3, generator.integers(0, 30)) for _ in range(3)]
-        rows = [
-            row(
-                *np.concatenate(
-                    [*common[: generator.integers(0, 4)], generator.integers(0, 3, generator.integers(2, 25))]
-                )
-            )
-            for _ in range(generator.integers(1, 12))
-        ]
-        assert rebuilt(rows) == [e.ids[:-1].tolist() for e in rows]
-        tree = prefix_tree(rows)
-        assert all(n.parent < i for i, n in enumerate(tree.nodes))
-        kinds = [n.inner for n in tree.nodes]
-        assert kinds == sorted(kinds, reverse=True)
-
-
-def test_a_deeper_tree_shares_more() -> None:
-    a, b = list(range(20)), list(range(100, 120))
-    rows = [row(*a, *b, 1, 9), row(*a, *b, 2, 9), row(*a, 3, 3, 9), row(*a, *b, 1, 9)]
-    tree = prefix_tree(rows)
-    assert [(n.start, n.end, n.inner) for n in tree.nodes][:2] == [(0, 20, True), (20, 40, True)]
-    assert sum(n.end - n.start for n in tree.nodes) < 50
-    batch = collate(rows, share=True)
-    assert len(batch.target_index) == sum(e.supervised for e in rows)
-
-
-def test_rows_are_cut_by_tokens_and_none_is_lost(tokenizer: Tokenizer) -> None:
-    rows = examples(tokenizer, 24)
-    for budget, share in itertools.product((60, 200, 5000), (False, True)):
-        cut = by_tokens(rows, budget, share)
-        assert sorted(i for micro in cut for i in micro) == list(range(24))
-        for micro in cut:
-            size = len(collate([rows[i] for i in micro], share).input_ids)
-            assert size <= budget or len(micro) == 1
-    assert Packing.of(TrainConfig(micro_batch_tokens=0, shared_prefix=False)) == Packing(0, False)
 
 
 def test_the_mask_is_the_definitions_whoever_makes_it() -> None:

@@ -127,11 +127,14 @@ def test_killed_ten_times_is_never_killed(model: Path, tmp_path: Path) -> None:
                 break
             moments.append(ended.moment)
             assert not (run / "summary.json").exists()
+        late = tmp_path / "late"
+        file = yaml(tmp_path, config(model, late))
+        assert "/.adapter." in sessions.train(file, "/.adapter.").moment
+        assert not sessions.train(file).killed
     assert len(moments) >= 10
     assert sum("/checkpoints/.step-" in m for m in moments) >= 3
     assert sum(m.startswith("step ") for m in moments) >= 3
-    assert any("/.adapter." in m for m in moments)
-    assert adapter(run) == adapter(tmp_path / "whole")
+    assert adapter(run) == adapter(late) == adapter(tmp_path / "whole")
     assert losses(run) == losses(tmp_path / "whole")
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     assert [x["loss"] for x in lines] == losses(run)
