@@ -18,27 +18,25 @@ from luthier.models.forward import loss_sum, segment_attention, short
 from luthier.types import Example
 
 # Of the loss, and of the gradients together (norm of the difference over the norm). In bf16 both sides round: measured
-# were up to 0.013 (30 layers) and 0.011 (two), in fp32 2e-6 and 7e-7; a fault in a kernel is of the order of 1.
+# was 0.011 of the gradients, in fp32 7e-7; a fault in a kernel is of the order of 1.
 _BOUNDS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 0.1)}
-_DEPTH = 2  # layers whose gradients are compared: all are computed by the same kernels
+_DEPTH = 2  # layers: all are computed by the same kernels, and a 7B model's in autograd would take gigabytes
 
 
 def prove(compiled: FusedModel, model: Any, layers: Mapping[str, LoraLinear], examples: Sequence[Example]) -> None:
-    """The loss of the beginnings of two rows, and its gradients in the first layers, both ways.
+    """Loss and gradients of the beginnings of two rows through the first layers that train, both ways.
 
     Raises Unsuitable where they differ.
     """
     rows = [short(examples[0]), short(examples[min(1, len(examples) - 1)])]
     batch = to_device(collate(rows, share=True), model.device)
     parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    with native.returning_memory(), segment_attention(model), _first_layers(compiled, model):
+        found, ours = _taken(compiled.loss_sum(batch), parameters)
+        expected, theirs = _taken(loss_sum(model, batch), parameters)
     loss_bound, gradient_bound = _BOUNDS[frozen_dtype(model)]
-    with native.returning_memory(), segment_attention(model):
-        with torch.no_grad():
-            found, expected = float(compiled.loss_sum(batch)), float(loss_sum(model, batch))
-        if not abs(found - expected) <= loss_bound * abs(expected):
-            raise Unsuitable(f"on this machine they come to the loss {found:.5g} where {expected:.5g} is right")
-        with _first_layers(compiled, model):
-            ours, theirs = (_gradients(loss, parameters) for loss in (compiled.loss_sum(batch), loss_sum(model, batch)))
+    if not abs(found - expected) <= loss_bound * abs(expected):
+        raise Unsuitable(f"on this machine they come to the loss {found:.5g} where {expected:.5g} is right")
     apart = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
     if not apart <= gradient_bound:
         raise Unsuitable(f"on this machine they come to gradients that are {apart:.2g} of their size away")
@@ -46,7 +44,7 @@ def prove(compiled: FusedModel, model: Any, layers: Mapping[str, LoraLinear], ex
 
 @contextmanager
 def _first_layers(compiled: FusedModel, model: Any) -> Iterator[None]:
-    """Within the block both are cut off after the first layers that train: autograd over all would take gigabytes."""
+    """Within the block both are cut off after the first layers that train."""
     decoder, depth = model.get_decoder(), compiled.first + _DEPTH
     whole = decoder.layers, compiled.layers
     decoder.layers, compiled.layers = whole[0][:depth], whole[1][:depth]
@@ -56,7 +54,7 @@ def _first_layers(compiled: FusedModel, model: Any) -> Iterator[None]:
         decoder.layers, compiled.layers = whole
 
 
-def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """[all of them]; none of layers that were cut off."""
+def _taken(loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[float, Tensor]:
+    """The loss, and its gradients as one vector; none of layers that were cut off."""
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cat([g.reshape(-1) for g in found if g is not None])
+    return float(loss.detach()), torch.cat([g.reshape(-1) for g in found if g is not None])
