@@ -21,7 +21,7 @@ from luthier.models.tokenizer import Tokenizer
 from luthier.training import loop
 from luthier.training.schedule import learning_rate
 
-from .conftest import make_model
+from .conftest import Result, make_model
 from .laws.helpers import examples
 
 FAST = TrainConfig(max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2)
@@ -185,3 +185,23 @@ def test_max_length_beyond_the_model_is_refused(config: RunConfig) -> None:
     found = luthier.check(long)
     assert found.error
     assert found.error.fix == "--set data.max_length=1024"
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_a_profile_is_a_trace_of_the_first_steps(
+    steps: int, model_dir: Callable[[str], Path], luthier: Callable[..., Result], tmp_path: Path
+) -> None:
+    command = ["train", "--model", model_dir("llama"), "--data", personas.TEAHOUSE, "--output-dir", tmp_path / "run"]
+    done = luthier(*command, "--profile", "--set", f"train.max_steps={steps}")
+    assert done.code == 0, done.err
+    file = tmp_path / "run" / "trace.json"
+    assert file.is_file() == (steps > 1)  # the first one warms up
+    assert ("trace.json (open it at chrome://tracing)" in done.out) == (steps > 1)
+    if steps > 1:
+        names = [e.get("name", "") for e in json.loads(file.read_text())["traceEvents"]]
+        assert sum(n.startswith("ProfilerStep#") for n in names) >= min(steps - 1, 3)
+        assert "aten::mm" in names
+    plain = luthier(*command[:-1], tmp_path / "plain", "--set", f"train.max_steps={steps}")
+    assert plain.code == 0 and not (tmp_path / "plain" / "trace.json").exists()
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "plain" / weights).read_bytes()

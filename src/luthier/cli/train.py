@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -21,14 +22,21 @@ def run(
     force: Annotated[
         bool, typer.Option("--force", help="Start also where memory will not do, by the estimate.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write RUN/trace.json: where the time of steps 2 to 4 goes.")
+    ] = False,
 ) -> None:
     """Train an adapter: check everything first, then learn, then write RUN/adapter."""
     wanted = config(model, data, output_dir, settings, rename, file, recipe)
     with importing():
+        from luthier.training.trace import traced
         from luthier.tuning import Stopped, train  # the api would bring the other verbs' imports too
 
     try:
-        with stopping() as stop, step_progress() as on_step:
+        with ExitStack() as stack:
+            stop, on_step = stack.enter_context(stopping()), stack.enter_context(step_progress())
+            if profile and wanted.output_dir:
+                on_step = stack.enter_context(traced(wanted.output_dir / "trace.json", on_step))
             summary = train(wanted, on_step, say, stop, force)
     except Stopped as e:
         say(f"{e}\n  to go on: run the same command again")
@@ -43,4 +51,6 @@ def run(
         f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
     )
     print(f"report:     {wanted.output_dir}/report.html")
+    if profile and (wanted.output_dir / "trace.json").is_file():
+        print(f"trace:      {wanted.output_dir}/trace.json (open it at chrome://tracing)")
     print(f"talk to it: luthier chat {wanted.output_dir}")

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,9 @@ SIGNATURES = {
 }
 
 
+_profiled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+
+
 class Unavailable(Exception):
     """Why the compiled kernels cannot be had here."""
 
@@ -70,12 +73,14 @@ class Kernels:
             function: Any = getattr(library, f"{name}_{_SUFFIX[dtype]}")
             function.restype = None
             function.argtypes = [_TYPES[letter] for letter in signature]
-            setattr(self, name, self._call(function))
+            setattr(self, name, self._call(name, function))
 
     @staticmethod
-    def _call(function: Any) -> Callable[..., None]:
+    def _call(name: str, function: Any) -> Callable[..., None]:
         def call(*arguments: Any) -> None:
-            function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+            seen = torch.profiler.record_function(f"luthier::{name}") if _profiled() else nullcontext()
+            with seen:
+                function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
         return call
 
