@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import luthier as library
 from luthier import config as configs
 from luthier import estimating, memory, personas
 from luthier.batch import collate
+from luthier.bench.workload import train_command
 from luthier.config import LoraConfig, TrainConfig
 from luthier.errors import UserError
 from luthier.kernels.segments import to_device
@@ -251,8 +251,7 @@ def test_the_peak_is_within_ten_per_cent(
         "model.load_in_4bit": str(kind == "nf4").lower(),
         "model.quantised_cache": "false",
     }
-    command = [sys.executable, "-m", "luthier.cli.main", "train", "--model", str(smollm2), "--data", str(huanhuan)]
-    command += ["--output-dir", str(tmp_path / "run"), *(x for k, v in settings.items() for x in ("--set", f"{k}={v}"))]
+    command = train_command(smollm2, huanhuan, tmp_path / "run", [f"{k}={v}" for k, v in settings.items()])
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     said = float(re.findall(r"estimate: ([\d.]+) GB", done.stderr)[0]) * 1e9
     peak = json.loads((tmp_path / "run" / "summary.json").read_text())["peak_rss_bytes"]

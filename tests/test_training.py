@@ -16,6 +16,7 @@ from luthier import config as configs
 from luthier import personas
 from luthier.config import LoraConfig, RunConfig, TrainConfig
 from luthier.errors import ConfigError, DataError, TrainError
+from luthier.kernels import native
 from luthier.lora import attach, resolve
 from luthier.models.tokenizer import Tokenizer
 from luthier.training import loop
@@ -201,7 +202,22 @@ def test_a_profile_is_a_trace_of_the_first_steps(
         names = [e.get("name", "") for e in json.loads(file.read_text())["traceEvents"]]
         assert sum(n.startswith("ProfilerStep#") for n in names) >= min(steps - 1, 3)
         assert "aten::mm" in names
+        assert ("luthier::norm_forward" in names) == (native.obstacle(torch.float32) is None)
     plain = luthier(*command[:-1], tmp_path / "plain", "--set", f"train.max_steps={steps}")
     assert plain.code == 0 and not (tmp_path / "plain" / "trace.json").exists()
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "plain" / weights).read_bytes()
+
+
+def test_a_profile_that_cannot_be_written_costs_the_profile_alone(
+    model_dir: Callable[[str], Path], luthier: Callable[..., Result], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (run / "trace.json").mkdir(parents=True)
+    command = ["train", "--model", model_dir("llama"), "--data", personas.TEAHOUSE, "--output-dir", run]
+    done = luthier(*command, "--profile", "--set", "train.max_steps=3")
+    assert done.code == 0, done.err
+    assert "trace.json could not be written" in done.err
+    assert "trace.json" not in done.out
+    assert (run / "adapter" / "luthier.json").is_file()
+    assert not list(run.glob(".trace*"))

@@ -13,12 +13,12 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from luthier.bench.workload import train_command
 from luthier.errors import UserError
 
 
@@ -40,8 +40,7 @@ def measure(model: Path, data: Path, repeats: int, settings: list[str]) -> dict[
 def _once(model: Path, data: Path, run: Path, system: str, settings: list[str]) -> tuple[float, float]:
     """(until the first step begins, until its line is printed). system: a prompt that no run had before is not kept."""
     wanted = [f"data.system={system}", "train.max_steps=1", "train.eval_time_ratio=0", *settings]
-    command = [sys.executable, "-m", "luthier.cli.main", "train", "--model", str(model), "--data", str(data)]
-    command += ["--output-dir", str(run), *(x for setting in wanted for x in ("--set", setting))]
+    command = train_command(model, data, run, wanted)
     cache = {**os.environ, "XDG_CACHE_HOME": str(run.parent / "cache"), "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     begun, lines = 0.0, []

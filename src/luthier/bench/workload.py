@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,3 +57,9 @@ def child(module: str, arguments: Sequence[object], threads: int | None = None) 
             f"luthier.bench.{module} ended with code {done.returncode} ({last[:300]})", "see its own output"
         )
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def train_command(model: Path, data: Path, run: Path, settings: Iterable[str]) -> list[str]:
+    """``luthier train`` as a user types it. settings: KEY=VALUE."""
+    command = [sys.executable, "-m", "luthier.cli.main", "train", "--model", str(model), "--data", str(data)]
+    return [*command, "--output-dir", str(run), *(x for setting in settings for x in ("--set", setting))]

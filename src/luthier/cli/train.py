@@ -36,7 +36,7 @@ def run(
         with ExitStack() as stack:
             stop, on_step = stack.enter_context(stopping()), stack.enter_context(step_progress())
             if profile and wanted.output_dir:
-                on_step = stack.enter_context(traced(wanted.output_dir / "trace.json", on_step))
+                on_step = stack.enter_context(traced(wanted.output_dir / "trace.json", on_step, say))
             summary = train(wanted, on_step, say, stop, force)
     except Stopped as e:
         say(f"{e}\n  to go on: run the same command again")

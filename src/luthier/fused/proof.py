@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from luthier.batch import collate
 from luthier.fused.model import FusedModel, Unsuitable
 from luthier.kernels import native
 from luthier.kernels.segments import to_device
-from luthier.lora import LoraLinear, frozen_dtype
+from luthier.lora import frozen_dtype
 from luthier.models.forward import loss_sum, segment_attention, short
 from luthier.types import Example
 
@@ -21,25 +21,25 @@ from luthier.types import Example
 # was 0.011 of the gradients, in fp32 7e-7; a fault in a kernel is of the order of 1.
 _BOUNDS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 0.1)}
 _DEPTH = 2  # layers: all are computed by the same kernels, and a 7B model's in autograd would take gigabytes
+_TELL = ": tell us, with what luthier doctor prints"
 
 
-def prove(compiled: FusedModel, model: Any, layers: Mapping[str, LoraLinear], examples: Sequence[Example]) -> None:
+def prove(compiled: FusedModel, model: Any, examples: Sequence[Example]) -> None:
     """Loss and gradients of the beginnings of two rows through the first layers that train, both ways.
 
     Raises Unsuitable where they differ.
     """
     rows = [short(examples[0]), short(examples[min(1, len(examples) - 1)])]
     batch = to_device(collate(rows, share=True), model.device)
-    parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
     with native.returning_memory(), segment_attention(model), _first_layers(compiled, model):
-        found, ours = _taken(compiled.loss_sum(batch), parameters)
-        expected, theirs = _taken(loss_sum(model, batch), parameters)
+        found, ours = _taken(compiled.loss_sum(batch), compiled.parameters)
+        expected, theirs = _taken(loss_sum(model, batch), compiled.parameters)
     loss_bound, gradient_bound = _BOUNDS[frozen_dtype(model)]
     if not abs(found - expected) <= loss_bound * abs(expected):
-        raise Unsuitable(f"on this machine they come to the loss {found:.5g} where {expected:.5g} is right")
+        raise Unsuitable(f"on this machine they come to the loss {found:.5g} where {expected:.5g} is right{_TELL}")
     apart = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
     if not apart <= gradient_bound:
-        raise Unsuitable(f"on this machine they come to gradients that are {apart:.2g} of their size away")
+        raise Unsuitable(f"on this machine they come to gradients that are {apart:.2g} of their size away{_TELL}")
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def losses(
             try:
                 with ExitStack() as tried:
                     compiled = tried.enter_context(fused(model, layers, noise, recompute))
-                    prove(compiled, model, layers, examples)
+                    prove(compiled, model, examples)
                     stack.push(tried.pop_all())
             except Unsuitable as e:
                 if config.fused is True:
