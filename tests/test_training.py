@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,3 +223,10 @@ def test_a_profile_that_cannot_be_written_costs_the_profile_alone(
     assert "trace.json" not in done.out
     assert (run / "adapter" / "luthier.json").is_file()
     assert not list(run.glob(".trace*"))
+
+
+def test_the_peak_is_the_processs_own_and_not_that_of_the_one_that_started_it() -> None:
+    child = "from luthier.training.metrics import peak_rss_bytes; x = b'x' * 100_000_000; print(peak_rss_bytes())"
+    code = "import subprocess, sys; x = b'x' * 800_000_000; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    done = subprocess.run([sys.executable, "-c", code, child], capture_output=True, text=True, check=True)
+    assert 1e8 < int(done.stdout) < 4e8

@@ -34,11 +34,12 @@ def test_a_million_rows_are_checked_in_under_a_gigabyte(smollm2: Path, tmp_path:
         for i in range(1_000_000):
             f.write(json.dumps({**rows[i % len(rows)], "index": i}, ensure_ascii=False) + "\n")
     code = (
-        "import json, resource, sys\n"
+        "import sys\n"
         "from luthier.cli.main import main\n"
+        "from luthier.training.metrics import peak_rss_bytes\n"
         "sys.argv = ['luthier', 'check', '--model', sys.argv[1], '--data', sys.argv[2], '--json']\n"
         "try: main()\n"
-        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)\n"
+        "finally: print(peak_rss_bytes(), file=sys.stderr)\n"
     )
     start = time.perf_counter()
     done = subprocess.run(

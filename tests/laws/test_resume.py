@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -338,8 +337,10 @@ def test_a_second_ctrl_c_stops_at_once(model: Path, tmp_path: Path) -> None:
 
 def interrupted_by_hand(argv: list[str], times: int) -> tuple[int, str]:
     """Exit code, and what was said after the first step, of a command that gets Ctrl-C there."""
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a script's background jobs are deaf to Ctrl-C
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as child:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's background jobs are born deaf to Ctrl-C
+    child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    with child:
         assert child.stderr
         said = ""
         for line in child.stderr:

@@ -28,11 +28,12 @@ from luthier.data import load
 from luthier.errors import UserError
 
 _CHECK = (
-    "import resource, sys\n"
+    "import sys\n"
     "from luthier.cli.main import main\n"
+    "from luthier.training.metrics import peak_rss_bytes\n"
     "sys.argv = ['luthier', 'check', '--json', '--model', sys.argv[1], '--data', sys.argv[2]]\n"
     "try: main()\n"
-    "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)\n"
+    "finally: print(peak_rss_bytes(), file=sys.stderr)\n"
 )
 _MAP = "import sys\nfrom luthier.bench.check import mapped\nprint(mapped(sys.argv[1], sys.argv[2], int(sys.argv[3])))\n"
 

@@ -87,6 +87,13 @@ def peak_rss_bytes() -> int:
     """The process's largest resident size so far; 0 where the system does not tell (Windows)."""
     if sys.platform == "win32":
         return 0
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith(
+            "VmHWM:"
+        ):  # Linux, whose ru_maxrss begins with the size of the program that started this one
+            return int(line.split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
