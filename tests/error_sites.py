@@ -6,6 +6,7 @@ Knows: the calls in ``src/luthier`` that make a text for the user, and, at run t
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).parent.parent / "src" / "luthier"
-_OTHERS = ("ValueError", "TypeError", "AttributeError", "ImportError", "IndexError", "_DuplicateKeyError")
+_OTHERS = {*dir(builtins), "_DuplicateKeyError"}  # whose texts reach the user within one of ours
 _AT = {"_cannot": 1, "add": 1}  # which argument is the text
 
 

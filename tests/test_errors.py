@@ -7,12 +7,14 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import luthier as library
 from luthier import adapter as adapters
@@ -24,7 +26,9 @@ from luthier.data.text import read_head
 from luthier.encode import Encoder
 from luthier.errors import AdapterError, ConfigError, DataError, MissingPackageError, ModelError, TrainError, UserError
 from luthier.hub import embedded
+from luthier.located import locate_adapter
 from luthier.lora import attach, resolve
+from luthier.merging import pending_updates
 from luthier.models.directory import fingerprint, read_config
 from luthier.models.load import empty_model, load_weights
 from luthier.models.tokenizer import Tokenizer
@@ -154,6 +158,26 @@ def test_adapters_of_another_shape(model: Path, tmp_path: Path) -> None:
     assert f"does not fit the base: {name}.lora_A is [3, 1], the base needs [2, 64]" in message
 
 
+def test_adapters_that_cannot_be_merged(model: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    assert f"{model}: holds no adapter" in refused(ConfigError, lambda: library.merge(model, output_dir=out))
+    train = {"max_steps": 1}
+    run = {"model": {"path": model}, "data": {"train": rows}, "train": train, "output_dir": tmp_path / "run"}
+    library.train(configs.build(run))
+    found = locate_adapter(tmp_path / "run")
+    voice, name = found.voice(), found.adapter.modules[0]
+
+    def message(adapter: adapters.Adapter) -> str:
+        return refused(AdapterError, lambda: pending_updates(replace(found, adapter=adapter), voice))
+
+    theirs = {n.replace("model.layers", "model.blocks"): t for n, t in found.adapter.tensors.items()}
+    other = replace(found.adapter, modules=(name.replace("model.layers", "model.blocks"),), tensors=theirs)
+    assert "which the base has no place for" in message(other)
+    key = f"base_model.model.{name}.lora_B.weight"
+    longer = {**found.adapter.tensors, key: torch.zeros(len(found.adapter.tensors[key]) + 1, 8)}
+    assert f"does not fit the base: {name} is [" in message(replace(found.adapter, tensors=longer))
+
+
 def test_weights_that_do_not_fit(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     save_file(
@@ -161,6 +185,23 @@ def test_weights_that_do_not_fit(model: Path) -> None:
     )
     message = refused(ModelError, lambda: load_weights(model, torch.float32, torch.device("cpu")))
     assert "the weights do not fit the model (missing: model.norm.weight)" in message
+
+
+def test_files_that_transformers_refuses(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = load_file(model / "model.safetensors")
+    (model / "generation_config.json").write_text('{"cache_implementation": "of their own"}')
+    message = refused(ModelError, lambda: load_weights(model, torch.float32, torch.device("cpu")))
+    assert "generation_config.json: cannot be read (" in message
+    (model / "generation_config.json").unlink()
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    def unread(*_: Any, **__: Any) -> None:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", unread)
+    message = refused(ModelError, lambda: load_weights(model, torch.float32, torch.device("cpu")))
+    assert f"{model}: the weights cannot be read (Input/output error)" in message
 
 
 def test_the_gate_refuses_a_gradient_that_is_not_finite(model: Path) -> None:
