@@ -16,6 +16,7 @@ import pytest
 import luthier
 from luthier import config as configs
 from luthier import personas
+from luthier.bench.check import checked
 
 from .conftest import SHARED
 
@@ -33,22 +34,7 @@ def test_a_million_rows_are_checked_in_under_a_gigabyte(smollm2: Path, tmp_path:
     with path.open("w", encoding="utf-8") as f:
         for i in range(1_000_000):
             f.write(json.dumps({**rows[i % len(rows)], "index": i}, ensure_ascii=False) + "\n")
-    code = (
-        "import sys\n"
-        "from luthier.cli.main import main\n"
-        "from luthier.training.metrics import peak_rss_bytes\n"
-        "sys.argv = ['luthier', 'check', '--model', sys.argv[1], '--data', sys.argv[2], '--json']\n"
-        "try: main()\n"
-        "finally: print(peak_rss_bytes(), file=sys.stderr)\n"
-    )
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(smollm2), str(path)], capture_output=True, text=True, check=False
-    )
-    seconds = time.perf_counter() - start
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    peak = int(done.stderr.strip().splitlines()[-1])
+    found, seconds, peak = checked(smollm2, path)
     print(json.dumps({"peak_rss_bytes": peak, "rows_per_s": round(1_000_000 / seconds)}))
     assert found["rows"] == {"read": 1_000_000, "kept": 1_000_000, "dropped": 0, "changed": found["rows"]["changed"]}
     assert found["notes"] == [{"note": "key 'index' is not used", "rows": 1_000_000}]

@@ -63,23 +63,27 @@ def mapped(model: str, file: str, count: int) -> float:
     return len(rows) / seconds
 
 
+def checked(model: Path, file: Path) -> tuple[dict[str, Any], float, int]:
+    """``luthier check --json``: its report, its seconds, its peak resident bytes. Raises UserError where it fails."""
+    start = time.perf_counter()
+    done = _python(_CHECK, model, file)
+    return json.loads(done.stdout), time.perf_counter() - start, int(done.stderr.split()[-1])
+
+
 def measure(model: Path, data: Path | None, rows: int, first: int, distinct: bool) -> dict[str, Any]:
     """Both, one after the other. Raises UserError where a side fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         write(file, data, rows, distinct)
         rate = float(_python(_MAP, model, file, first).stdout.split()[-1])
-        start = time.perf_counter()
-        done = _python(_CHECK, model, file)
-        seconds = time.perf_counter() - start
-    report = json.loads(done.stdout)
+        report, seconds, peak = checked(model, file)
     return {
         "rows": report["rows"],
         "distinct": distinct,
         "check_rows_per_s": round(rows / seconds, 1),
         "map_rows_per_s": round(rate, 1),
         "ratio": round(rows / seconds / rate, 2),
-        "peak_rss_bytes": int(done.stderr.split()[-1]),
+        "peak_rss_bytes": peak,
     }
 
 

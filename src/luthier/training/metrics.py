@@ -88,11 +88,10 @@ def peak_rss_bytes() -> int:
     if sys.platform == "win32":
         return 0
     status = Path("/proc/self/status")
+    # Linux's own count: its ru_maxrss begins with the size of the program that started this one
     lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else []
     for line in lines:
-        if line.startswith(
-            "VmHWM:"
-        ):  # Linux, whose ru_maxrss begins with the size of the program that started this one
+        if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     import resource
 
