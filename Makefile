@@ -36,11 +36,11 @@ test-all: $(VENV)/.dev model
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.dev model
-	$(BIN)/python -m luthier.bench --json runs/bench.json --markdown runs/bench.md $(BENCH)
+	$(BIN)/python benchmarks/bench.py --json runs/bench.json --markdown runs/bench.md $(BENCH)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -2,7 +2,7 @@
 
     python notebooks/make.py
 
-Every text is in texts.yaml; the code is the same in both languages. tests/test_notebooks.py runs all notebooks, and
+Every text is in texts.yaml; the code is the same in both languages. tests/project/test_notebooks.py runs all notebooks, and
 compares them with what is written here.
 """
 

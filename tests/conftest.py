@@ -18,20 +18,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier import config as configs
-from luthier import hub, personas, rowcache
+from luthier import hub, personas
 from luthier.config import RunConfig
+from luthier.data.formats import RowProblem
 from luthier.data.report import DataReport
-from luthier.data.rows import RowProblem
 from luthier.data.source import BadRow
+from luthier.encoding import row_cache
 from luthier.errors import UserError
-from luthier.models.tokenizer import Tokenizer, load_tokenizer
-
-from .error_sites import recorder
-from .hub_server import HubServer, repository, serving
+from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from tests.helpers.error_sites import recorder
+from tests.helpers.hub_server import HubServer, repository, serving
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
-TOKENIZER = Path(__file__).parent / "data" / "tokenizer"
+TOKENIZER = Path(__file__).parent / "fixtures" / "tokenizer"
 
 _SIZE: dict[str, Any] = {
     "vocab_size": 640,
@@ -85,7 +85,7 @@ def _own_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Encoded rows are kept apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         place = tmp_path_factory.mktemp("cache") / "rows"
-        patch.setattr(rowcache, "root", lambda: place)
+        patch.setattr(row_cache, "root", lambda: place)
         yield
 
 

@@ -15,59 +15,55 @@ __version__ = "0.1.0"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers imports its client
 
 if TYPE_CHECKING:
-    from luthier.api import (
-        Chat,
-        DemoResult,
-        Estimate,
-        Exported,
-        Merged,
-        Stopped,
-        chat,
-        check,
-        demo,
-        doctor,
-        estimate,
-        eval,  # noqa: A004
-        export,
-        init,
-        load_model,
-        merge,
-        pull,
-        serve,
-        train,
-    )
     from luthier.config import RunConfig, build, load
     from luthier.errors import UserError
-    from luthier.generate import Reply, Sampling
+    from luthier.exporting.formats import Exported
+    from luthier.exporting.merge import Merged
+    from luthier.inference.chat import Chat
+    from luthier.inference.generation import Reply, Sampling
+    from luthier.models.loader import load_model
     from luthier.recipes import recipe
+    from luthier.training.resources import Estimate
+    from luthier.verbs.chat import chat
+    from luthier.verbs.check import check
+    from luthier.verbs.demo import DemoResult, demo
+    from luthier.verbs.doctor import doctor
+    from luthier.verbs.estimate import estimate
+    from luthier.verbs.eval import eval  # noqa: A004
+    from luthier.verbs.export import export
+    from luthier.verbs.init import init
+    from luthier.verbs.merge import merge
+    from luthier.verbs.pull import pull
+    from luthier.verbs.serve import serve
+    from luthier.verbs.train import Stopped, train
 
 _EXPORTS = {
-    "Chat": "luthier.api",
-    "DemoResult": "luthier.api",
-    "Estimate": "luthier.api",
-    "Exported": "luthier.api",
-    "Merged": "luthier.api",
-    "Reply": "luthier.generate",
+    "Chat": "luthier.inference.chat",
+    "DemoResult": "luthier.verbs.demo",
+    "Estimate": "luthier.training.resources",
+    "Exported": "luthier.exporting.formats",
+    "Merged": "luthier.exporting.merge",
+    "Reply": "luthier.inference.generation",
     "RunConfig": "luthier.config",
-    "Sampling": "luthier.generate",
-    "Stopped": "luthier.tuning",
+    "Sampling": "luthier.inference.generation",
+    "Stopped": "luthier.verbs.train",
     "UserError": "luthier.errors",
     "build": "luthier.config",
-    "chat": "luthier.api",
-    "check": "luthier.api",
-    "demo": "luthier.api",
-    "doctor": "luthier.api",
-    "eval": "luthier.api",
-    "estimate": "luthier.api",
-    "export": "luthier.api",
-    "init": "luthier.api",
+    "chat": "luthier.verbs.chat",
+    "check": "luthier.verbs.check",
+    "demo": "luthier.verbs.demo",
+    "doctor": "luthier.verbs.doctor",
+    "estimate": "luthier.verbs.estimate",
+    "eval": "luthier.verbs.eval",
+    "export": "luthier.verbs.export",
+    "init": "luthier.verbs.init",
     "load": "luthier.config",
-    "load_model": "luthier.api",
-    "merge": "luthier.api",
-    "pull": "luthier.api",
+    "load_model": "luthier.models.loader",
+    "merge": "luthier.verbs.merge",
+    "pull": "luthier.verbs.pull",
     "recipe": "luthier.recipes",
-    "serve": "luthier.api",
-    "train": "luthier.tuning",
+    "serve": "luthier.verbs.serve",
+    "train": "luthier.verbs.train",
 }
 
 __all__ = [

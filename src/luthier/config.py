@@ -7,10 +7,12 @@ them one to one. Every mistake is reported at once, an unknown key with its near
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -24,7 +26,6 @@ from pydantic import (
 
 from luthier.errors import ConfigError, nearest
 from luthier.types import SystemRole, TooLong, TrainOn
-from luthier.yaml_text import parse_yaml
 
 
 def _one_or_many(value: Any) -> Any:
@@ -284,41 +285,6 @@ def read(path: Path) -> dict[str, Any]:
     return values
 
 
-def template(model: str, data: Sequence[str], output_dir: str) -> str:
-    """A commented ``run.yaml``: every key with its default and what it means."""
-    values = build({"model": {"path": model}, "data": {"train": list(data)}, "output_dir": output_dir}).dump()
-    lines = [
-        "# A run of luthier. Start it with: luthier train FILE",
-        "# Every setting is here; what you delete keeps its default.",
-    ]
-    section = None
-    for key in all_keys():
-        head, _, leaf = key.rpartition(".")
-        if head and head != section:
-            lines += ["", f"{head}:"]
-        elif not head:
-            lines.append("")
-        section = head
-        value: Any = values
-        for part in key.split("."):
-            value = value[part]
-        text = f"{'  ' if head else ''}{leaf}: {json.dumps(value, ensure_ascii=False)}"
-        lines.append(f"{text:44}  # {describe(key)}")
-    return "\n".join(lines) + "\n"
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """``train.seed: 1 -> 2`` for every key that differs."""
-    found: list[str] = []
-    for key in dict.fromkeys([*old, *new]):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return found
-
-
 _TEXTS = ("data.system",)
 _DRAWN = ("temperature", "top_p", "top_k")  # mean something where tokens are drawn
 # what other tools call them
@@ -389,3 +355,19 @@ def _example(key: str, got: Any) -> str:
     if field.is_required() or value in (None, "", ()):
         return ""
     return f", as --set {key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-4`` as text; everyone who types it means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number form
+    except (yaml.YAMLError, ValueError) as e:
+        raise ConfigError(f"{where}: is not YAML ({' '.join(str(e).split())})", "correct the text") from None

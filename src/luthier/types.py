@@ -7,13 +7,14 @@ A ``Span`` says which text the model *sees* and which it *writes*: the loss mask
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+Say = Callable[[str], None]  # told what a person should know
 Role = Literal["system", "user", "assistant"]
 TrainOn = Literal["all_replies", "last_reply"]
 SystemRole = Literal["template", "merge"]
@@ -176,4 +177,8 @@ class ChatTokenizer(Protocol):
 
     def token_id(self, text: str) -> int | None:
         """The id of ``text`` if it is exactly one token, else None."""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256 of everything that decides which ids a text gets."""
         ...

@@ -11,17 +11,15 @@ from functools import partial
 import pytest
 import torch
 
-from luthier.batch import collate
+from luthier.batching.collate import collate, to_device
 from luthier.config import TrainConfig
-from luthier.kernels.segments import to_device
-from luthier.models.forward import checkpointing, loss_sum, segment_attention
-from luthier.models.tokenizer import Tokenizer
+from luthier.models.tokenizer.tokenizer import Tokenizer
+from luthier.training.forward import checkpointing, loss_sum, segment_attention
 from luthier.training.loop import accumulate
-from luthier.training.optim import Optimizer
+from luthier.training.optimizer import Optimizer
 from luthier.types import Example
-
-from ..conftest import make_model
-from .helpers import examples, gradients, with_adapter, worst
+from tests.conftest import make_model
+from tests.helpers.rows import examples, gradients, with_adapter, worst
 
 
 def step(rows: list[Example], micro: int, recompute: bool = False) -> tuple[float, dict[str, torch.Tensor]]:

@@ -16,18 +16,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from luthier.batch import collate
+from luthier.batching.collate import collate, to_device
 from luthier.config import LoraConfig, TrainConfig
 from luthier.kernels import attention as kernels
-from luthier.kernels.segments import to_device
-from luthier.lora import attach, resolve
-from luthier.models.forward import checkpointing, loss_sum, segment_attention
-from luthier.models.tokenizer import Tokenizer
+from luthier.lora.layers import attach, resolve
+from luthier.models.tokenizer.tokenizer import Tokenizer
+from luthier.training.forward import checkpointing, loss_sum, segment_attention
 from luthier.training.loop import accumulate
-from luthier.training.optim import Optimizer
-
-from ..conftest import _SIZE, ARCHITECTURES
-from .helpers import examples
+from luthier.training.optimizer import Optimizer
+from tests.conftest import _SIZE, ARCHITECTURES
+from tests.helpers.rows import examples
 
 
 def step(

@@ -14,13 +14,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import luthier
-from luthier.adapter_layout import Update, to_native, to_original
+from luthier.adapters import directory as adapters
+from luthier.adapters.locate import locate_tuned
+from luthier.adapters.original_names import Update, to_native, to_original
 from luthier.config import LoraConfig
+from luthier.exporting.merge import LAYOUTS, merged_tensors, pending_updates
 from luthier.models.directory import family_of, read_config
-from luthier.models.load import checkpoint_tensors, load_weights
-from tests import published
-from tests.definitions import baichuan2_logits, glm4_logits
-from tests.published import PUBLISHED, read_tensors
+from luthier.models.loader import load_weights
+from tests.helpers import published
+from tests.helpers.definitions import baichuan2_logits, glm4_logits
+from tests.helpers.published import PUBLISHED, read_tensors
+from tests.helpers.rows import with_adapter
 
 IDS = torch.randint(0, 700, (2, 40), generator=torch.Generator().manual_seed(5))
 ORIGINAL = {"baichuan2": baichuan2_logits, "glm4": glm4_logits}
@@ -59,21 +63,41 @@ def test_every_container_holds_the_same_model(weights: Any, tmp_path: Path) -> N
     assert torch.equal(logits(path), logits(published.baichuan2(tmp_path / "plain", "safetensors")))
 
 
+def both_layouts(path: Path, folder: Path, with_updates: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What ``luthier merge`` writes in the native layout, and in the base's own."""
+    model = load_weights(path, torch.float32)
+    layers = with_adapter(model)
+    config = LoraConfig.model_validate({"r": 4, "lora_alpha": 8})
+    adapters.save_plain(folder, {n: Update(m.lora_A, m.lora_B, config) for n, m in layers.items()}, path)
+    tuned = locate_tuned(None, path, folder)
+    chat_format = tuned.chat_format()
+    pending = pending_updates(tuned, chat_format) if with_updates else {}
+    native, original = (dict(merged_tensors(tuned, chat_format, pending, layout)) for layout in LAYOUTS)
+    return native, original
+
+
 @pytest.mark.parametrize("name", ORIGINAL)
 def test_there_and_back_is_the_same_checkpoint(name: str, tmp_path: Path) -> None:
-    path = PUBLISHED[name](tmp_path)
-    native = dict(checkpoint_tensors(path, read_config(path)))
+    path = PUBLISHED[name](tmp_path / "base")
     before = read_tensors(path)
-    for rule in family_of(path).rules(read_config(path)):
-        after = rule.join(native)
-        if rule.unit_rows:  # rows up to their norm; bfloat16 keeps 8 bits
-            unit = before[rule.source].float() / before[rule.source].float().norm(dim=1, keepdim=True)
-            torch.testing.assert_close(after.float(), unit, rtol=2**-8, atol=1e-6)
-        else:
-            assert torch.equal(after, before[rule.source])
-    assert {r.source for r in family_of(path).rules(read_config(path))} == {
-        n for n in before if not n.endswith("inv_freq")
-    }
+    _, original = both_layouts(path, tmp_path / "adapter", with_updates=False)
+    assert set(original) == set(before)
+    assert all(torch.equal(original[n], before[n]) for n in before)
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_a_merged_checkpoint_is_the_same_model_in_both_layouts(name: str, tmp_path: Path) -> None:
+    path = PUBLISHED[name](tmp_path / "base")
+    native, original = both_layouts(path, tmp_path / "adapter", with_updates=True)
+    before, rules = read_tensors(path), family_of(path).rules(read_config(path))
+    assert {part for rule in rules for part in rule.parts} == set(native)
+    changed = 0
+    for rule in rules:
+        whole = original[rule.source]
+        changed += not torch.equal(whole, before[rule.source])
+        for part, tensor in rule.split(whole, whole.dtype):
+            assert torch.equal(tensor, native[part]), part
+    assert changed == len(family_of(path).modules(read_config(path)))
 
 
 @pytest.mark.parametrize("name", ORIGINAL)

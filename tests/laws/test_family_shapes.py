@@ -15,10 +15,10 @@ import pytest
 from torch import nn
 
 from luthier.config import LoraConfig
-from luthier.lora import attach, resolve, trainable_parameters
+from luthier.lora.layers import attach, resolve, trainable_parameters
 from luthier.models.directory import family_of, read_config
-from luthier.models.load import empty_model
-from tests.published import CONFIGS
+from luthier.models.native_model import empty_model
+from tests.helpers.published import CONFIGS
 
 RANK = 8
 # native model type, parameters, adapter's parameters on all linear layers

@@ -5,18 +5,25 @@ Shown able to fail: a random B makes the first part red, a scaling of 1 (alpha i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from luthier.adapters import directory as adapters
+from luthier.adapters.locate import locate_tuned
+from luthier.adapters.original_names import Update
 from luthier.config import LoraConfig
 from luthier.errors import ConfigError
-from luthier.lora import LoraLinear, attach, detach, resolve, trainable_parameters
-
-from ..conftest import ARCHITECTURES, make_model
-from .helpers import fails, with_adapter
+from luthier.exporting import merge
+from luthier.exporting.merge import merged_tensors, pending_updates
+from luthier.lora.layers import LoraLinear, attach, detach, resolve, trainable_parameters
+from luthier.models.loader import load_weights
+from tests.conftest import ARCHITECTURES, make_model
+from tests.helpers.rows import fails, with_adapter
 
 IDS = torch.arange(3, 40)[None]
 
@@ -45,21 +52,40 @@ def test_the_law_sees_a_b_that_is_not_zero() -> None:
     assert fails(lambda: unchanged_at_start(make_model("llama"), spoil=True))
 
 
-def merged_equals_unmerged(model: Any, layers: dict[str, LoraLinear]) -> None:
-    unmerged = logits(model)
-    detach(model, layers, merge=True)
-    assert not any(isinstance(m, LoraLinear) for m in model.modules())
-    assert float((logits(model) - unmerged).abs().max()) < 1e-4
+def merged_equals_unmerged(base: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensors that ``luthier merge`` writes compute what base and adapter compute; returns both logits."""
+    tuned = locate_tuned(None, base, adapter)
+    chat_format = tuned.chat_format()
+    plain, unmerged = load_weights(base, torch.float32), load_weights(base, torch.float32)
+    adapters.apply(unmerged, tuned.adapter)
+    merged = load_weights(base, torch.float32)
+    pending = pending_updates(tuned, chat_format)
+    merged.load_state_dict(dict(merged_tensors(tuned, chat_format, pending)), strict=False)
+    assert float((logits(merged) - logits(unmerged)).abs().max()) < 1e-4
+    return logits(plain), logits(merged)
+
+
+@pytest.fixture
+def saved(model_dir: Callable[[str], Path], tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+    """``saved("llama")``: a base model's directory and an adapter's for it, random and not zero."""
+
+    def save(arch: str) -> tuple[Path, Path]:
+        base = model_dir(arch)
+        model = load_weights(base, torch.float32)
+        targets, config = resolve(model, None), LoraConfig(r=4, lora_alpha=8)
+        layers = with_adapter(model)
+        updates = {n: Update(m.lora_A.detach(), m.lora_B.detach(), config) for n, m in layers.items()}
+        adapters.save_plain(tmp_path / arch, updates, base)
+        assert tuple(updates) == targets.modules
+        return base, tmp_path / arch
+
+    return save
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
-def test_merged_equals_unmerged_and_changed_something(arch: str) -> None:
-    model = make_model(arch)
-    plain = logits(model)
-    layers = with_adapter(model)
-    assert float((logits(model) - plain).abs().max()) > 0.1
-    merged_equals_unmerged(model, layers)
-    assert float((logits(model) - plain).abs().max()) > 0.1
+def test_merged_equals_unmerged_and_changed_something(arch: str, saved: Callable[[str], tuple[Path, Path]]) -> None:
+    plain, merged = merged_equals_unmerged(*saved(arch))
+    assert float((merged - plain).abs().max()) > 0.1
 
 
 def test_detach_gives_the_base_back() -> None:
@@ -69,17 +95,12 @@ def test_detach_gives_the_base_back() -> None:
     assert torch.equal(plain, logits(model))
 
 
-def test_the_law_sees_an_ignored_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model("llama")
-    layers = with_adapter(model)
-    merged = LoraLinear.merged
-
-    def ignoring(self: LoraLinear) -> nn.Linear:
-        self.scaling = 1.0
-        return merged(self)
-
-    monkeypatch.setattr(LoraLinear, "merged", ignoring)
-    assert fails(lambda: merged_equals_unmerged(model, layers))
+def test_the_law_sees_an_ignored_alpha(
+    saved: Callable[[str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = saved("llama")
+    monkeypatch.setattr(merge, "scaling", lambda _: 1.0)
+    assert fails(lambda: merged_equals_unmerged(base, adapter))
 
 
 def test_only_the_adapter_trains_and_the_head_is_left_alone() -> None:

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.batch import Plan, collate
-from luthier.models.tokenizer import Tokenizer
+from luthier.batching.collate import collate
+from luthier.batching.plan import Plan
+from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.types import Batch, Example
-
-from .helpers import examples, fails
+from tests.helpers.rows import examples, fails
 
 
 def visits(plan: Plan, epoch: int) -> Counter[int]:

@@ -15,17 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.batch import collate
+from luthier.batching.collate import Segments, collate, to_device
 from luthier.kernels import attention as kernels
 from luthier.kernels.attention import KERNELS
-from luthier.kernels.segments import Segments, to_device
-from luthier.models.forward import segment_attention, token_losses
-from luthier.models.tokenizer import Tokenizer
+from luthier.models.tokenizer.tokenizer import Tokenizer
+from luthier.training.forward import segment_attention, token_losses
 from luthier.types import Batch, Example, RowRef
-
-from ..conftest import ARCHITECTURES, make_model
-from ..documented import flash_attn_varlen_func
-from .helpers import distance, examples, fails, padded_losses, with_adapter
+from tests.conftest import ARCHITECTURES, make_model
+from tests.helpers.documented import flash_attn_varlen_func
+from tests.helpers.rows import distance, examples, fails, padded_losses, with_adapter
 
 
 @pytest.fixture(autouse=True)

@@ -6,29 +6,37 @@ generator does not know is refused; and without luthier's own proof the plain la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PretrainedConfig
 
-from luthier import data, personas
+import luthier
+from luthier import personas
+from luthier.config import DataConfig
 from luthier.data.report import DataReport
-from luthier.encode import Encoder
+from luthier.encoding.encoder import Encoder
 from luthier.errors import TemplateError
-from luthier.models.tokenizer import Tokenizer
-from luthier.preflight import voice
+from luthier.inference.generation import Generator, Reply
+from luthier.models.chat_format import ChatFormat, load_chat_format
+from luthier.models.tokenizer.tokenizer import Tokenizer
+from luthier.serving import app
+from luthier.serving.models import Served
+from luthier.serving.protocol import ChatRequest
 from luthier.templates import ChatML, Jinja, stop_ids
 from luthier.types import Conversation, Example, Message, RowRef
-
-from ..families import FORMS, gguf, speaks_to_all, tiny
-from .helpers import encoder, fails
+from tests.helpers.families import FORMS, gguf, speaks_to_all, tiny
+from tests.helpers.rows import encode, encoder, fails, load
 
 
 def law(encoder: Encoder, conversation: Conversation, example: Example) -> None:
-    """The definition, in terms of ids alone."""
+    """The definition, in terms of ids only: those that chat and serving send, and those that are trained."""
+    chat_format = ChatFormat(PretrainedConfig(), encoder.tokenizer, encoder.template, encoder.stop_ids)  # type: ignore[arg-type]
     ids = example.ids.tolist()
     assert ids[-1] in encoder.stop_ids
     assert example.trained[-1]
@@ -36,7 +44,7 @@ def law(encoder: Encoder, conversation: Conversation, example: Example) -> None:
     for i, message in enumerate(conversation.messages):
         if message.role != "assistant":
             continue
-        prompt = encoder.prompt_ids(conversation.messages[:i])
+        prompt = chat_format.prompt_ids(conversation.messages[:i])
         assert ids[: len(prompt)] == prompt
         assert not example.trained[at : len(prompt)].any()
         at = len(prompt)
@@ -66,7 +74,7 @@ def test_every_prompt_is_a_prefix_and_every_reply_ends_in_a_stop_id(
     template = ChatML() if native else Jinja(tokenizer.render, tokenizer.chat_template or "", ("<|im_end|>",))
     e = encoder(tokenizer, template=template, max_length=4096)
     report = DataReport()
-    found = e.encode([chat], report)
+    found = encode(e, [chat], report)
     if found:
         law(e, chat, found[0])
     else:  # the one way out: a reply whose first characters the tokenizer would join with the prompt, and it is said
@@ -78,14 +86,14 @@ def test_every_prompt_is_a_prefix_and_every_reply_ends_in_a_stop_id(
 def test_truncation_keeps_the_law_and_the_stop_token(chat: Conversation, limit: int, tokenizer: Tokenizer) -> None:
     e = encoder(tokenizer, max_length=limit)
     report = DataReport()
-    for example in e.encode([chat], report):
+    for example in encode(e, [chat], report):
         assert len(example) <= limit
         assert example.ids[-1] == 2
         assert example.trained[-1]
         first = next(i for i, m in enumerate(chat.messages) if m.role == "assistant")
-        prompt = e.prompt_ids(chat.messages[:first])
+        prompt = ChatFormat(PretrainedConfig(), tokenizer, e.template, (2,)).prompt_ids(chat.messages[:first])
         assert example.ids[: len(prompt)].tolist() == prompt
-    assert report.dropped + len(e.encode([chat], DataReport())) == 1
+    assert report.dropped + len(encode(e, [chat], DataReport())) == 1
 
 
 def test_the_shipped_rows_keep_the_law(tokenizer: Tokenizer) -> None:
@@ -96,7 +104,7 @@ def test_the_shipped_rows_keep_the_law(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.smollm2
 def test_all_of_huanhuan_keeps_the_law_with_smollm2(smollm2: Path, huanhuan: Path) -> None:
-    v = voice(smollm2)
+    v = load_chat_format(smollm2)
     assert _all(Encoder(v.template, v.tokenizer, v.stop_ids, 2048), huanhuan) == 3729
 
 
@@ -107,7 +115,7 @@ def test_every_family_keeps_the_law(name: str, chat: Conversation, rstrip: bool)
     v, template = tiny(name, rstrip), speaks_to_all(name)
     e = Encoder(template, v, stop_ids(template, v), 4096)
     report = DataReport()
-    found = e.encode([chat], report)
+    found = encode(e, [chat], report)
     if found:
         law(e, chat, found[0])
         for span, m in zip(
@@ -142,7 +150,7 @@ def test_all_of_huanhuan_keeps_the_law_with_real_vocabularies(vocab: str, huanhu
 
 def test_multi_turn_text_of_real_rows_keeps_the_law(huanhuan: Path) -> None:
     """Three rows joined into one conversation of three turns, for every format, system prompt and all."""
-    rows = data.load([huanhuan]).conversations[:300]
+    rows = load(huanhuan).conversations[:300]
     system = Message("system", "现在你要扮演皇帝身边的女人--甄嬛")
     for name in FORMS:
         v, template = tiny(name), speaks_to_all(name)
@@ -150,15 +158,15 @@ def test_multi_turn_text_of_real_rows_keeps_the_law(huanhuan: Path) -> None:
         for i in range(0, len(rows), 3):
             turns = tuple(m for row in rows[i : i + 3] for m in row.messages)
             chat = Conversation((system, *turns), rows[i].source)
-            (example,) = e.encode([chat], DataReport())
+            (example,) = encode(e, [chat], DataReport())
             law(e, chat, example)
             assert np.isin(example.ids[example.trained], e.stop_ids).sum() == 3
 
 
 def _all(e: Encoder, file: Path) -> int:
-    rows = data.load([file]).conversations
+    rows = load(file).conversations
     report = DataReport()
-    found = e.encode(rows, report)
+    found = encode(e, rows, report)
     assert len(found) == len(rows)
     assert not report.problems
     for row, example in zip(rows, found, strict=True):
@@ -176,17 +184,54 @@ class SpacedPrompt(ChatML):
 def test_the_law_sees_a_prompt_with_a_space_more(tokenizer: Tokenizer) -> None:
     chat = Conversation((Message("user", "a"), Message("assistant", "b")), RowRef("x", 1))
     right = encoder(tokenizer)
-    example = right.encode([chat], DataReport())[0]
+    example = encode(right, [chat], DataReport())[0]
     wrong = encoder(tokenizer, template=SpacedPrompt())
     assert fails(lambda: law(wrong, chat, example))
     with pytest.raises(TemplateError, match="differently from the prompt"):
-        wrong.encode([chat], DataReport())
+        encode(wrong, [chat], DataReport())
 
 
 def test_the_law_sees_an_unknown_stop_id(tokenizer: Tokenizer) -> None:
     chat = Conversation((Message("user", "a"), Message("assistant", "b")), RowRef("x", 1))
-    example = encoder(tokenizer).encode([chat], DataReport())[0]
+    example = encode(encoder(tokenizer), [chat], DataReport())[0]
     wrong = encoder(tokenizer, stop_ids=(0,))
     assert fails(lambda: law(wrong, chat, example))
     with pytest.raises(TemplateError, match="does not stop on"):
-        wrong.encode([chat], DataReport())
+        encode(wrong, [chat], DataReport())
+
+
+def sent_by_chat(base: Path, turns: Sequence[Message], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The ids that ``luthier chat`` gives to the model for the next reply."""
+    sent: list[list[int]] = []
+
+    def caught(self: Generator, prompts: list[list[int]], *_: Any) -> list[Reply]:
+        sent.extend(prompts)
+        return [Reply("", True, 0, 0, 0.0)]
+
+    monkeypatch.setattr(Generator, "_generate", caught)
+    talk = luthier.chat(base, system=turns[0].content)
+    talk.history = list(turns[1:-1])
+    talk.send(turns[-1].content)
+    return sent[0]
+
+
+def sent_by_serving(base: Path, turns: Sequence[Message]) -> list[int]:
+    """The ids that ``luthier serve`` gives to the engine for the same turns."""
+    messages = [{"role": m.role, "content": m.content} for m in turns]
+    asked = ChatRequest.model_validate({"model": "base", "messages": messages})
+    return app._prompt(asked, Served("base", None, luthier.chat(base).generator))
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3"])
+def test_chat_and_serving_send_a_prefix_of_what_is_trained(
+    arch: str, model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = model_dir(arch)
+    turns = [Message("system", "You keep a light."), Message("user", " Who? "), Message("assistant", "I.\n")]
+    turns += [Message("user", "你好"), Message("assistant", "Aye.")]
+    data = DataConfig.model_validate({"train": "unused"})
+    (example,) = encode(load_chat_format(base).encoder(data), [Conversation(tuple(turns), RowRef("x", 1))])
+    sent = sent_by_serving(base, turns[:-1])
+    assert sent == sent_by_chat(base, turns[:-1], monkeypatch)
+    assert example.ids[: len(sent)].tolist() == sent
+    assert example.trained[len(sent) :].all() and not example.trained[len(sent) - 1]

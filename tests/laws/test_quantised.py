@@ -14,22 +14,20 @@ import pytest
 import torch
 from torch import nn
 
-from luthier.batch import collate
-from luthier.fused import fused
+from luthier.batching.collate import collate, to_device
+from luthier.compiled import compiled_model
 from luthier.kernels import native
-from luthier.kernels.noise import Noise
-from luthier.kernels.segments import to_device
-from luthier.lora import LoraLinear
+from luthier.kernels.dropout import DropoutState
+from luthier.lora.layers import LoraLinear
 from luthier.models.directory import read_config
-from luthier.models.forward import checkpointing, loss_sum, segment_attention
-from luthier.models.load import load_weights
-from luthier.models.quant import Quantisation, QuantLinear, dequantise, quantise
-from luthier.models.quantised import FourOrEight, load_quantised
-from luthier.models.tokenizer import Tokenizer
+from luthier.models.loader import load_weights
+from luthier.models.quantization import Quantisation, QuantLinear, dequantise, quantise
+from luthier.models.quantized_loader import FourOrEight, load_quantised
+from luthier.models.tokenizer.tokenizer import Tokenizer
+from luthier.training.forward import checkpointing, loss_sum, segment_attention
 from luthier.types import Example
-from tests.published import PUBLISHED
-
-from .helpers import examples, fails, gradients, with_adapter, worst
+from tests.helpers.published import PUBLISHED
+from tests.helpers.rows import examples, fails, gradients, with_adapter, worst
 
 CPU = torch.device("cpu")
 KINDS = [Quantisation("nf4"), Quantisation("nf4", double=False), Quantisation("fp4"), Quantisation("int8")]
@@ -54,7 +52,7 @@ def step(
     batch = to_device(collate(rows), "cpu")
     model.train()
     if compiled:
-        with fused(model, layers, Noise(), recompute) as found:
+        with compiled_model(model, layers, DropoutState(), recompute) as found:
             found.loss_sum(batch).backward()
         return gradients(layers)
     with segment_attention(model), checkpointing(model, recompute):
@@ -130,7 +128,7 @@ def test_the_law_sees_a_weight_that_an_evaluation_repacks(
 def test_every_family_loads_quantised(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After conversion: split and fused tensors alike, embedding on disk, head in 16 bits; the same from the copy."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("luthier.models.quantised._ROWS", 100)
+    monkeypatch.setattr("luthier.models.quantized_loader._ROWS", 100)
     path = PUBLISHED[name](tmp_path / "model")
     config, ids = read_config(path), torch.randint(0, 600, (2, 12), generator=torch.Generator().manual_seed(1))
     said: list[str] = []

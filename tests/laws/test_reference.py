@@ -21,26 +21,24 @@ import pytest
 import torch
 from peft import PeftModel
 
-from luthier import adapter as adapters
-from luthier import data, personas
-from luthier.batch import Plan, collate
+from luthier import personas
+from luthier.adapters import directory as adapters
+from luthier.batching.collate import collate, to_device
+from luthier.batching.plan import Plan
 from luthier.config import LoraConfig, TrainConfig
 from luthier.data.report import DataReport
-from luthier.encode import Encoder
-from luthier.kernels.segments import to_device
-from luthier.lora import LoraLinear, resolve
+from luthier.encoding.encoder import Encoder
+from luthier.lora.layers import LoraLinear, resolve
+from luthier.models.chat_format import load_chat_format
 from luthier.models.directory import Fingerprint
-from luthier.models.forward import loss_sum, segment_attention
-from luthier.models.load import load_weights
-from luthier.models.tokenizer import Tokenizer
-from luthier.preflight import voice
+from luthier.models.loader import load_weights
+from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.training import loop
-from luthier.training.optim import Optimizer
-from luthier.training.schedule import learning_rate
+from luthier.training.forward import loss_sum, segment_attention
+from luthier.training.optimizer import Optimizer, learning_rate
 from luthier.types import Example
-
-from ..conftest import ARCHITECTURES, make_model
-from .helpers import examples, fails, gradients, padded, with_adapter, worst
+from tests.conftest import ARCHITECTURES, make_model
+from tests.helpers.rows import encode, examples, fails, gradients, load, padded, with_adapter, worst
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 TRAIN = TrainConfig(max_steps=20, per_device_train_batch_size=2, gradient_accumulation_steps=3, learning_rate=3e-3)
@@ -145,9 +143,9 @@ def test_the_law_sees_a_wrong_learning_rate(tmp_path: Path, tokenizer: Tokenizer
 @pytest.fixture
 def embedded(smollm2: Path, tmp_path: Path) -> tuple[Pair, list[Example]]:
     """The embedded model in fp32, twice, and the shortest rows of the shipped persona."""
-    v = voice(smollm2)
-    rows = data.load([personas.TRAIN]).conversations[:24]
-    found = Encoder(v.template, v.tokenizer, v.stop_ids, 512).encode(rows, DataReport())
+    v = load_chat_format(smollm2)
+    rows = load(personas.TRAIN).conversations[:24]
+    found = encode(Encoder(v.template, v.tokenizer, v.stop_ids, 512), rows, DataReport())
     return pair(lambda: load_weights(smollm2, torch.float32), tmp_path), sorted(found, key=len)
 
 

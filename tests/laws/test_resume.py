@@ -1,8 +1,8 @@
 """Law "resume": killed at any moment and started again = never killed, bit for bit.
 
 A child process trains a tiny model with dropout and is killed with SIGKILL at chosen steps and file operations, with
-half-written files where a crash would leave them (``tests/killing.py``); the same run is started until it finishes.
-The adapter file must be the same bytes.
+half-written files where a crash would leave them (``tests/helpers/killing.py``); the same run is started until it
+finishes. The adapter file must be the same bytes.
 
 Shown able to fail: a checkpoint that forgets one of AdamW's moments, and one that is off by a step, give other bytes.
 """
@@ -25,13 +25,12 @@ import torch
 import luthier
 from luthier import config as configs
 from luthier import personas
-from luthier.api import Stopped
 from luthier.config import RunConfig
 from luthier.errors import ConfigError
 from luthier.training import checkpoint
-from luthier.training.optim import Optimizer
-
-from ..killing import zygote
+from luthier.training.optimizer import Optimizer
+from luthier.verbs.train import Stopped
+from tests.helpers.killing import zygote
 
 STEPS = 24
 

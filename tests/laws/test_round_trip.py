@@ -19,16 +19,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from luthier import adapter as adapters
-from luthier import files
+from luthier._util import files
+from luthier.adapters import directory as adapters
 from luthier.config import LoraConfig
 from luthier.errors import AdapterError
-from luthier.lora import resolve
+from luthier.lora.layers import resolve
 from luthier.models.directory import fingerprint, read_config
-from luthier.models.load import load_weights
-
-from ..conftest import ARCHITECTURES
-from .helpers import fails, with_adapter
+from luthier.models.loader import load_weights
+from tests.conftest import ARCHITECTURES
+from tests.helpers.rows import fails, with_adapter
 
 IDS = torch.arange(3, 43).view(2, 20)
 LORA = LoraConfig(r=4, lora_alpha=8)
@@ -46,7 +45,7 @@ def saved(base: Path, path: Path, lora: LoraConfig = LORA, targets: Any = None) 
     resolved = resolve(model, targets)
     layers = with_adapter(model, **lora.model_dump(include={"r", "lora_alpha", "use_rslora"}))
     if targets:
-        from luthier.lora import detach
+        from luthier.lora.layers import detach
 
         left = {n: m for n, m in layers.items() if n not in resolved.modules}
         detach(model, left)

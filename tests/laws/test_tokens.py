@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from luthier.data.report import DataReport
-from luthier.encode import Encoder
-from luthier.models.tokenizer import Tokenizer
-from luthier.preflight import voice
+from luthier.encoding.encoder import Encoder
+from luthier.models.chat_format import load_chat_format
+from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.templates import ChatML, Jinja, MergedSystem, stop_ids
 from luthier.types import Conversation, Message, RowRef, Span, Template
-
-from ..families import FORMS, gguf, speaks_to_all, tiny
+from tests.helpers.families import FORMS, gguf, speaks_to_all, tiny
+from tests.helpers.rows import encode
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FIXED = {
@@ -46,7 +46,7 @@ def encoded(template: Template, tokenizer: Tokenizer, stop: tuple[int, ...]) -> 
         for name, messages in FIXED.items():
             report = DataReport()
             encoder = Encoder(template, tokenizer, stop, 512, train_on=train_on)
-            example = encoder.encode([Conversation(messages, RowRef("fixed", 1))], report)[0]
+            example = encode(encoder, [Conversation(messages, RowRef("fixed", 1))], report)[0]
             assert not report.problems
             found[f"{name}, {train_on}"] = {
                 "ids": " ".join(map(str, example.ids)),
@@ -103,7 +103,7 @@ def test_jinja_and_native_chatml_agree(tokenizer: Tokenizer) -> None:
 
 
 def test_smollm2_ids_and_masks_equal_the_golden_file(smollm2: Path) -> None:
-    v = voice(smollm2)
+    v = load_chat_format(smollm2)
     assert v.template == ChatML("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
     same_as_golden("smollm2", encoded(v.template, v.tokenizer, v.stop_ids))
 

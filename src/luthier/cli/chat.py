@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import importing
+from luthier.cli.common import Adapter, Checkpoint, Json, Model, importing
 from luthier.cli.conversation import Conversation, ask, ask_both
-from luthier.cli.options import Adapter, Checkpoint, Json, Model
 from luthier.errors import ConfigError
 
 if TYPE_CHECKING:
-    from luthier.generate import Reply
+    from luthier.inference.generation import Reply
 
 
 def run(
@@ -66,7 +65,7 @@ def run(
     if as_json and prompt is None:
         raise ConfigError("--json prints one reply, so it needs a prompt", "add --prompt TEXT")
     with importing():
-        from luthier.api import chat
+        from luthier.verbs.chat import chat
 
     if prompt == "-":
         prompt = sys.stdin.read()

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import fail, importing
-from luthier.cli.options import Data, File, Json, Model, Recipe, Rename, Set, config
+from luthier.cli.common import Data, File, Json, Model, Recipe, Rename, Set, config, fail, importing
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
-    from luthier.preflight import Inspection
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from luthier.models.chat_format import ChatFormat
+    from luthier.types import Example
+    from luthier.verbs.check import Inspection
 
 
 def run(
@@ -33,7 +38,7 @@ def run(
             print(json.dumps(_nothing(e)))
         raise
     with importing():
-        from luthier.api import check
+        from luthier.verbs.check import check
 
     found = check(wanted, show)
     if as_json:
@@ -60,7 +65,8 @@ def _print(found: Inspection, show: int) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    report, rows, tokens = found.report, found.report.rows(), found.train.stats()
+    report, tokens = found.rows.account.report, found.rows.train.stats()
+    rows, chat_format = report.rows(), found.chat_format
     for file, fmt in report.formats.items():
         console.print(f"{file}: {fmt} rows", markup=False)
     console.print(
@@ -72,9 +78,9 @@ def _print(found: Inspection, show: int) -> None:
             f"({tokens['supervised_share']:.0%}); a row has {tokens['shortest']} to {tokens['longest']}, "
             f"half at most {tokens['median']}"
         )
-    if found.voice:
-        ends = " ".join(found.voice.template.stop)
-        console.print(f"template {found.voice.template.name}; replies end by {ends}", markup=False)
+    if chat_format:
+        ends = " ".join(chat_format.template.stop)
+        console.print(f"template {chat_format.template.name}; replies end by {ends}", markup=False)
     if found.targets:
         console.print(f"LoRA on  {', '.join(found.targets.leaves)}", markup=False)
     for note in found.model_notes():
@@ -85,23 +91,22 @@ def _print(found: Inspection, show: int) -> None:
         console.print(f"  ... and {len(report.problems) - 20} more (--json lists them all)")
     for note, count in report.notes.items():
         console.print(f"  note: {note} ({count} rows)", markup=False)
-    if found.voice and show:
-        _show(found, console)
+    if chat_format and show:
+        _show(found.rows.account.first, chat_format, console)
     if not found.error:
         console.print(
             f"ready    every prompt is a prefix of its row, every reply ends by a stop token ({found.seconds:.1f} s)"
         )
 
 
-def _show(found: Inspection, console: Any) -> None:
+def _show(examples: Sequence[Example], chat_format: ChatFormat, console: Console) -> None:
     from rich.text import Text
 
-    assert found.voice
     console.print("\ntrained tokens are green, what the model only sees is grey; | parts tokens")
-    for example in found.first:
+    for example in examples:
         console.print(f"\n{example.source}  ({len(example)} tokens, {example.supervised} trained)", markup=False)
         line = Text()
-        pieces = found.voice.tokenizer.pieces(example.ids.tolist())
+        pieces = chat_format.tokenizer.pieces(example.ids.tolist())
         for piece, trained in zip(pieces, example.trained.tolist(), strict=True):
             line.append(piece.replace("\n", "\\n"), style="bold green" if trained else "bright_black")
             line.append("|", style="dim")

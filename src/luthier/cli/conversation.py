@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.console import fail, say
+from luthier.cli.common import fail, say
 from luthier.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from luthier.api import Chat
-    from luthier.generate import Reply
+    from luthier.inference.chat import Chat
+    from luthier.inference.generation import Reply
 
 HELP = {
     "/system": "shows the system prompt; /system TEXT sets it and starts anew, /system \"\" goes without one",

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import importing, say, step_progress, stopping
+from luthier.cli.common import importing, say, step_progress, stopping
 
 if TYPE_CHECKING:
-    from luthier.api import DemoResult
+    from luthier.verbs.demo import DemoResult
 
 _SHOWN = 6
 
@@ -22,7 +22,8 @@ def run(
 ) -> None:
     """Teach a small chat model a character in a few minutes, and compare it with the untaught one."""
     with importing():
-        from luthier.api import Stopped, demo
+        from luthier.verbs.demo import demo
+        from luthier.verbs.train import Stopped
 
     try:
         with stopping() as stop, step_progress() as on_step:

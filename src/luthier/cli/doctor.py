@@ -6,12 +6,12 @@ import json
 
 import typer
 
-from luthier.cli.options import Json
+from luthier.cli.common import Json
 
 
 def run(as_json: Json = False) -> None:
     """Show versions, devices and extras, and try one training step of a tiny model."""
-    from luthier.api import doctor
+    from luthier.verbs.doctor import doctor
 
     found = doctor()
     if as_json:

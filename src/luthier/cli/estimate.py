@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import importing
-from luthier.cli.options import Data, File, Json, Model, Recipe, Rename, Set, config
+from luthier.cli.common import Data, File, Json, Model, Recipe, Rename, Set, config, importing
 
 _NO_ROWS = Path("rows.jsonl")  # stands for a file that is not read
 
@@ -30,13 +29,13 @@ def run(
     with_rows = bool(data or file)
     wanted = config(model, data if with_rows else [_NO_ROWS], None, settings, rename, file, recipe)
     with importing():
-        from luthier.api import estimate
+        from luthier.verbs.estimate import estimate
 
     found = estimate(wanted, with_rows=with_rows, length=length)
     if as_json:
         print(json.dumps(found.as_dict()))
         return
-    from luthier.estimating import table
+    from luthier.training.resources import table
 
     print(
         f"{found.parameters:,} parameters, {found.trainable:,} of them train; {found.available / 1e9:.1f} GB are free"

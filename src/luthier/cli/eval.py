@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import importing, say
-from luthier.cli.options import Adapter, Checkpoint, Data, Json, Model
+from luthier.cli.common import Adapter, Checkpoint, Data, Json, Model, importing, say
 
 if TYPE_CHECKING:
-    from luthier.evaluation import Comparison
+    from luthier.evaluation.scoring import Comparison
 
 
 def run(
@@ -36,10 +35,10 @@ def run(
     Loss and perplexity are over all rows. Both models then answer some of the prompts, always with the likeliest
     token, and the replies are held against the rows' own (BLEU, chrF, ROUGE-L; Chinese is cut into words by jieba).
     """
-    from luthier import text_metrics
+    from luthier.evaluation import text_metrics
 
     with importing():
-        from luthier.api import eval as evaluate
+        from luthier.verbs.eval import eval as evaluate
 
     result = evaluate(path, data or (), dtype, model, adapter, checkpoint, samples, max_new_tokens)
     if as_json:

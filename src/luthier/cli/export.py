@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import say
-from luthier.cli.options import Adapter, Json, Model
+from luthier.cli.common import Adapter, Json, Model, say
 
 
 def run(
@@ -32,7 +31,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Write the tuned model in another tool's format, proven before it is called done."""
-    from luthier.api import export
+    from luthier.verbs.export import export
 
     done = export(path, to, output_dir, layout, model, adapter, quantization, say)
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.options import Data, Model, OutputDir, Recipe
+from luthier.cli.common import Data, Model, OutputDir, Recipe
 
 
 def run(
@@ -18,6 +18,6 @@ def run(
     to: Annotated[Path, typer.Option("--to", metavar="FILE", help="The file to write.")] = Path("run.yaml"),
 ) -> None:
     """Write a run.yaml with every setting explained; luthier train FILE runs it."""
-    from luthier.api import init
+    from luthier.verbs.init import init
 
     print(f"wrote {init(to, model, data or (), output_dir, recipe)}; look it over, then: luthier train {to}")

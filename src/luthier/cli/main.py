@@ -13,11 +13,11 @@ from pathlib import Path
 import typer
 
 from luthier import __version__
+from luthier._util.files import mishap
 from luthier.cli import chat, check, demo, doctor, estimate, export, init, merge, pull, serve, train
 from luthier.cli import eval as evaluate
-from luthier.cli.console import fail
+from luthier.cli.common import fail
 from luthier.errors import UserError
-from luthier.files import mishap
 
 app = typer.Typer(
     name="luthier",

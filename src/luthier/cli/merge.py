@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import say
-from luthier.cli.options import Adapter, Model
+from luthier.cli.common import Adapter, Model, say
 
 
 def run(
@@ -24,7 +23,7 @@ def run(
     adapter: Adapter = None,
 ) -> None:
     """Write base and adapter as one plain model, for stock transformers and other tools, and prove it by its logits."""
-    from luthier.api import merge
+    from luthier.verbs.merge import merge
 
     done = merge(path, output_dir, model, adapter, say, layout)
     print(f"{done.path}: {done.tensors} tensors, {done.changed} of them changed by the adapter")

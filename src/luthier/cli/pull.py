@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import say
+from luthier.cli.common import say
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
     ] = None,
 ) -> None:
     """Download a model, check every file, and print its directory. Interrupted, the same command goes on."""
-    from luthier.hub import pull  # not through api: this verb often needs no torch
+    from luthier.verbs.pull import pull
 
     try:
         with byte_progress() as progress:

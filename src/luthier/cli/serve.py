@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import importing, say
-from luthier.cli.options import Adapter, Model
+from luthier.cli.common import Adapter, Model, importing, say
 from luthier.errors import ConfigError
 
 
@@ -57,6 +56,6 @@ def run(
         hand_over(paths or [], host, port, api_key, dtype, model, adapter, only_print, say)
         return
     with importing():
-        from luthier.api import serve
+        from luthier.verbs.serve import serve
 
     serve(paths or [], host, port, api_key, dtype, model, adapter, max_batch, max_queue, say)

@@ -7,8 +7,20 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import importing, say, step_progress, stopping
-from luthier.cli.options import Data, File, Model, OutputDir, Recipe, Rename, Set, config
+from luthier.cli.common import (
+    Data,
+    File,
+    Model,
+    OutputDir,
+    Recipe,
+    Rename,
+    Set,
+    config,
+    importing,
+    say,
+    step_progress,
+    stopping,
+)
 
 
 def run(
@@ -29,8 +41,8 @@ def run(
     """Train an adapter: check everything first, then learn, then write RUN/adapter."""
     wanted = config(model, data, output_dir, settings, rename, file, recipe)
     with importing():
-        from luthier.training.trace import traced
-        from luthier.tuning import Stopped, train  # the api would bring the other verbs' imports too
+        from luthier.training.profiler import traced
+        from luthier.verbs.train import Stopped, train
 
     try:
         with ExitStack() as stack:

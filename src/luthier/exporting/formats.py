@@ -14,17 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier import files
+from luthier._util import files
+from luthier.adapters.locate import TunedModel
 from luthier.config import GenerationSettings
 from luthier.errors import ConfigError, nearest
-from luthier.exporting import gguf, llamacpp, ollama, peft, proof
-from luthier.exporting.architectures import notes
-from luthier.located import Located
-from luthier.merging import free, merge, pending_updates
-from luthier.preflight import Voice
+from luthier.exporting import ollama, peft
+from luthier.exporting.gguf import llamacpp, verify, writer
+from luthier.exporting.gguf.architectures import notes
+from luthier.exporting.merge import free, pending_updates, write_merged
+from luthier.models.chat_format import ChatFormat
+from luthier.types import Say
 
 FORMATS = ("peft", "hf", "gguf", "gguf-lora", "ollama")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ class Exported:
         }
 
 
-def export(
-    found: Located, to: str, path: Path, layout: str | None, quantization: str | None, say: Say = lambda _: None
+def write_export(
+    tuned: TunedModel, to: str, path: Path, layout: str | None, quantization: str | None, say: Say = lambda _: None
 ) -> Exported:
     """Write ``path``, a directory that is not there yet. Raises UserError; nothing is left at ``path`` then."""
     if to not in FORMATS:
@@ -62,50 +63,50 @@ def export(
         raise ConfigError(f"--quantization would be ignored: --to {to} has 16 or 32 bits", "write --to gguf")
     free(path)
     if to == "peft":
-        peft.write(found, path, layout or "native")
+        peft.write(tuned, path, layout or "native")
         return Exported(path, to, _files(path), ["every update reads back equal, to fp32 rounding"])
     if to == "hf":
-        done = merge(found, path, say, layout or "native", system=found.system)
+        done = write_merged(tuned, path, say, layout or "native", system=tuned.system)
         return Exported(path, to, _files(path), [done.proof.told()])
     if to == "gguf-lora":
-        return _lora(found, path, say)
-    return _model(found, to, path, quantization or "f16", say)
+        return _lora(tuned, path, say)
+    return _model(tuned, to, path, quantization or "f16", say)
 
 
-def _model(found: Located, to: str, path: Path, quantization: str, say: Say) -> Exported:
-    gguf.kind_of(quantization)
-    voice, name = found.voice(), _name(found)
-    pending = pending_updates(found, voice)
+def _model(tuned: TunedModel, to: str, path: Path, quantization: str, say: Say) -> Exported:
+    writer.kind_of(quantization)
+    chat_format, name = tuned.chat_format(), _name(tuned)
+    pending = pending_updates(tuned, chat_format)
     file = f"{name}-{quantization}.gguf"
-    text = ollama.modelfile(file, voice.template, found.system, _generation(found)) if to == "ollama" else None
+    text = ollama.modelfile(file, chat_format.template, tuned.system, _generation(tuned)) if to == "ollama" else None
     with files.new_dir(path) as temp:
         say(f"writing {file}")
-        gguf.write_model(found, voice, pending, temp / file, quantization, name)
+        writer.write_model(tuned, chat_format, pending, temp / file, quantization, name)
         if text is not None:
             files.write_text(temp / "Modelfile", text)
-        proven = _proven(lambda: proof.prove_model(found, voice, temp / file, quantization, say))
-    told = notes(voice.config) + (ollama.notes(_generation(found)) if to == "ollama" else [])
+        proven = _proven(lambda: verify.prove_model(tuned, chat_format, temp / file, quantization, say))
+    told = notes(chat_format.config) + (ollama.notes(_generation(tuned)) if to == "ollama" else [])
     return Exported(path, to, _files(path), proven, told, None if proven else _UNPROVEN)
 
 
-def _lora(found: Located, path: Path, say: Say) -> Exported:
-    voice, name = found.voice(), _name(found)
-    pending = pending_updates(found, voice)
+def _lora(tuned: TunedModel, path: Path, say: Say) -> Exported:
+    chat_format, name = tuned.chat_format(), _name(tuned)
+    pending = pending_updates(tuned, chat_format)
     file = f"{name}-lora.gguf"
     with files.new_dir(path) as temp:
         say(f"writing {file}")
-        gguf.write_lora(voice.config, pending, temp / file, name)
-        proven = _proven(lambda: _over_its_base(found, voice, temp, file, say))
-    told = [*notes(voice.config), *([_SYSTEM] if found.system else [])]
+        writer.write_lora(chat_format.config, pending, temp / file, name)
+        proven = _proven(lambda: _over_its_base(tuned, chat_format, temp, file, say))
+    told = [*notes(chat_format.config), *([_SYSTEM] if tuned.system else [])]
     return Exported(path, "gguf-lora", _files(path), proven, told, None if proven else _UNPROVEN)
 
 
-def _over_its_base(found: Located, voice: Voice, temp: Path, file: str, say: Say) -> list[str]:
+def _over_its_base(tuned: TunedModel, chat_format: ChatFormat, temp: Path, file: str, say: Say) -> list[str]:
     base = temp / "base-f16.gguf"
     say("writing the base as GGUF too, to prove the adapter over it")
-    gguf.write_model(found, voice, {}, base, "f16", _name(found))
+    writer.write_model(tuned, chat_format, {}, base, "f16", _name(tuned))
     try:
-        return proof.prove_lora(found, voice, base, temp / file, say)
+        return verify.prove_lora(tuned, chat_format, base, temp / file, say)
     finally:
         base.unlink()
 
@@ -122,13 +123,13 @@ _UNPROVEN = (
 )
 
 
-def _generation(found: Located) -> GenerationSettings | None:
-    return found.config.generation if found.config else None
+def _generation(tuned: TunedModel) -> GenerationSettings | None:
+    return tuned.config.generation if tuned.config else None
 
 
-def _name(found: Located) -> str:
+def _name(tuned: TunedModel) -> str:
     """What the files are called: the run's directory, or the adapter's own."""
-    place = found.adapter.path.resolve()
+    place = tuned.adapter.path.resolve()
     return (place.parent if place.name == "adapter" else place).name
 
 

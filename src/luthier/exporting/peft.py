@@ -6,27 +6,27 @@ from pathlib import Path
 
 import torch
 
-from luthier import adapter as adapters
-from luthier import files
-from luthier.adapter import updates
-from luthier.adapter_layout import Update, to_native, to_original
+from luthier._util import files
+from luthier.adapters import directory as adapters
+from luthier.adapters.directory import updates
+from luthier.adapters.locate import TunedModel
+from luthier.adapters.original_names import Update, to_native, to_original
 from luthier.errors import AdapterError
-from luthier.located import Located
-from luthier.merging import check_layout, delta, free
+from luthier.exporting.merge import check_layout, delta, free
 
 
-def write(found: Located, to: Path, layout: str) -> None:
+def write(tuned: TunedModel, to: Path, layout: str) -> None:
     """A stock PEFT directory: native module names, or the checkpoint's own (``layout="original"``).
 
     Every update is read back and compared with the adapter's before the directory is called done.
     """
     free(to)
-    voice = found.voice()
-    check_layout(found, voice, layout)
-    modules = voice.modules()
-    native = to_native(updates(found.adapter), modules)
+    chat_format = tuned.chat_format()
+    check_layout(tuned, chat_format, layout)
+    modules = chat_format.modules()
+    native = to_native(updates(tuned.adapter), modules)
     with files.new_dir(to) as temp:
-        adapters.save_plain(temp, to_original(native, modules) if layout == "original" else native, found.base)
+        adapters.save_plain(temp, to_original(native, modules) if layout == "original" else native, tuned.base)
         _prove(native, to_native(updates(adapters.load(temp)), modules), to)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from luthier import files
+from luthier._util import files
 from luthier.errors import ConfigError, ModelError, nearest
 
 HUBS = ("modelscope", "huggingface")

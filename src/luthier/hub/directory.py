@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from luthier import files
+from luthier._util import files
 from luthier.errors import ModelError
 
 MANIFEST = "luthier-model.json"

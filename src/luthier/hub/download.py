@@ -16,14 +16,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from luthier import files
+from luthier._util import files
 from luthier.errors import ModelError, UserError
 from luthier.hub.catalogue import PART, Hub, RemoteFile, Source, UnreachableError, corrupt, needed
 from luthier.hub.directory import check_owner, holds_another, look, write_manifest
 from luthier.hub.huggingface import HuggingFace, offline
 from luthier.hub.modelscope import ModelScope
+from luthier.types import Say
 
-Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 _HUBS: dict[str, type[Hub]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
 _LOOK = 0.3  # seconds between two looks at how much has arrived

@@ -13,16 +13,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier import files
+from luthier._util import files
 from luthier.errors import MissingPackageError, ModelError
 from luthier.hub.directory import Found, State, check_owner, look, write_manifest
-
-Say = Callable[[str], None]
+from luthier.types import Say
 
 
 @dataclass(frozen=True, slots=True)

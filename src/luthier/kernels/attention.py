@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from luthier.batching.collate import Segments
 from luthier.errors import ConfigError
 from luthier.kernels import reference
-from luthier.kernels.segments import Segments
 
 AUTO_LONGEST = 512
 VARLEN_WIDEST = 256  # features of a head that FlashAttention 2 takes

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.kernels.segments import Segments
+from luthier.batching.collate import Segments
 
 
 def attention(
@@ -48,8 +48,3 @@ def attention(
 def _places(segments: Segments, which: Sequence[int]) -> Tensor:
     """Where the tokens of these segments stand in the stream."""
     return torch.cat([torch.arange(segments.offsets[s], segments.offsets[s + 1]) for s in which])
-
-
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over rows of ``-log softmax(logits)[target]``, in fp32. logits [N, V], targets [N] -> []."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from luthier.errors import ConfigError, ModelError, nearest
-from luthier.models.families import FAMILIES, Family, recognise
-from luthier.models.shards import Shards, read_json
+from luthier.models.checkpoint_reader import Shards, read_json
+from luthier.models.families import FAMILIES, Family
 
 _SHAPE_KEYS = (
     "model_type",
@@ -184,3 +184,9 @@ def _counterpart(name: str, leaves: Sequence[str]) -> str | None:
     leaf = name.rpartition(".")[2]
     same = next((group for group in _COUNTERPARTS if leaf in group), ())
     return ", ".join(n for n in leaves if n in same) or nearest(name, leaves, cutoff=0.5)
+
+
+def recognise(raw: Mapping[str, Any]) -> Family:
+    """The family of a config.json; a bare record for types that have none of their own."""
+    kind = str(raw.get("model_type"))
+    return FAMILIES.get(kind, Family(kind, kind))

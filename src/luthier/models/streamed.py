@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from luthier.models.checkpoint_reader import Shards
 from luthier.models.directory import family_of
-from luthier.models.fit import match
-from luthier.models.load import empty_model, hollow, refuse_unfit
-from luthier.models.shards import Shards
+from luthier.models.native_model import empty_model, hollow, match, refuse_unfit
 
 Read = Callable[[str], Tensor]
 

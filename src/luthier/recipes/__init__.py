@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier import config as configs
-from luthier.config import RunConfig
+from luthier.config import RunConfig, all_keys, build, describe, parse_yaml
 from luthier.errors import ConfigError, nearest
-from luthier.yaml_text import parse_yaml
 
 FOLDER = Path(__file__).parent
 
@@ -53,7 +51,7 @@ def recipe(
     values["model"]["path"] = model
     values["data"]["train"] = data
     values["output_dir"] = output_dir
-    return configs.build(values, overrides)
+    return build(values, overrides)
 
 
 def filled(name: str, model: str, data: Sequence[str], output_dir: str) -> str:
@@ -68,4 +66,27 @@ def filled(name: str, model: str, data: Sequence[str], output_dir: str) -> str:
         if line in added:
             lines.append(added[line])
     lines += ["", f"output_dir: {json.dumps(output_dir, ensure_ascii=False)}"]
+    return "\n".join(lines) + "\n"
+
+
+def blank(model: str, data: Sequence[str], output_dir: str) -> str:
+    """A commented ``run.yaml``: every key with its default and what it means."""
+    values = build({"model": {"path": model}, "data": {"train": list(data)}, "output_dir": output_dir}).dump()
+    lines = [
+        "# A run of luthier. Start it with: luthier train FILE",
+        "# Every setting is here; what you delete keeps its default.",
+    ]
+    section = None
+    for key in all_keys():
+        head, _, leaf = key.rpartition(".")
+        if head and head != section:
+            lines += ["", f"{head}:"]
+        elif not head:
+            lines.append("")
+        section = head
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        text = f"{'  ' if head else ''}{leaf}: {json.dumps(value, ensure_ascii=False)}"
+        lines.append(f"{text:44}  # {describe(key)}")
     return "\n".join(lines) + "\n"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luthier.lora import LoraLinear
-from luthier.models.quant import QuantLinear
+from luthier.lora.layers import LoraLinear
+from luthier.models.quantization import QuantLinear
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from luthier.errors import MissingPackageError, UserError
-from luthier.generate import Generator
+from luthier.inference.generation import Generator
 from luthier.serving.engine import Engine
 from luthier.serving.metrics import TYPE, Metrics
 from luthier.serving.models import Served
@@ -215,12 +215,12 @@ class _Reply:
 
 def _prompt(asked: ChatRequest | CompletionRequest, served: Served) -> list[int]:
     """The ids that the model reads. Raises UserError."""
-    generator = served.generator
+    generator, chat_format = served.generator, served.generator.chat_format
     if isinstance(asked, ChatRequest):
         conversation = asked.conversation(served.system)
         for m in asked.messages:
-            generator.check(m.text, f"the {m.role} message")
-        ids = generator.prompt_ids(conversation)
+            chat_format.check_text(m.text, f"the {m.role} message")
+        ids = chat_format.prompt_ids(conversation)
     else:
         ids = _raw_prompt(asked, generator)
     try:
@@ -240,7 +240,7 @@ def _raw_prompt(asked: CompletionRequest, generator: Generator) -> list[int]:
         if wrong := [i for i in ids if not 0 <= i < size]:
             raise RequestError(f"prompt: the model has no token {wrong[0]}", f"ids are below {size}", param="prompt")
         return ids
-    generator.check(text, "the prompt")
+    generator.chat_format.check_text(text, "the prompt")
     ids = list(generator.tokenizer.hf.backend_tokenizer.encode(text).ids)
     if not ids:
         raise RequestError("prompt: is empty", "give some text to go on from", param="prompt")

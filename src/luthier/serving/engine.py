@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import ModelError, UserError
-from luthier.generate import Sampling
+from luthier.inference.generation import Sampling
 from luthier.serving.adapters import Routes
 from luthier.serving.cache import Layers, Prefixes, Rows, filled, layers_in
 from luthier.serving.head import slice_head
@@ -129,16 +129,6 @@ class Engine:
                 raise QueueFull(f"{len(self._waiting)} requests are waiting already", "try again in a moment")
             self._waiting.append(request)
             self._wake.notify()
-
-    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Submit and step until all have ended, without a thread; returns each one's tokens."""
-        tokens: list[list[int]] = [[] for _ in requests]
-        for request, mine in zip(requests, tokens, strict=True):
-            request.on_token = lambda t, mine=mine: mine.append(t.id) or True  # type: ignore[misc]
-            self.submit(request)
-        while self.step():
-            pass
-        return tokens
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="luthier-engine", daemon=True)

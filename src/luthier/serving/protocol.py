@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from luthier.errors import UserError
-from luthier.generate import Sampling
+from luthier.inference.generation import Sampling
 from luthier.serving.engine import QueueFull
 from luthier.serving.sampler import random_seed
 from luthier.types import Message

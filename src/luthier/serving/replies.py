@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from luthier.models.tokenizer import Tokenizer
+from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.serving.engine import Token
 
 Json = dict[str, Any]

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from luthier.generate import Sampling
+from luthier.inference.generation import Sampling
 
 
 class Sampler:

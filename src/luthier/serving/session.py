@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from luthier.generate import Sampling
+from luthier.inference.generation import Sampling
 from luthier.serving.engine import Engine, Request, Token
 from luthier.serving.models import Served
 from luthier.serving.text import ReplyText
@@ -30,7 +30,7 @@ class Session:
         raw: bool = False,
     ) -> None:
         """raw: nothing was rendered, so the template's ``reply_prefix`` is not expected either."""
-        prefix = "" if raw else served.generator.template.reply_prefix
+        prefix = "" if raw else served.generator.chat_format.template.reply_prefix
         self.text = ReplyText(served.generator.tokenizer, prefix, stop)
         self.finish = ""
         self.reply_tokens = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from luthier.models.tokenizer import Tokenizer
+from luthier.models.tokenizer.tokenizer import Tokenizer
 
 
 class ReplyText:

@@ -9,17 +9,17 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from luthier.errors import ConfigError, MissingPackageError
-from luthier.models.base import quantisation
+from luthier.models.chat_format import ChatFormat, load_chat_format
 from luthier.models.directory import family_of
-from luthier.preflight import Voice, voice
-from luthier.serving.models import Place, places
+from luthier.models.loader import quantisation
+from luthier.serving.models import NamedModel, places
 from luthier.templates import Turns
+from luthier.types import Say
 
-Say = Callable[[str], None]
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
 _KEY = "VLLM_API_KEY"
 
@@ -54,7 +54,7 @@ def hand_over(
     os.execve(program, argv, {**os.environ, _KEY: key})  # noqa: S606 - no shell: that is the point
 
 
-def command(found: Sequence[Place], host: str, port: int, dtype: str) -> list[str]:
+def command(found: Sequence[NamedModel], host: str, port: int, dtype: str) -> list[str]:
     """``vllm serve`` for these places; the key is not in it, since everybody can read a command line."""
     base = found[-1]
     family = family_of(base.base)
@@ -67,30 +67,30 @@ def command(found: Sequence[Place], host: str, port: int, dtype: str) -> list[st
         raise ConfigError(f"{found[0].name}: vLLM would not use its rope_theta {theta:g}", "leave --engine vllm out")
     argv = ["vllm", "serve", str(base.base), "--host", host, "--port", str(port), "--dtype", dtype]
     argv += ["--served-model-name", base.name]
-    tuned = [p.located for p in found if p.located]
+    tuned = [p.tuned for p in found if p.tuned]
     if tuned:
         ranks = [c.r for t in tuned for c in (t.adapter.lora, *t.adapter.configs.values())]
         rank = next((r for r in _RANKS if r >= max(ranks)), max(ranks))
         argv += ["--enable-lora", "--max-loras", str(len(tuned)), "--max-lora-rank", str(rank), "--lora-modules"]
-        argv += [f"{p.name}={p.located.adapter.path}" for p in found if p.located]
-    spoken = _voice(found)
+        argv += [f"{p.name}={p.tuned.adapter.path}" for p in found if p.tuned]
+    spoken = _chat_format(found)
     if spoken.tokenizer.chat_template is None and isinstance(spoken.template, Turns):
         argv += ["--chat-template", spoken.template.jinja()]
     return argv
 
 
-def notes(found: Sequence[Place]) -> list[str]:
+def notes(found: Sequence[NamedModel]) -> list[str]:
     """What vLLM does otherwise than luthier."""
     said = [
-        f"vLLM sends no system prompt of its own: requests to {p.name} must begin with {p.located.system!r}"
+        f"vLLM sends no system prompt of its own: requests to {p.name} must begin with {p.tuned.system!r}"
         for p in found
-        if p.located and p.located.system
+        if p.tuned and p.tuned.system
     ]
     if any(quantisation(p.settings) for p in found):
         said.append("the base was quantised in training; vLLM computes with its whole weights")
     return said
 
 
-def _voice(found: Sequence[Place]) -> Voice:
-    located = found[0].located
-    return located.voice() if located else voice(found[0].base)
+def _chat_format(found: Sequence[NamedModel]) -> ChatFormat:
+    tuned = found[0].tuned
+    return tuned.chat_format() if tuned else load_chat_format(found[0].base)

@@ -15,7 +15,7 @@ from luthier.errors import TemplateError, nearest
 from luthier.templates import baichuan2, deepseek, glm4, llama3, phi3
 from luthier.templates.chatml import END, START, ChatML
 from luthier.templates.jinja import Jinja, RefusedConversation, Render
-from luthier.templates.merge import MergedSystem
+from luthier.templates.system_as_user import MergedSystem
 from luthier.templates.turns import Turns
 from luthier.types import ChatTokenizer, Message, SystemRole, Template
 

@@ -10,17 +10,13 @@ from luthier.templates.turns import Turns
 START, END, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 
 
-def _head(role: str) -> str:
-    return f"{START}{role}{END}\n\n"
-
-
 FORMS = (
     Turns(
         name="llama3",
         opening="<|begin_of_text|>",
-        system=(_head("system"), EOT),
-        user=(_head("user"), EOT),
-        reply=_head("assistant"),
+        system=(f"{START}system{END}\n\n", EOT),
+        user=(f"{START}user{END}\n\n", EOT),
+        reply=f"{START}assistant{END}\n\n",
         stop=(EOT,),
         markers=("<|begin_of_text|>", START, END, EOT),
         trim=True,

@@ -7,24 +7,23 @@ Source: the chat_template of each revision, as llama.cpp's and xinference's test
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from luthier.templates.turns import Turns
 
 _MARKERS = ("<|user|>", "<|assistant|>", "<|end|>")
+_PLAIN = Turns(
+    name="phi3",
+    user=("<|user|>\n", "<|end|>\n"),
+    reply="<|assistant|>\n",
+    stop=("<|end|>",),
+    gap="\n",
+    markers=_MARKERS,
+)
 
-
-def _form(opening: str = "", system: tuple[str, str] | None = None) -> Turns:
-    markers = (*_MARKERS, *([opening] if opening else []), *(["<|system|>"] if system else []))
-    return Turns(
-        name="phi3",
-        opening=opening,
-        system=system,
-        user=("<|user|>\n", "<|end|>\n"),
-        reply="<|assistant|>\n",
-        stop=("<|end|>",),
-        gap="\n",
-        markers=markers,
-    )
-
-
-FORMS = (_form(system=("<|system|>\n", "<|end|>\n")), _form(opening="<s>"), _form())
+FORMS = (
+    replace(_PLAIN, system=("<|system|>\n", "<|end|>\n"), markers=(*_MARKERS, "<|system|>")),
+    replace(_PLAIN, opening="<s>", markers=(*_MARKERS, "<s>")),
+    _PLAIN,
+)
 ENDING = "<|end|>\n<|endoftext|>"  # of a conversation, in the published jinja

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,16 +22,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from luthier import __version__, files, processor
+from luthier import __version__
+from luthier._util import files
+from luthier.devices.device import cpu_name
 from luthier.kernels import native
-from luthier.lora import LoraLinear
-from luthier.models.shards import write_safetensors
+from luthier.lora.layers import LoraLinear
+from luthier.models.checkpoint_reader import write_safetensors
 from luthier.training.metrics import Progress
-from luthier.training.optim import Optimizer
+from luthier.training.optimizer import Optimizer
+from luthier.types import Say
 
 TENSORS, STATE = "state.safetensors", "state.json"
 _PARTS = ("lora_A", "lora_B")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def machine() -> dict[str, Any]:
     return {
         "luthier": __version__,
         **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
-        "cpu": processor.name(),
+        "cpu": cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "kernels": native.identity(),

@@ -22,19 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.batch import Packing, Plan
+from luthier.batching.collate import DeviceBatch, to_device
+from luthier.batching.plan import Packing, Plan
+from luthier.compiled import Unsuitable, compiled_model, unsuitable
 from luthier.config import TrainConfig
 from luthier.errors import ConfigError, TrainError
-from luthier.fused import Unsuitable, fused, prove, unsuitable
 from luthier.kernels import native
-from luthier.kernels.noise import Noise
-from luthier.kernels.segments import DeviceBatch, to_device
-from luthier.lora import LoraLinear, frozen_dtype
-from luthier.models.forward import checkpointing, loss_sum, segment_attention
+from luthier.kernels.dropout import DropoutState
+from luthier.lora.layers import LoraLinear, frozen_dtype, share_dropout_state
 from luthier.training.checkpoint import Checkpoint, restore
+from luthier.training.forward import checkpointing, loss_sum, prove_compiled, segment_attention
 from luthier.training.metrics import Progress, StepRecord
-from luthier.training.optim import Optimizer
-from luthier.training.schedule import learning_rate
+from luthier.training.optimizer import Optimizer, learning_rate
 from luthier.types import Batch, Example
 
 LossOf = Callable[[DeviceBatch], Tensor]
@@ -79,12 +78,14 @@ def train(
     if resume:
         restore(resume, layers, optimizer)
         done = copy.deepcopy(resume.progress)
+    dropout = share_dropout_state(layers)
     before, start = done.seconds, time.perf_counter()
     model.train()
     try:
-        with losses(model, layers, examples, config, session) as loss_of:
+        with losses(model, layers, examples, config, session, dropout) as loss_of:
+            steps = _Steps(loss_of, layers, optimizer, dropout, schedule, config)
             for step, batches in schedule.batches(examples, done.step, Packing.of(config)):
-                record = _step(loss_of, layers, optimizer, batches, step, schedule, config)
+                record = steps.take(step, batches)
                 done.step = step + 1
                 done.losses.append(record.loss)
                 done.tokens += record.tokens
@@ -110,21 +111,21 @@ def losses(
     examples: Sequence[Example],
     config: TrainConfig,
     session: Session,
+    dropout: DropoutState,
 ) -> Iterator[LossOf]:
-    """How a batch becomes a loss here: by the compiled layers, proven on two rows, or by transformers' own.
+    """How a batch becomes a loss here: by the compiled layers, verified on two rows, or by transformers' own.
 
     Raises ConfigError where ``train.fused`` is true and the compiled layers cannot be had.
     """
     recompute = config.gradient_checkpointing is True
-    noise = next(iter(layers.values())).noise
     with ExitStack() as stack:
         if config.fused and session.attention == "auto":
             if native.to_be_compiled() and not unsuitable(model, layers):
                 session.say("compiling the training step for this processor, once (about 10 s)")
             try:
                 with ExitStack() as tried:
-                    compiled = tried.enter_context(fused(model, layers, noise, recompute))
-                    prove(compiled, model, examples)
+                    compiled = tried.enter_context(compiled_model(model, layers, dropout, recompute))
+                    prove_compiled(compiled, model, examples)
                     stack.push(tried.pop_all())
             except Unsuitable as e:
                 if config.fused is True:
@@ -138,49 +139,53 @@ def losses(
         yield partial(loss_sum, model)
 
 
-def _step(
-    loss_of: LossOf,
-    layers: Mapping[str, LoraLinear],
-    optimizer: Optimizer,
-    batches: list[Batch],
-    step: int,
-    schedule: Plan,
-    config: TrainConfig,
-) -> StepRecord:
-    """One optimizer step, and its record."""
-    began = time.perf_counter()
-    torch.manual_seed((config.seed << 32) + step)  # what a model draws itself follows from (seed, step) alone
-    layer = next(iter(layers.values()))
-    layer.noise.seed, layer.noise.step = config.seed, step
-    loss = accumulate(loss_of, [to_device(b, layer.lora_A.device) for b in batches], optimizer, layer.noise)
-    if step == 0 and not optimizer.skips:
-        gate(loss, layers, batches)
-    rate = learning_rate(step, schedule.steps, config)
-    norm = float(optimizer.update(rate))
-    if not optimizer.skips:
-        _finite(norm, step, batches, "gradient's norm")
-    return StepRecord(
-        step=step + 1,
-        steps=schedule.steps,
-        epoch=round((step + 1) / schedule.steps_per_epoch, 4),
-        loss=_finite(float(loss), step, batches),
-        grad_norm=norm if math.isfinite(norm) else None,
-        learning_rate=rate,
-        tokens=sum(b.tokens for b in batches),
-        supervised_tokens=sum(b.supervised for b in batches),
-        seconds=time.perf_counter() - began,
-    )
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """What every optimizer step of a session needs besides its rows."""
+
+    loss_of: LossOf
+    layers: Mapping[str, LoraLinear]
+    optimizer: Optimizer
+    dropout: DropoutState
+    schedule: Plan
+    config: TrainConfig
+
+    def take(self, step: int, batches: list[Batch]) -> StepRecord:
+        """One optimizer step (counted from 0), and its record."""
+        began = time.perf_counter()
+        optimizer, schedule, config = self.optimizer, self.schedule, self.config
+        torch.manual_seed((config.seed << 32) + step)  # what a model draws itself follows from (seed, step) alone
+        self.dropout.seed, self.dropout.step = config.seed, step
+        device = next(iter(self.layers.values())).lora_A.device
+        loss = accumulate(self.loss_of, [to_device(b, device) for b in batches], optimizer, self.dropout)
+        if step == 0 and not optimizer.skips:
+            gate(loss, self.layers, batches)
+        rate = learning_rate(step, schedule.steps, config)
+        norm = float(optimizer.update(rate))
+        if not optimizer.skips:
+            _finite(norm, step, batches, "gradient's norm")
+        return StepRecord(
+            step=step + 1,
+            steps=schedule.steps,
+            epoch=round((step + 1) / schedule.steps_per_epoch, 4),
+            loss=_finite(float(loss), step, batches),
+            grad_norm=norm if math.isfinite(norm) else None,
+            learning_rate=rate,
+            tokens=sum(b.tokens for b in batches),
+            supervised_tokens=sum(b.supervised for b in batches),
+            seconds=time.perf_counter() - began,
+        )
 
 
 def accumulate(
-    loss_of: LossOf, batches: Sequence[DeviceBatch], optimizer: Optimizer, noise: Noise | None = None
+    loss_of: LossOf, batches: Sequence[DeviceBatch], optimizer: Optimizer, dropout: DropoutState | None = None
 ) -> Tensor:
     """Gradients of one step's mean loss; returns that loss, [] fp32, still on the device."""
     supervised = sum(b.target_ids.shape[0] for b in batches)
     total: Tensor | None = None
     for micro, batch in enumerate(batches):
-        if noise:
-            noise.micro = micro
+        if dropout:
+            dropout.micro = micro
         loss = loss_of(batch) / supervised
         optimizer.backward(loss)
         total = loss.detach() if total is None else total + loss.detach()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from luthier import files
+from luthier._util import files
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class MetricsFile:
     def __init__(self, path: Path, every: int, resumed: int = 0) -> None:
         kept = [line for line in _lines(path) if line.get("step", resumed + 1) <= resumed] if resumed else []
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._every = every
 
     def write(self, record: StepRecord) -> None:
@@ -53,7 +52,10 @@ class MetricsFile:
             self._file.write(json.dumps(record.as_dict()) + "\n")
             self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -81,19 +83,3 @@ class Progress:
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def peak_rss_bytes() -> int:
-    """The process's largest resident size so far; 0 where the system does not tell (Windows)."""
-    if sys.platform == "win32":
-        return 0
-    status = Path("/proc/self/status")
-    # Linux's own count: its ru_maxrss begins with the size of the program that started this one
-    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier import files, processor
+from luthier._util import files
+from luthier.devices.device import cpu_instructions
 
 _SOURCES = ("rows.cpp", "attention.cpp", "loss.cpp", "weights.cpp")
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
@@ -182,9 +183,7 @@ def _place(compiler: str) -> Path:
 def _key(compiler: str) -> str:
     """What the compiled file depends on: sources, flags, compiler, processor, torch."""
     here = Path(__file__).parent
-    digest = hashlib.sha256(
-        "\n".join([*_flags(), torch.__version__, platform.machine(), processor.instructions()]).encode()
-    )
+    digest = hashlib.sha256("\n".join([*_flags(), torch.__version__, platform.machine(), cpu_instructions()]).encode())
     for name in ("common.h", *_SOURCES):
         digest.update((here / name).read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
@@ -193,7 +192,7 @@ def _key(compiler: str) -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    wide = "avx512f" in processor.instructions()
+    wide = "avx512f" in cpu_instructions()
     return (*_FLAGS, "-mprefer-vector-width=512") if wide else _FLAGS
 
 

@@ -6,13 +6,10 @@ native to transformers loads as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from luthier.models.families import baichuan2, glm4
 from luthier.models.families.base import Family, Modules, Rule
 
-__all__ = ["FAMILIES", "Family", "Modules", "Rule", "recognise"]
+__all__ = ["FAMILIES", "Family", "Modules", "Rule"]
 
 FAMILIES: dict[str, Family] = {
     "baichuan": baichuan2.FAMILY,
@@ -21,9 +18,3 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("Phi-3", "phi3"),
     "llama": Family("Llama", "llama"),
 }
-
-
-def recognise(raw: Mapping[str, Any]) -> Family:
-    """The family of a config.json; a bare record for types that have none of their own."""
-    kind = str(raw.get("model_type"))
-    return FAMILIES.get(kind, Family(kind, kind))

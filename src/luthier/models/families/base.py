@@ -57,11 +57,6 @@ class Rule:
         for name, part in zip(self.parts, torch.split(tensor, list(self.rows)), strict=True):
             yield name, part.to(dtype, copy=True)
 
-    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The way back: native tensors by name -> the published one."""
-        found = [parts[name] for name in self.parts]
-        return torch.cat(found) if len(found) > 1 else found[0]
-
 
 @dataclass(frozen=True, slots=True)
 class Family:

@@ -1,0 +1,1 @@
+"""The adapter directory, run directories, and finding which one is meant."""

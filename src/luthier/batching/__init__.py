@@ -1,0 +1,1 @@
+"""Examples -> flat micro-batches: the plan of a run's steps, shared prefixes, collation."""

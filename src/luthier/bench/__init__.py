@@ -1,1 +1,0 @@
-"""Programs that measure: ``python -m luthier.bench.NAME``."""

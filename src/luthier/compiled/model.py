@@ -1,0 +1,303 @@
+"""A whole model's loss and the gradients of its adapters, layer by layer, without autograd inside.
+
+``compiled_model`` raises Unsuitable, with the reason, if a model cannot be trained so; it then trains through
+transformers' own layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.batching.collate import DeviceBatch
+from luthier.compiled.group import Arena, Bump, Group
+from luthier.compiled.layer import Heads, Kept, Layer, Stream
+from luthier.kernels import native
+from luthier.kernels.dropout import DropoutState
+from luthier.lora.layers import LoraLinear, frozen_dtype
+from luthier.models.quantization import QuantLinear
+
+LOGITS = 40_000_000  # elements of logits that exist at once
+_BLOCK = 8192  # rows of a narrower head widened at once
+# transformers' decoder layers that are this very computation, and whether rotary pairs are neighbours
+_LAYERS = {
+    "LlamaDecoderLayer": False,
+    "MistralDecoderLayer": False,
+    "Qwen2DecoderLayer": False,
+    "Phi3DecoderLayer": False,
+    "GlmDecoderLayer": True,
+}
+
+
+class Unsuitable(Exception):
+    """Why a model cannot be trained by the compiled layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One micro-batch between its forward and its backward pass. grad [U, H]: of the last layer's output.
+
+    kept: of each layer from the first that trains on; with recomputation only its input [T, H].
+    """
+
+    stream: Stream
+    kept: list[Kept] | list[Tensor]
+    grad: Tensor
+    generation: int
+
+
+class CompiledModel:
+    """The compiled form of a model with its adapters attached. recompute: keep each layer's input only."""
+
+    def __init__(self, model: Any, layers: Mapping[str, LoraLinear], state: DropoutState, recompute: bool) -> None:
+        decoder, dtype = _suited(model, layers), frozen_dtype(model)
+        try:
+            self.kernels: Any = native.kernels(dtype)
+        except native.Unavailable as e:
+            raise Unsuitable(str(e)) from None
+        self.parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+        self.recompute, self._dropout_state = recompute, state
+        self._decoder, self._head = decoder, model.get_output_embeddings()
+        self._arena = Arena(dtype)
+        index = {id(layer): i for i, layer in enumerate(layers.values())}
+        self.layers = [self._layer(block, index) for block in decoder.layers]
+        trained = [i for i, layer in enumerate(self.layers) if any(g.parts for g in layer.groups())]
+        self.first = trained[0]
+
+    def _layer(self, block: Any, index: Mapping[int, int]) -> Layer:
+        attention, mlp, config = block.self_attn, block.mlp, block.self_attn.config
+        fused_qkv = hasattr(attention, "qkv_proj")
+        qkv = [attention.qkv_proj] if fused_qkv else [attention.q_proj, attention.k_proj, attention.v_proj]
+        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+
+        def group(modules: list[Any]) -> Group:
+            return Group(modules, self.kernels, self._arena, self._dropout_state, index)
+
+        dim = int(attention.head_dim)
+        window = _window(block, config)
+        heads = Heads(
+            query=int(config.num_attention_heads),
+            key=int(config.num_key_value_heads),
+            dim=dim,
+            interleaved=_LAYERS[type(block).__name__],
+            window=window,
+            scale=float(attention.scaling),
+        )
+        norm, norm2 = block.input_layernorm, block.post_attention_layernorm
+        return Layer(
+            self.kernels, self._arena, heads, norm.weight.detach(), norm2.weight.detach(), norm.variance_epsilon,
+            norm2.variance_epsilon, group(qkv), group([attention.o_proj]), group(gate_up), group([mlp.down_proj]),
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """Give the model its own weights back."""
+        for layer in self.layers:
+            for group in layer.groups():
+                group.release()
+
+    def bytes_held(self) -> int:
+        """Memory of the latest micro-batch; logits included."""
+        return self._arena.bytes_held()
+
+    def loss_sum(self, batch: DeviceBatch) -> Tensor:
+        """[] fp32: cross-entropy summed over the batch's supervised tokens, with gradients for the adapters."""
+        loss: Tensor = _Loss.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
+        return loss
+
+    def forward(self, batch: DeviceBatch) -> tuple[Tensor, State]:
+        """The loss, and what ``backward`` needs: gradients of the logits are formed here, at once with the loss."""
+        self._begin(batch.input_ids.shape[1])
+        for layer in self.layers:
+            for group in layer.groups():
+                group.refresh()
+        x = self._decoder.embed_tokens(batch.input_ids)[0]
+        cos, sin = self._decoder.rotary_emb(x[None], batch.position_ids)
+        order = torch.argsort(batch.target_index, stable=True)
+        rows, which = torch.unique_consecutive(batch.target_index[order], return_inverse=True)
+        stream = _stream(batch, cos[0], sin[0], rows)
+        kept: list[Any] = []
+        for i, layer in enumerate(self.layers):
+            if self.recompute:
+                self._arena.layers.reset()
+            below = x
+            x, saved = layer.forward(below, stream, i == len(self.layers) - 1)
+            if i >= self.first:
+                kept.append(below if self.recompute else saved)
+        loss, grad = self._loss(x, which if len(which) > len(rows) else None, batch.target_ids[order])
+        return loss, State(stream, kept, grad, self._arena.generation)
+
+    def _begin(self, tokens: int) -> None:
+        """Room for what the layers keep of so many tokens."""
+        layers = [layer.kept(tokens) for layer in self.layers]
+        streams = Bump.rounded(tokens * int(self._decoder.norm.weight.shape[0]), self._arena.dtype)
+        self._arena.begin(streams * len(self.layers), max(layers) if self.recompute else sum(layers))
+
+    def _loss(self, x: Tensor, which: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """x [U, H]; which [N]: the row of each target where some have several. The loss, and its gradient [U, H]."""
+        norm = self._decoder.norm
+        n, k = x.shape
+        h, rstd = torch.empty_like(x), torch.empty(n)
+        none = (0, None, None, 0, 0, None)
+        self.kernels.norm_forward(n, k, x, norm.weight, norm.variance_epsilon, *none, h, k, None, rstd)
+        grad = torch.zeros_like(h) if which is not None else torch.empty_like(h)
+        losses = torch.empty(len(targets))
+        vocabulary = int(self._head.weight.shape[0])
+        step = max(1, LOGITS // vocabulary)
+        for first in range(0, len(targets), step):
+            part = slice(first, min(first + step, len(targets)))
+            inputs = h[part] if which is None else h[which[part]]
+            with self._arena.scratch("logits", len(inputs), vocabulary) as logits:
+                self._logits(inputs, logits)
+                self.kernels.cross_entropy(
+                    len(inputs), vocabulary, logits, vocabulary, targets[part].contiguous(), losses[part]
+                )  # in place: the logits become their gradient
+                part_grad = self._logits_backward(logits)
+            if which is None:
+                grad[part] = part_grad
+            else:
+                grad.index_add_(0, which[part], part_grad)
+        below = torch.empty_like(x)
+        self.kernels.norm_backward(n, k, x, norm.weight, rstd, *none, grad, k, torch.zeros_like(x), below, None)
+        return losses.double().sum().float(), below
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The head's weight in the model's type: whole, or so many rows at a time where it is stored in another."""
+        weight = self._head.weight.detach()
+        size = len(weight) if weight.dtype is self._arena.dtype else _BLOCK
+        for first in range(0, len(weight), size):
+            rows = slice(first, min(first + size, len(weight)))
+            yield rows, weight[rows].to(self._arena.dtype)
+
+    def _logits(self, h: Tensor, out: Tensor) -> None:
+        """out [N, vocabulary] of h [N, H]."""
+        for rows, block in self._blocks():
+            if len(block) == out.shape[1]:
+                torch.mm(h, block.t(), out=out)
+            else:
+                out[:, rows] = h @ block.t()
+
+    def _logits_backward(self, grad: Tensor) -> Tensor:
+        parts = [grad[:, rows] @ block for rows, block in self._blocks()]
+        total: Tensor = sum(parts[1:], parts[0])
+        return total
+
+    def backward(self, state: State, scale: Tensor) -> list[Tensor | None]:
+        """Gradients of every adapter's A and B, in the order of ``parameters``."""
+        stream, kept, grad = state.stream, state.kept, state.grad
+        assert state.generation == self._arena.generation, "another micro-batch has been computed since"
+        into: list[Tensor | None] = [None] * len(self.parameters)
+        current = grad * scale.to(grad.dtype)
+        for i in range(len(self.layers) - 1, self.first - 1, -1):
+            layer, last, saved = self.layers[i], i == len(self.layers) - 1, kept.pop()
+            if not isinstance(saved, Kept):
+                saved = layer.recomputed(saved, stream, last)
+            below = self._arena.buffer("below", *saved.x.shape) if i > self.first else None
+            layer.backward(current, saved, stream, last, into, below)
+            if below is not None:
+                current = below
+        return into
+
+
+class _Loss(torch.autograd.Function):
+    """Where the hand-written gradients meet autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, model: CompiledModel, batch: DeviceBatch, *_: Tensor) -> Tensor:
+        loss, ctx.state = model.forward(batch)
+        ctx.model = model
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        state, ctx.state = ctx.state, None  # a loss that someone keeps must not keep the activations
+        return (None, None, *ctx.model.backward(state, scale))
+
+
+def _stream(batch: DeviceBatch, cos: Tensor, sin: Tensor, rows: Tensor) -> Stream:
+    segments = batch.segments
+    offsets, parents = torch.tensor(segments.offsets), torch.tensor(segments.parents)
+    shared = int(segments.offsets[max(segments.parents) + 1])
+    return Stream(offsets, parents, shared, cos.contiguous(), sin.contiguous(), rows, torch.searchsorted(rows, offsets))
+
+
+def _window(block: Any, config: Any) -> int:
+    """How many keys a query of this layer sees; 0: all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[block.self_attn.layer_idx] == "full_attention":
+        return 0
+    return int(getattr(config, "sliding_window", None) or 0)
+
+
+@contextmanager
+def compiled_model(
+    model: Any, layers: Mapping[str, LoraLinear], state: DropoutState, recompute: bool
+) -> Iterator[CompiledModel]:
+    """Within the block the model's frozen weights stand where the compiled layers want them. Raises Unsuitable."""
+    compiled = CompiledModel(model, layers, state, recompute)
+    try:
+        yield compiled
+    finally:
+        compiled.release()
+
+
+def unsuitable(model: Any, layers: Mapping[str, LoraLinear]) -> str | None:
+    """Why this model cannot be trained by the compiled layers, None where it can (a compiler set aside)."""
+    try:
+        _suited(model, layers)
+    except Unsuitable as e:
+        return str(e)
+    return None
+
+
+def _suited(model: Any, layers: Mapping[str, LoraLinear]) -> Any:
+    """The decoder. Raises Unsuitable."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    blocks = list(getattr(decoder, "layers", ()))
+    kinds = {type(b).__name__ for b in blocks}
+    config = model.config
+    reasons = {
+        f"they know the layers of Llama, Mistral, Qwen2, Phi-3 and GLM-4, not {', '.join(sorted(kinds))}": not kinds
+        or not kinds <= set(_LAYERS),
+        "they run on the CPU": model.device.type not in ("cpu", "meta"),
+        "they know SiLU alone": getattr(config, "hidden_act", "silu") != "silu",
+        "they know no dropout but LoRA's": any(
+            getattr(config, k, 0.0) for k in ("attention_dropout", "resid_pdrop", "embd_pdrop")
+        ),
+        "the head has a bias or an adapter": getattr(head, "bias", None) is not None or isinstance(head, LoraLinear),
+    }
+    if kinds and kinds <= set(_LAYERS):
+        reasons |= {
+            "a layer that is not attention's input has a bias": any(_biased(b) for b in blocks),
+            "widths must be multiples of 16": any(_uneven(b) for b in blocks),
+            "quantised layers must compute in the model's own type": any(
+                isinstance(m, QuantLinear) and m.compute is not frozen_dtype(model) for m in decoder.modules()
+            ),
+        }
+    inside = {id(m) for m in decoder.modules()}
+    reasons["an adapter is outside the decoder's layers"] = any(id(layer) not in inside for layer in layers.values())
+    for reason, holds in reasons.items():
+        if holds:
+            raise Unsuitable(reason)
+    return decoder
+
+
+def _linears(block: nn.Module) -> dict[str, Any]:
+    found = {n.rpartition(".")[2]: m for n, m in block.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
+    return {n: m for n, m in found.items() if n != "base"} | {
+        n.rpartition(".")[2]: m.base for n, m in block.named_modules() if isinstance(m, LoraLinear)
+    }
+
+
+def _biased(block: nn.Module) -> bool:
+    inputs = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+    return any(m.bias is not None for n, m in _linears(block).items() if n not in inputs)
+
+
+def _uneven(block: nn.Module) -> bool:
+    widths = [int(block.self_attn.head_dim)]  # type: ignore[union-attr, arg-type]
+    return any(w % 16 for w in widths + [m.in_features for m in _linears(block).values()])

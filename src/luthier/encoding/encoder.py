@@ -1,0 +1,209 @@
+"""Spans -> ids and mask: the only place that decides what is trained.
+
+A row is tokenised once, as one text. For every reply it is then proven that the prompt which chat would send is a
+prefix of those very ids, and that the reply ends in a token the generator stops on. Tokens after the last
+supervised one cannot change the loss and are left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.control_tokens import ControlTokens
+from luthier.data.report import DataReport
+from luthier.errors import TemplateError
+from luthier.templates import RefusedConversation
+from luthier.types import ChatTokenizer, Conversation, Example, Span, Template, TooLong, TrainOn
+
+_CHUNK = 512
+_Place = tuple[int | None, int]  # where a reply starts, None: its prompt is no prefix; where its stop token is
+_Encoded = tuple[NDArray[np.int32], list[_Place]]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """What a row's encoding depends on besides the row. ``max_length`` counts tokens."""
+
+    template: Template
+    tokenizer: ChatTokenizer
+    stop_ids: tuple[int, ...]
+    max_length: int
+    too_long: TooLong = "truncate"
+    train_on: TrainOn = "all_replies"
+    control: ControlTokens | None = None
+
+    def stream(
+        self, conversations: Iterable[Conversation], report: DataReport
+    ) -> Iterator[tuple[Conversation, Example]]:
+        """Encode rows, each example with the conversation it came from; in constant memory.
+
+        Rows that cannot be encoded are in ``report`` with the reason. Raises TemplateError.
+        """
+        source = iter(conversations)
+        while chunk := list(itertools.islice(source, _CHUNK)):
+            yield from self._chunk(chunk, report)
+
+    def _chunk(
+        self, conversations: Sequence[Conversation], report: DataReport
+    ) -> Iterator[tuple[Conversation, Example]]:
+        rendered: list[tuple[Conversation, list[Span]]] = []
+        for read in conversations:
+            c = self.control.apply(read, report) if self.control else read
+            if c is None:
+                continue
+            try:
+                rendered.append((c, self.template.spans(c.messages, self.train_on)))
+            except RefusedConversation as e:
+                report.add(c.source, f"the model's chat template refuses this conversation: {e}", "dropped")
+            except TemplateError as e:
+                raise TemplateError(f"{c.source}: {e.message}", e.fix) from None
+        stops = self.template.stop
+        by_cuts = all(map(self.tokenizer.is_cut, stops)) and all(
+            span.text.endswith(stops) for _, spans in rendered for span in spans if span.written
+        )
+        encoded = self._by_cuts(rendered) if by_cuts else self._by_offsets(rendered)
+        for (c, spans), (ids, replies) in zip(rendered, encoded, strict=True):
+            example = self._example(c, spans, ids, replies, report)
+            if example is not None:
+                yield c, example
+
+    def _by_offsets(self, rendered: Sequence[tuple[Conversation, list[Span]]]) -> Iterator[_Encoded]:
+        """The definition: a reply's stop token is the first one that reaches the end of its span."""
+        texts: list[str] = []
+        for c, spans in rendered:
+            texts.append("".join([s.text for s in spans]))
+            texts += self._prompts(c, spans)
+        encodings = iter(self.tokenizer.encode_batch(texts))
+        for _, spans in rendered:
+            whole = next(encodings)
+            ends = [end for _, end in whole.offsets]
+            replies: list[_Place] = []
+            at = 0
+            for span in spans:
+                at += len(span.text)
+                if span.written:
+                    prompt = next(encodings).ids
+                    start = len(prompt)
+                    stop = next(j for j in range(start, len(ends)) if ends[j] >= at)
+                    replies.append((start if whole.ids[:start] == prompt else None, stop))
+            yield np.asarray(whole.ids, dtype=np.int32), replies
+
+    def _by_cuts(self, rendered: Sequence[tuple[Conversation, list[Span]]]) -> Iterator[_Encoded]:
+        """The same without offsets: what is before a reply's stop token is encoded as if it ended there."""
+        texts: list[str] = []
+        for c, spans in rendered:
+            whole = "".join([s.text for s in spans])
+            texts.append(whole)
+            prompts = iter(self._prompts(c, spans))
+            at = 0
+            for span in spans:
+                at += len(span.text)
+                if span.written:
+                    texts += (next(prompts), whole[: at - len(self._stop_of(span.text))])
+        encoded = iter(self.tokenizer.encode_ids(texts))
+        for _, spans in rendered:
+            row = next(encoded)
+            replies: list[_Place] = []
+            for span in spans:
+                if span.written:
+                    prompt, closing = next(encoded), next(encoded)
+                    replies.append((len(prompt) // 4 if row.startswith(prompt) else None, len(closing) // 4))
+            yield np.frombuffer(row, dtype=np.int32), replies
+
+    def _stop_of(self, written: str) -> str:
+        """The stop token's text at the end of a written span."""
+        return next(stop for stop in self.template.stop if written.endswith(stop))
+
+    def _prompts(self, conversation: Conversation, spans: Sequence[Span]) -> list[str]:
+        """The text before each written span, which must be what chat would send at that point."""
+        prompts: list[str] = []
+        replies = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+        turns = iter(replies[-sum(s.written for s in spans) :])
+        seen = ""
+        for span in spans:
+            if span.written:
+                prompt = self.template.prompt(conversation.messages[: next(turns)])
+                if prompt != seen:
+                    raise TemplateError(
+                        f"{conversation.source}: template {self.template.name} writes the training text differently "
+                        "from the prompt",
+                        "choose another template: --set data.template=jinja",
+                    )
+                prompts.append(prompt)
+            seen += span.text
+        return prompts
+
+    def _example(
+        self,
+        conversation: Conversation,
+        spans: Sequence[Span],
+        ids: NDArray[np.int32],
+        places: Sequence[_Place],
+        report: DataReport,
+    ) -> Example | None:
+        source = conversation.source
+        replies: list[tuple[int, int]] = []  # token ranges, each ending with its stop token
+        for span, (start, stop) in zip((s for s in spans if s.written), places, strict=True):
+            if start is None:
+                report.add(
+                    source,
+                    "the tokenizer joins the start of a reply with the prompt before it "
+                    f"(the reply starts with {span.text[:12]!r}), so the prompt would not be a prefix",
+                    "dropped",
+                    "remove the white space at the start of the reply",
+                )
+                return None
+            if ids[stop] not in self.stop_ids:
+                raise TemplateError(
+                    f"{source}: a trained reply ends in token {ids[stop]}, which the generator does not stop on",
+                    "choose another template: --set data.template=jinja",
+                )
+            replies.append((start, stop + 1))
+        return self._fit(ids, replies, conversation, report)
+
+    def _fit(
+        self, ids: NDArray[np.int32], replies: list[tuple[int, int]], conversation: Conversation, report: DataReport
+    ) -> Example | None:
+        source = conversation.source
+        length = replies[-1][1]
+        stop_at = length - 1
+        if length > self.max_length and self.too_long != "truncate":
+            report.add(
+                source,
+                f"is {length} tokens long, more than max_length {self.max_length}",
+                "refused" if self.too_long == "error" else "dropped",
+                "a larger --set data.max_length=..., or --set data.too_long=truncate",
+            )
+            return None
+        if length > self.max_length:
+            prompt = replies[0][0]
+            replies, stop_at = _cut(replies, self.max_length)
+            if not replies:
+                report.add(
+                    source,
+                    f"the prompt is {prompt} tokens long; max_length {self.max_length} leaves no room for a reply",
+                    "dropped",
+                    f"--set data.max_length={length}",
+                )
+                return None
+            report.add(source, f"truncated from {length} to {replies[-1][1]} tokens", "changed")
+        kept = ids[: replies[-1][1]].astype(np.int64)
+        kept[-1] = ids[stop_at]
+        trained = np.zeros(len(kept), dtype=np.bool_)
+        for start, end in replies:
+            trained[start:end] = True
+        return Example(kept, trained, source)
+
+
+def _cut(replies: list[tuple[int, int]], max_length: int) -> tuple[list[tuple[int, int]], int]:
+    """The replies that fit, the last one cut so that its stop token still ends it; and where that stop token is."""
+    whole = [r for r in replies if r[1] <= max_length]
+    start, end = replies[len(whole)]
+    if start + 2 <= max_length:  # room for one token of the reply and its stop
+        return [*whole, (start, max_length)], end - 1
+    return whole, whole[-1][1] - 1 if whole else 0

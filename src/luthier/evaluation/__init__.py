@@ -1,0 +1,1 @@
+"""A model on held-out rows: loss, text metrics, base against tuned, report.html."""

@@ -1,0 +1,96 @@
+"""Dropout whose mask follows from (seed, step, micro-batch, layer, row, column) alone: nothing to store or to resume.
+
+One mask per input: adapters that read the same activations (q, k and v; gate and up) drop the same of them.
+Source of the mixer: "lowbias32", https://github.com/skeeto/hash-prospector (public domain).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.kernels import native
+
+_WORD = 0xFFFFFFFF
+
+
+def mixed(x: int) -> int:
+    """A 32-bit number that depends on every bit of ``x``."""
+    x &= _WORD
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+@dataclass(slots=True)
+class DropoutState:
+    """Where training is; the adapter layers of a model share one and derive their masks from it."""
+
+    seed: int = 0
+    step: int = 0
+    micro: int = 0
+
+    def key(self, group: int) -> int:
+        found = mixed(self.seed)
+        for part in (self.step, self.micro, group):
+            found = mixed(found + 0x9E3779B9 * (part + 1))
+        return found
+
+
+def threshold(p: float) -> int:
+    """Hashes below it are dropped."""
+    return round(p * 2**32)
+
+
+def keep(key: int, rows: int, columns: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+    """[rows, columns] bool: the definition of the mask, in 32-bit arithmetic that wraps."""
+    row = torch.arange(rows, dtype=torch.int32, device=device) * _signed(0x9E3779B9) + _signed(key)
+    column = torch.arange(columns, dtype=torch.int32, device=device) * _signed(0x85EBCA6B)
+    hashed = _mixed(_mixed(row)[:, None] + column[None])
+    low = torch.iinfo(torch.int32).min  # unsigned comparison: both sides moved
+    return (hashed ^ low) >= _signed(threshold(p) ^ 0x80000000)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _signed(x: int) -> int:
+    x &= _WORD
+    return x - 2**32 if x >= 2**31 else x
+
+
+def dropout(x: Tensor, p: float, key: int) -> Tensor:
+    """x [..., columns], rows counted over all leading dimensions: dropped or scaled by 1 / (1 - p)."""
+    out: Tensor = _Dropout.apply(x, p, key)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, key: int) -> Tensor:
+        ctx.p, ctx.key = p, key
+        return _dropped(x, p, key)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _dropped(grad, ctx.p, ctx.key), None, None
+
+
+def _dropped(x: Tensor, p: float, key: int) -> Tensor:
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    if x.device.type == "cpu":
+        try:
+            found = torch.empty_like(x, memory_format=torch.contiguous_format)
+            native.kernels(x.dtype).dropout(rows, columns, x.contiguous(), found, key, threshold(p), 1 / (1 - p))
+            return found
+        except native.Unavailable:
+            pass
+    mask = keep(key, rows, columns, p, x.device).view(x.shape)
+    return torch.where(mask, x * (1 / (1 - p)), torch.zeros((), dtype=x.dtype, device=x.device))

@@ -1,0 +1,1 @@
+"""LoRA: the adapter layers, and which linear layers get one."""

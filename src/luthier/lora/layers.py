@@ -1,0 +1,185 @@
+"""LoRA: ``LoraLinear`` in place of a linear layer, and which layers get one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luthier.config import LoraConfig
+from luthier.errors import ConfigError
+from luthier.kernels.dropout import DropoutState, dropout
+from luthier.models.directory import check_names
+from luthier.models.families import Modules
+from luthier.models.quantization import QuantLinear
+
+# layers that read the same input share its dropout mask
+_INPUTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer plus ``scaling * B(A(dropout(x)))``; A and B in fp32, computed in the layer's type.
+
+    x [..., in] -> [..., out]; A [r, in], B [out, r]. Named as in PEFT (``lora_A``, ``lora_B``).
+    Source: Hu et al. 2021, arXiv 2106.09685; rank-stabilised scaling: Kalajdzievski 2023, arXiv 2312.03732.
+    """
+
+    def __init__(self, base: nn.Linear | QuantLinear, config: LoraConfig) -> None:
+        super().__init__()
+        self.base = base
+        self.scaling = scaling(config)
+        self.dropout = config.lora_dropout
+        self.dropout_state, self.dropout_group = DropoutState(), 0  # see ``share_dropout_state``
+        self.enabled = True
+        device = base.device if isinstance(base, QuantLinear) else base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(config.r, base.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, dtype=torch.float32, device=device))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """A uniform in +-1/sqrt(in) (PEFT's default), B zero: the model is unchanged at the start."""
+        bound = 1 / math.sqrt(self.base.in_features)
+        start = torch.empty(self.lora_A.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            self.lora_A.copy_(start)
+            self.lora_B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            plain: Tensor = self.base(x)
+            return plain
+        dropped = self.dropout and self.training
+        u = dropout(x, self.dropout, self.dropout_state.key(self.dropout_group)) if dropped else x
+        inner = F.linear(u, self.lora_A.to(x.dtype)) * self.scaling
+        out: Tensor = self.base(x) + F.linear(inner, self.lora_B.to(x.dtype))
+        return out
+
+
+def scaling(config: LoraConfig) -> float:
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Resolved layers: full module names, and the leaf names that say the same in PEFT's terms."""
+
+    modules: tuple[str, ...]
+    leaves: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def resolve(model: nn.Module, requested: Sequence[str] | None, published: Modules | None = None) -> Targets:
+    """Which linear layers get an adapter; works on the meta device, before weights are read.
+
+    None: every linear layer inside the decoder blocks (the head is not one). A name matches as in PEFT: the whole
+    module name or the end of it after a dot; ``published`` names (``Family.modules``) mean the native modules they
+    became. Raises ConfigError listing every name that matches nothing.
+    """
+    head_of: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = head_of()
+    decoder_of: Any = getattr(model, "get_decoder", lambda: None)
+    inside = {id(m) for m in (decoder_of() or model).modules()}  # not the vision tower, say
+    kinds = (nn.Linear, QuantLinear)
+    linear = [n for n, m in model.named_modules() if isinstance(m, kinds) and m is not head and id(m) in inside]
+    leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in linear))
+    if not linear:
+        name = str(getattr(getattr(model, "config", None), "model_type", "this model"))
+        raise ConfigError(f"{name} models have no linear layer that an adapter could go on", "use another model")
+    if requested is None:
+        return Targets(tuple(linear), tuple(leaves))
+    requested, notes = _native(requested, linear, published or {})
+    unknown = [r for r in requested if not any(_matches(n, r) for n in linear)]
+    name = str(getattr(getattr(model, "config", None), "model_type", "this model"))
+    check_names(unknown, leaves, f"a {name} model", ConfigError)
+    chosen = tuple(n for n in linear if any(_matches(n, r) for r in requested))
+    return Targets(chosen, tuple(dict.fromkeys(requested)), notes)
+
+
+def _native(requested: Sequence[str], linear: Sequence[str], published: Modules) -> tuple[list[str], tuple[str, ...]]:
+    """Names of the checkpoint's own modules replaced by those of the native modules they became, and what to say."""
+    names: list[str] = []
+    notes: list[str] = []
+    for name in requested:
+        became = [part for old, parts in published.items() if _matches(old, name) for part, _ in parts]
+        if not became or any(_matches(n, name) for n in linear):
+            names.append(name)
+            continue
+        short = became if "." in name else [part.rpartition(".")[2] for part in became]
+        means = list(dict.fromkeys(short))
+        names += means
+        notes.append(f"{name} means {', '.join(means)} here")
+    return names, tuple(notes)
+
+
+def attach(
+    model: nn.Module,
+    config: LoraConfig,
+    targets: Targets,
+    seed: int,
+    configs: Mapping[str, LoraConfig] | None = None,
+) -> dict[str, LoraLinear]:
+    """Freeze the model and put a ``LoraLinear`` in place of every target, in place. Returns them by module name.
+
+    configs: of modules whose rank or alpha is their own.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    layers: dict[str, LoraLinear] = {}
+    groups: dict[str, int] = {}
+    for name in targets.modules:
+        parent, _, leaf = name.rpartition(".")
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear | QuantLinear)
+        layer = LoraLinear(base, (configs or {}).get(name, config))
+        if not layer.lora_A.is_meta:
+            layer.reset(generator)
+        layer.dropout_group = groups.setdefault(f"{parent}.{_INPUTS.get(leaf, leaf)}", len(groups))
+        setattr(model.get_submodule(parent), leaf, layer)
+        layers[name] = layer
+    return layers
+
+
+def detach(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
+    """Put the base's own linear layers back."""
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.base)
+
+
+def share_dropout_state(layers: Mapping[str, LoraLinear]) -> DropoutState:
+    """One new state for all layers, which the caller moves from step to step; returns it."""
+    state = DropoutState()
+    for layer in layers.values():
+        layer.dropout_state = state
+    return state
+
+
+@contextmanager
+def plain(layers: Mapping[str, LoraLinear]) -> Iterator[None]:
+    """Within the block the model is its base: every adapter is switched off."""
+    before = [layer.enabled for layer in layers.values()]
+    for layer in layers.values():
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers.values(), before, strict=True):
+            layer.enabled = enabled
+
+
+def frozen_dtype(model: nn.Module) -> torch.dtype:
+    """The type that the base computes in (adapters are fp32 whatever that is)."""
+    return next((p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()), torch.float32)
+
+
+def trainable_parameters(layers: dict[str, LoraLinear]) -> int:
+    return sum(p.numel() for layer in layers.values() for p in layer.parameters() if p.requires_grad)
+
+
+def _matches(module: str, requested: str) -> bool:
+    return module == requested or module.endswith("." + requested)

@@ -1,0 +1,102 @@
+"""How a base model is talked to: its tokenizer, its chat template, and the ids on which a reply stops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from luthier.config import DataConfig, RunConfig
+from luthier.data.control_tokens import ControlTokens, check_text
+from luthier.encoding.encoder import Encoder
+from luthier.errors import TemplateError
+from luthier.models.directory import eos_ids, family_of, read_config
+from luthier.models.families import Family, Modules
+from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from luthier.templates import RefusedConversation, from_description, pick
+from luthier.templates import stop_ids as template_stop_ids
+from luthier.types import Message, SystemRole, Template
+
+_PLAIN = Family("native", "native")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """The one way in which a base model is talked to, in training, chat, evaluation, serving and export.
+
+    stop_ids: every id that ends a reply; the template's own first.
+    """
+
+    config: PretrainedConfig
+    tokenizer: Tokenizer
+    template: Template
+    stop_ids: tuple[int, ...]
+    family: Family = _PLAIN
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The text that the model reads before its reply. Raises TemplateError if the template refuses the turns."""
+        try:
+            return self.template.prompt(messages)
+        except RefusedConversation as e:
+            raise TemplateError(
+                f"the model's chat template refuses this conversation: {e}",
+                "leave the system prompt out, or train with --set data.system_role=merge",
+            ) from None
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids that the model reads before its reply; no other function computes them. Raises TemplateError."""
+        return list(self.tokenizer.encode_batch([self.prompt_text(messages)])[0].ids)
+
+    def check_text(self, text: str, what: str) -> None:
+        """Raise DataError if a text is not text, or would be read as one of the model's control tokens."""
+        check_text(text, what, self.tokenizer, self.template)
+
+    def encoder(self, data: DataConfig) -> Encoder:
+        """What turns conversations into ids and mask in this format, as the run's settings ask for."""
+        template, tokenizer = self.template, self.tokenizer
+        control = ControlTokens.of([*tokenizer.control_tokens, *template.markers], data.control_tokens)
+        return Encoder(template, tokenizer, self.stop_ids, data.max_length, data.too_long, data.train_on, control)
+
+    def modules(self) -> Modules:
+        """The checkpoint's own names of its linear modules, if they differ from the native ones."""
+        return self.family.modules(self.config)
+
+    def notes(self) -> Sequence[str]:
+        """What a user of this checkpoint should know."""
+        return self.family.notes(self.config)
+
+
+def load_chat_format(
+    path: Path,
+    choice: str = "auto",
+    described: dict[str, Any] | None = None,
+    system_role: SystemRole = "template",
+    rope_theta: float | None = None,
+) -> ChatFormat:
+    """Read a model directory's configuration, tokenizer and template. Raises UserError.
+
+    choice, system_role: ``data.template``, ``data.system_role``. rope_theta: ``model.rope_theta``.
+    described:           the template that an adapter was trained with; it takes the place of ``choice``.
+    """
+    config, family = read_config(path, rope_theta), family_of(path)
+    tokenizer = load_tokenizer(path)
+    ids = list(eos_ids(path, config))
+    if tokenizer.hf.eos_token_id is not None:
+        ids.append(int(tokenizer.hf.eos_token_id))
+    texts = tuple(dict.fromkeys(t for i in ids if (t := tokenizer.text_of(i)) is not None))
+    render = tokenizer.render if tokenizer.chat_template else None
+    if described is None:
+        template = pick(choice, render, tokenizer.chat_template, texts, family.template, system_role)
+    else:
+        template = from_description(described, render, tokenizer.chat_template, texts)
+    stop = tuple(dict.fromkeys([*template_stop_ids(template, tokenizer), *ids]))
+    return ChatFormat(config, tokenizer, template, stop, family)
+
+
+def chat_format_of(config: RunConfig) -> ChatFormat:
+    """The chat format of a run's base model, as its settings ask for."""
+    data = config.data
+    return load_chat_format(config.model.path, data.template, None, data.system_role, config.model.rope_theta)

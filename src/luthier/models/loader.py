@@ -1,0 +1,124 @@
+"""A model directory -> a transformers model. The library's own class, never code from the directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging as hf_logging
+
+from luthier.config import ModelConfig
+from luthier.devices.device import DTYPES, pick_device, pick_dtype
+from luthier.errors import ModelError
+from luthier.models.checkpoint_reader import Shards
+from luthier.models.directory import family_of, read_config
+from luthier.models.native_model import Fit, collapse, finish, hollow, match, native_tensors, put
+from luthier.models.quantization import Quantisation
+from luthier.models.quantized_loader import FourOrEight, load_quantised
+from luthier.models.tokenizer.tokenizer import has_tokenizer, load_tokenizer
+from luthier.types import Say
+
+
+def load_weights(
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    config: PretrainedConfig | None = None,
+    say: Say = lambda _: None,
+) -> Any:
+    """The whole model in ``dtype`` on ``device``, from its published layout, one tensor in memory at a time.
+
+    config: what ``read_config`` returned, perhaps with settings of the run's. Raises ModelError listing every tensor
+    that is missing, surplus or of another shape; nothing is loaded then.
+    """
+    config = config or read_config(path)
+    family = family_of(path)
+    shards = Shards.open(path)
+    model = hollow(config, dtype)
+    fit = match(shards.shapes, family.rules(config), model)
+    if fit.problems and family.layer_rules is None:
+        return _general(path, config, dtype, fit.problems).to(device).eval()  # transformers may know other names
+    if fit.ignored:
+        say(f"{path}: not used, as the model computes them: {', '.join(collapse(fit.ignored))}")
+    for name, tensor in native_tensors(shards, fit, dtype):
+        put(model, name, tensor.to(device))
+    return finish(model, path, fit, device)
+
+
+def _general(path: Path, config: PretrainedConfig, dtype: torch.dtype, problems: Sequence[str]) -> Any:
+    """transformers' own loading, for models whose published names it converts itself."""
+    hf_logging.disable_progress_bar()
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            weights_only=True,
+        )
+    except Exception as e:  # safetensors, pickle, OS and transformers errors alike: the files are at fault
+        raise ModelError(
+            f"{path}: the weights cannot be read ({' '.join(str(e).split())[:300]})", "download the model again"
+        ) from None
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    if any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        raise ModelError(
+            f"{path}: the weights do not fit the model ({Fit(problems=list(problems)).told()})",
+            "download the model again",
+        )
+    return model
+
+
+def quantisation(settings: ModelConfig) -> Quantisation | None:
+    """How its frozen linear layers are stored, None for 16 or 32 bits."""
+    if settings.load_in_8bit:
+        return Quantisation("int8")
+    return (
+        Quantisation(settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant)
+        if settings.load_in_4bit
+        else None
+    )
+
+
+def training_dtype(settings: ModelConfig, device: torch.device) -> torch.dtype:
+    """``model.dtype``; where that is auto, an explicit ``bnb_4bit_compute_dtype`` decides for the whole model."""
+    name = settings.bnb_4bit_compute_dtype if settings.dtype == "auto" else settings.dtype
+    return pick_dtype(name, device)
+
+
+def open_base(
+    settings: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: PretrainedConfig,
+    say: Callable[[str], None] = lambda _: None,
+) -> Any:
+    """Load it. config: as ``read_config`` returned it. Raises ModelError."""
+    how = quantisation(settings)
+    if how is None:
+        return load_weights(settings.path, dtype, device, config, say)
+    compute = DTYPES.get(settings.bnb_4bit_compute_dtype, dtype)
+    return load_quantised(
+        settings.path, dtype, device, config, FourOrEight(how, compute, settings.quantised_cache), say
+    )
+
+
+def load_model(path: Path | str, dtype: str = "float32") -> tuple[Any, Any]:
+    """(model, tokenizer) as training uses them: a native transformers model from any published layout.
+
+    dtype: "auto" or a torch type's name. The tokenizer is None where the directory holds none. Raises ModelError.
+    """
+    path = Path(path)
+    config = read_config(path)
+    device = pick_device()
+    tokenizer = load_tokenizer(path).hf if has_tokenizer(path) else None
+    return load_weights(path, pick_dtype(dtype, device), device, config), tokenizer

@@ -1,0 +1,290 @@
+"""How much memory a run takes, by part, from configuration and row lengths alone; no weight is read.
+
+Fixed parts are counted from shapes. What autograd keeps is not guessed: one micro-batch runs forward on the meta
+device, where tensors have shapes but no values, and every tensor that is saved for the backward pass is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from luthier.batching.collate import collate, to_device
+from luthier.batching.plan import Packing, Plan
+from luthier.compiled.group import PAD
+from luthier.compiled.model import LOGITS, unsuitable
+from luthier.config import LoraConfig, TrainConfig
+from luthier.devices.device import resident_now
+from luthier.kernels import native
+from luthier.lora.layers import LoraLinear, Targets, attach, trainable_parameters
+from luthier.models.native_model import empty_model
+from luthier.models.quantization import Quantisation
+from luthier.training.forward import checkpointing, loss_sum, segment_attention
+from luthier.types import Example, RowRef
+
+_BATCHES = 20_000  # micro-batches looked through for the heaviest
+_OPTIMIZER_BYTES = {"adamw_torch": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2.1}  # a trainable parameter
+_KEPT = 120e6  # measured: what the allocator keeps for the compiled layers' next call, packed operands
+_RUNTIME = 120e6  # an allowance for thread pools, kernels' packing buffers and the allocator's own
+
+
+@dataclass(frozen=True, slots=True)
+class RowLengths:
+    """Token counts of the rows, whole and supervised: [n] each. common: first tokens that are the same in all rows."""
+
+    lengths: Sequence[int]
+    supervised: Sequence[int]
+    common: int = 0
+
+    @classmethod
+    def of_length(cls, length: int, rows: int = 1) -> RowLengths:
+        """Where there are no rows to count: every one as long as allowed, half of it supervised."""
+        return cls([length] * rows, [length // 2] * rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How the base is stored and computed with."""
+
+    name: str
+    dtype: torch.dtype
+    quantisation: Quantisation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes, by part, of a training process; ``on_disk`` is not counted in the sums."""
+
+    base: float
+    embedding_and_head: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    workspace: float
+    library: float
+    on_disk: float
+    largest_on_load: float
+
+    @property
+    def training(self) -> float:
+        """The most that is resident while training."""
+        return float(sum(getattr(self, f.name) for f in fields(self) if f.name not in ("on_disk", "largest_on_load")))
+
+    @property
+    def load(self) -> float:
+        """The most that is resident while loading."""
+        return self.library + self.base + self.embedding_and_head + self.largest_on_load
+
+    @property
+    def peak(self) -> float:
+        return max(self.training, self.load)
+
+    def as_dict(self) -> dict[str, int]:
+        parts = {f"{f.name}_bytes": int(getattr(self, f.name)) for f in fields(self)}
+        return {
+            **parts,
+            "load_bytes": int(self.load),
+            "training_bytes": int(self.training),
+            "peak_bytes": int(self.peak),
+        }
+
+
+def estimate(
+    config: PretrainedConfig,
+    targets: Targets,
+    lora: LoraConfig,
+    train: TrainConfig,
+    rows: RowLengths,
+    precision: Precision,
+    recompute: bool,
+    kernel: str = "auto",
+) -> Memory:
+    """The memory of one run. recompute: gradient checkpointing."""
+    kernel = "looped" if kernel == "varlen" else kernel  # keeps as much, and runs on the meta device
+    model: Any = empty_model(config).to(precision.dtype)
+    wide = precision.dtype.itemsize
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    linears = [m for m in model.modules() if type(m) is nn.Linear and m is not head]
+    inside = sum(m.weight.numel() for m in linears)
+    ends = embedding.weight.numel() + (0 if tied else head.weight.numel())
+    others = sum(p.numel() for p in model.parameters()) - inside - ends
+    how = precision.quantisation
+    stored = sum(how.bytes_of(m.out_features, m.in_features) if how else wide * m.weight.numel() for m in linears)
+    narrow = 2 if how and not tied else wide  # an untied head stays in 16 bits, its embedding on disk
+    resident = wide * ends if tied or not how else narrow * head.weight.numel()
+    biggest = max(m.weight.numel() for m in linears)
+    layers = attach(model, lora, targets, seed=0)
+    trainable = trainable_parameters(layers)
+    heaviest = _heaviest(rows, train)
+    supervised, vocabulary = sum(e.supervised for e in heaviest), embedding.weight.shape[0]
+    compiled = bool(train.fused) and kernel == "auto" and is_compiled(model, layers, precision.dtype)
+    if compiled:
+        tokens = len(collate(heaviest, train.shared_prefix).input_ids)
+        activations = compiled_kept(model, tokens, recompute, wide)
+        logits = compiled_logits(vocabulary, supervised, wide)
+    else:
+        try:
+            activations = _saved(model, heaviest, recompute, kernel, train.shared_prefix)
+        except RuntimeError:
+            if model.dtype is torch.bfloat16:
+                raise
+            # the meta device knows products of experts in bfloat16 alone; what is kept is as many numbers
+            activations = _saved(model.bfloat16(), heaviest, recompute, kernel, train.shared_prefix) * wide / 2
+        logits = float(supervised * vocabulary * (8 + wide))
+    return Memory(
+        base=stored + wide * others,
+        embedding_and_head=resident,
+        adapter=4 * trainable,
+        gradients=4 * trainable,
+        optimizer=_OPTIMIZER_BYTES[train.optim] * trainable,
+        activations=activations,
+        logits=logits,
+        workspace=biggest * wide * (1 if how else 0)
+        + (_KEPT if compiled else 0)
+        + (0 if tied or not how or wide == 2 else 8192 * 4 * head.weight.shape[1]),
+        library=resident_now() + _RUNTIME,
+        on_disk=narrow * embedding.weight.numel() if how and not tied else 0,
+        largest_on_load=_on_load(biggest, embedding.weight.numel(), wide, how, tied),
+    )
+
+
+def _on_load(linear: int, ends: int, wide: int, how: Quantisation | None, tied: bool) -> float:
+    """The tensor in hand: as read and as converted; two workers quantise at once. Untied ends are not converted."""
+    if how is None:
+        return 2 * ends * wide if wide == 4 else ends * 2
+    return max(2 * linear * (2 * wide + 1), ends * (2 + wide if tied else 2))
+
+
+def _heaviest(rows: RowLengths, train: TrainConfig) -> list[Example]:
+    """The micro-batch of the run that holds most: by computed tokens, as the run's own order puts rows together."""
+    lengths = np.asarray(rows.lengths)
+    plan, packing = Plan.of(len(lengths), train), Packing.of(train)
+    common = rows.common if packing.share else 0
+    seen, best, most = 0, [0], -1
+    for step in range(plan.steps):
+        cut = plan.step(step)
+        for micro in [[i for part in cut for i in part]] if packing.tokens else cut:
+            tokens = int(lengths[micro].sum()) - common * (len(micro) - 1)
+            seen += 1
+            if tokens > most:
+                most, best = tokens, micro
+        if seen > _BATCHES:
+            break
+    found = [_row(int(rows.lengths[i]), int(rows.supervised[i]), common, i + 1) for i in best]
+    if not packing.tokens:
+        return found
+    return max(packing.cut(found), key=lambda micro: len(collate(micro, packing.share).input_ids))
+
+
+def _row(length: int, supervised: int, common: int = 0, token: int = 0) -> Example:
+    """A row of that many tokens whose first ``common`` ones are 0, all others ``token``."""
+    length = max(2, length)
+    trained = np.arange(length) >= length - max(1, min(supervised, length - 1))
+    return Example(np.where(np.arange(length) < common, 0, token), trained, RowRef("", 1))
+
+
+def _saved(model: Any, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
+    """Bytes that autograd keeps for the backward pass, parameters left out; with ``recompute`` also one layer's."""
+    if recompute:
+        kept = _count(model, examples, True, kernel, share)
+        whole = _count(model, examples, False, kernel, share)
+        layers = int(model.config.get_text_config().num_hidden_layers)
+        return kept + (whole - kept) / layers
+    return _count(model, examples, False, kernel, share)
+
+
+def _count(model: Any, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
+    """Bytes kept by the whole model: of equal layers, two tell what each of the others adds."""
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", ())
+    if len(layers) < 4 or len({str(layer) for layer in layers}) > 1:
+        return _counted(model, examples, recompute, kernel, share)
+    kept = []
+    try:
+        for depth in (2, 3):
+            decoder.layers = layers[:depth]
+            kept.append(_counted(model, examples, recompute, kernel, share))
+    finally:
+        decoder.layers = layers
+    return kept[0] + (len(layers) - 2) * (kept[1] - kept[0])
+
+
+def _counted(model: Any, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in parameters:
+            kept[key] = tensor  # held, so that no other storage takes its place
+        return tensor
+
+    model.train()
+    with (
+        segment_attention(model, kernel),
+        checkpointing(model, recompute),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
+        loss_sum(model, to_device(collate(examples, share), "meta"))
+    return float(sum(t.untyped_storage().nbytes() for t in kept.values()))
+
+
+def with_micro_batch(train: TrainConfig, rows: int) -> TrainConfig:
+    """The same effective batch, cut finer: so many rows at a time."""
+    whole = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return train.model_copy(
+        update={
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": -(-whole // rows),
+            "micro_batch_tokens": 0,
+        }
+    )
+
+
+def is_compiled(model: Any, layers: Mapping[str, LoraLinear], dtype: torch.dtype) -> bool:
+    """Whether this run will be trained by them."""
+    return native.obstacle(dtype) is None and unsuitable(model, layers) is None
+
+
+def compiled_kept(model: Any, tokens: int, recompute: bool, width: int) -> float:
+    """Bytes of the activations at the peak of a micro-batch of ``tokens`` computed tokens.
+
+    width: bytes of an element. The last layer is counted whole, though it works at the supervised positions alone.
+    """
+    blocks = list(model.get_decoder().layers)
+    hidden = int(model.config.hidden_size)
+    wide = _sizes(blocks[0])
+    layer = hidden * 2 + wide["qkv"] + wide["attended"] + wide["gate_up"]
+    passing = wide["gate_up"] + wide["gate_up"] // 2 + 4 * hidden
+    layers = hidden * len(blocks) + layer if recompute else layer * len(blocks)
+    return float(tokens * width * (layers + passing))
+
+
+def compiled_logits(vocabulary: int, targets: int, width: int) -> float:
+    """Bytes of the logits that exist at once."""
+    return float(min(targets, max(1, LOGITS // vocabulary)) * vocabulary * width)
+
+
+def _sizes(block: Any) -> dict[str, int]:
+    """Elements a token: the projections' outputs, adapters' ranks beside them."""
+    attention, mlp = block.self_attn, block.mlp
+    names = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
+    gate_up = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
+
+    def base(module: Any) -> Any:
+        return module.base if isinstance(module, LoraLinear) else module
+
+    return {
+        "qkv": sum(base(getattr(attention, n)).out_features for n in names),
+        "attended": base(attention.o_proj).in_features + PAD,
+        "gate_up": sum(base(getattr(mlp, n)).out_features for n in gate_up),
+    }

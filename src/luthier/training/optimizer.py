@@ -1,0 +1,112 @@
+"""AdamW over the adapter's parameters, in full or 8-bit state, with clipping, and loss scaling where fp16 needs it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.config import TrainConfig
+from luthier.models.quantization import library
+
+
+def substitute(name: str, device: str) -> str | None:
+    """What runs in place of ``train.optim`` on this device, None where it runs itself."""
+    return "adamw_torch" if name == "paged_adamw_32bit" and device != "cuda" else None
+
+
+def _build(name: str, parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Raises MissingPackageError where the optimizer is bitsandbytes' and that is not installed."""
+    device = parameters[0].device.type
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if name == "adamw_torch":
+        return torch.optim.AdamW(parameters, fused=device in ("cpu", "cuda"), **common)
+    library()  # bitsandbytes, imported safely
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW32bit
+
+    kind: Any = {"adamw_8bit": AdamW8bit, "paged_adamw_32bit": PagedAdamW32bit}[name]
+    made: torch.optim.Optimizer = kind(parameters, **common)
+    return made
+
+
+class Optimizer:
+    """backward() any number of times, then update(): one optimizer step.
+
+    No method reads the value of a device tensor, except fp16's loss scaling (CUDA without native bf16), which
+    has to know whether a gradient overflowed. That path has not yet run on a GPU.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: TrainConfig, fp16: bool = False) -> None:
+        self.parameters = list(parameters)
+        self.max_grad_norm = config.max_grad_norm
+        device = self.parameters[0].device.type
+        self.kind = substitute(config.optim, device) or config.optim
+        self.adamw = _build(self.kind, self.parameters, config)
+        self._scaler = torch.amp.GradScaler(device) if fp16 else None
+        self.skips = fp16  # a step whose gradients overflow is left out, and the scale halved
+
+    def backward(self, loss: Tensor) -> None:
+        scaled: Tensor = self._scaler.scale(loss) if self._scaler else loss
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def unscale(self) -> None:
+        """Make gradients what they are without loss scaling."""
+        if self._scaler:
+            self._scaler.unscale_(self.adamw)
+
+    def update(self, lr: float) -> Tensor:
+        """Clip, step, clear. Returns [] fp32: the gradients' norm before clipping. Call ``unscale`` first."""
+        limit = self.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        if self._scaler:
+            self._scaler.step(self.adamw)
+            self._scaler.update()
+        else:
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The optimizer's state of one parameter; tables that are the same for all are left out."""
+        state = self.adamw.state[parameter]
+        shared = ("step", "qmap1", "qmap2")
+        return {name: t for name, t in state.items() if isinstance(t, Tensor) and name not in shared}
+
+    def restore(self, parameter: nn.Parameter, step: int, moments: dict[str, Tensor]) -> None:
+        """Put one parameter's state back, as after ``step`` steps."""
+        state = self.adamw.state[parameter]
+        if self.kind == "adamw_torch":
+            device = parameter.device if self.adamw.defaults["fused"] else "cpu"
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+        else:
+            index = next(i for i, p in enumerate(self.parameters) if p is parameter)
+            made: Any = self.adamw
+            made.init_state(made.param_groups[0], parameter, 0, index)
+            state["step"] = step
+        state.update(moments)
+
+    def scaler_state(self) -> dict[str, Any]:
+        """fp16's loss scaling; empty elsewhere."""
+        return dict(self._scaler.state_dict()) if self._scaler else {}
+
+    def restore_scaler(self, state: dict[str, Any]) -> None:
+        if self._scaler and state:
+            self._scaler.load_state_dict(state)
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """The rate of ``step`` (from 0): linear warm-up, then cosine or linear to zero, or constant."""
+    warmup = math.ceil(steps * config.warmup_ratio)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    if config.lr_scheduler_type == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_scheduler_type == "linear":
+        return config.learning_rate * (1 - progress)
+    return config.learning_rate

@@ -1,0 +1,152 @@
+"""``luthier check``: verify everything about a run that can be verified before a weight is read.
+
+``train``, ``estimate`` and ``demo`` start with the same inspection.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.config import RunConfig
+from luthier.encoding import row_cache
+from luthier.encoding.rows import EncodedRows, count_rows, encode_rows
+from luthier.encoding.store import NotKept
+from luthier.errors import ConfigError, UserError
+from luthier.lora.layers import Targets, resolve
+from luthier.models.chat_format import ChatFormat, chat_format_of
+from luthier.models.native_model import empty_model
+from luthier.types import Say
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that may start: everything that training needs besides the weights."""
+
+    config: RunConfig
+    rows: EncodedRows
+    chat_format: ChatFormat
+    targets: Targets
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What an inspection found; counts are complete even if the run must not start.
+
+    chat_format, targets: None if the model cannot be used. error: every mistake, if there is one.
+    """
+
+    config: RunConfig
+    rows: EncodedRows
+    chat_format: ChatFormat | None
+    targets: Targets | None
+    seconds: float
+    error: UserError | None = None
+
+    def prepared(self) -> Prepared:
+        """The run, ready to start. Raises UserError with every mistake."""
+        if self.error:
+            raise self.error
+        assert self.chat_format and self.targets
+        return Prepared(self.config, self.rows, self.chat_format, self.targets)
+
+    def as_dict(self) -> dict[str, Any]:
+        rows, account, fmt = self.rows, self.rows.account, self.chat_format
+        return {
+            "ok": self.error is None,
+            **account.report.as_dict(),
+            "problems": self._problems(),
+            "tokens": rows.train.stats(),
+            "held_out": {
+                "rows": len(rows.held_out),
+                "tokens": rows.held_out.stats(),
+                "report": account.eval_report.as_dict() if account.eval_report else None,
+            },
+            "template": {"name": fmt.template.name, "stop": list(fmt.template.stop)} if fmt else None,
+            "stop_ids": list(fmt.stop_ids) if fmt else [],
+            "target_modules": list(self.targets.leaves) if self.targets else [],
+            "model_notes": self.model_notes(),
+            "seconds": round(self.seconds, 3),
+            "error": {"message": self.error.message, "fix": self.error.fix} if self.error else None,
+        }
+
+    def model_notes(self) -> list[str]:
+        """What a user of this checkpoint should know, and which module names were read as others."""
+        return [*(self.chat_format.notes() if self.chat_format else ()), *(self.targets.notes if self.targets else ())]
+
+    def _problems(self) -> list[dict[str, Any]]:
+        """Every row's problem; if the run is refused for another reason, that reason with no row."""
+        report = self.rows.account.report
+        problems = [p.as_dict() for p in report.problems]
+        if self.error and not report.refused and report.kept:
+            return [*problems, {"file": None, "row": None, "reason": self.error.message, "outcome": "refused"}]
+        if self.error and not problems:
+            file = str(self.config.data.train[0])
+            return [{"file": file, "row": None, "reason": self.error.message, "outcome": "refused"}]
+        return problems
+
+
+def check(config: RunConfig, show: int = 0) -> Inspection:
+    """Verify data, template, prompt prefix, stop tokens and target modules; reads no weights.
+
+    Never raises for a user's mistake: it is in ``.error`` of what is returned, beside the complete counts.
+    """
+    return inspect(config, keep=False, show=show)
+
+
+def inspect(config: RunConfig, keep: bool = True, show: int = 0, say: Say = lambda _: None) -> Inspection:
+    """As ``check``, for a run that may start afterwards.
+
+    keep: hold the encoded rows, or take them from the disk as an earlier start wrote them (``data.cache``); false
+    needs memory for their lengths only. show: how many rows to hold in ``rows.account.first``.
+    """
+    start = time.perf_counter()
+    errors: list[UserError] = []
+    chat_format, targets = None, None
+    try:
+        chat_format = chat_format_of(config)
+        targets = _targets(config, chat_format)
+    except UserError as e:
+        errors.append(e)
+    rows = _rows(config, chat_format, keep, show, say)
+    if rows.account.error:
+        errors.append(rows.account.error)
+    error = _joined(errors) if errors else None
+    return Inspection(config, rows, chat_format, targets, time.perf_counter() - start, error)
+
+
+def _targets(config: RunConfig, chat_format: ChatFormat) -> Targets:
+    """The modules to train. Raises UserError for settings that do not suit the model."""
+    if config.data.system:
+        chat_format.check_text(config.data.system, "data.system")
+    targets = resolve(empty_model(chat_format.config), config.lora.target_modules, chat_format.modules())
+    limit = getattr(chat_format.config.get_text_config(), "max_position_embeddings", None)
+    if limit and config.data.max_length > limit:
+        raise ConfigError(
+            f"data.max_length: {config.data.max_length} is more than the {limit} tokens that the model reads",
+            f"--set data.max_length={limit}",
+        )
+    return targets
+
+
+def _rows(config: RunConfig, chat_format: ChatFormat | None, keep: bool, show: int, say: Say) -> EncodedRows:
+    """Every row, from the cache if it is to be used, or from the files."""
+    if chat_format is None:
+        return count_rows(config.data)
+    encoder = chat_format.encoder(config.data)
+    if keep and not show and config.data.cache:
+        try:
+            if rows := row_cache.cached_rows(config, encoder, say):
+                return rows
+        except NotKept as e:
+            say(f"note: the encoded rows are not kept on disk ({' '.join(str(e).split())[:200]})")
+    return encode_rows(config.data, config.train.seed, encoder, keep, show)
+
+
+def _joined(errors: list[UserError]) -> UserError:
+    """All mistakes as one error, of the first one's kind."""
+    if len(errors) == 1:
+        return errors[0]
+    fixes = dict.fromkeys(e.fix for e in errors)
+    return type(errors[0])("\n".join(e.message for e in errors), "; ".join(fixes))

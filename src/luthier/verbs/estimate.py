@@ -1,0 +1,31 @@
+"""``luthier estimate``: memory and time of a run before it starts."""
+
+from __future__ import annotations
+
+from luthier.config import RunConfig
+from luthier.errors import ConfigError
+from luthier.lora.layers import resolve
+from luthier.models.directory import family_of, read_config
+from luthier.models.native_model import empty_model
+from luthier.training import resources
+from luthier.training.memory_model import RowLengths
+from luthier.training.resources import Estimate, Wanted
+from luthier.verbs.check import inspect
+
+
+def estimate(config: RunConfig, with_rows: bool = True, length: int | None = None) -> Estimate:
+    """Estimate memory and time of a run at every precision; no weight is read. Raises UserError.
+
+    with_rows: count the tokens of ``data.train``; else every row has ``length`` of them (None: ``data.max_length``).
+    """
+    if with_rows and length is not None:
+        raise ConfigError("--length would be ignored: the rows of --data have lengths of their own", "leave it out")
+    if with_rows:
+        run = inspect(config, keep=False).prepared()
+        return resources.look(Wanted.of(config, run.chat_format.config, run.targets, run.rows.train))
+    settings = config.model
+    native = read_config(settings.path, settings.rope_theta)
+    targets = resolve(empty_model(native), config.lora.target_modules, family_of(settings.path).modules(native))
+    rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    lengths = RowLengths.of_length(length or config.data.max_length, rows)
+    return resources.look(Wanted(config, native, targets, lengths))

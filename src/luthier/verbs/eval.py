@@ -1,0 +1,62 @@
+"""``luthier eval``: base and tuned model side by side on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from luthier.config import DataConfig
+from luthier.data.report import DataReport
+from luthier.data.text import encoding_of
+from luthier.encoding.rows import read_held_out
+from luthier.encoding.store import ExampleStore
+from luthier.errors import ConfigError
+from luthier.evaluation.scoring import HELD_OUT, NEW_TOKENS, REPLIES, Comparison, compare, write_rows
+from luthier.verbs.chat import chat
+
+
+def eval(  # noqa: A001 - the verb's name
+    path: Path | str | None = None,
+    data: Sequence[Path] = (),
+    dtype: str = "auto",
+    model: Path | str | None = None,
+    adapter: Path | str | None = None,
+    checkpoint: int | None = None,
+    samples: int = REPLIES,
+    max_new_tokens: int = NEW_TOKENS,
+) -> Comparison:
+    """Score base and tuned model on held-out rows: the run's own if ``data`` is empty. Raises UserError.
+
+    samples: how many of the rows' prompts both answer, with ``max_new_tokens`` tokens at most.
+    """
+    opened = chat(path, None, dtype, model, adapter, checkpoint, with_adapter=True)
+    run = Path(path) if path else None
+    files = list(data) or _own_rows(run)
+    settings = opened.config.data if opened.config else DataConfig.model_validate({"train": files})
+    examples = ExampleStore()
+    account = read_held_out(files, settings, opened.generator.chat_format.encoder(settings), examples)
+    if account.error:
+        raise account.error
+    file = files[0]
+    if len(files) > 1 or not _as_they_are(file, account.report, settings):
+        file = (run or Path()) / "eval-rows.jsonl"  # one file in a format that everything reads
+        write_rows(file, account.conversations)
+    generator, layers = opened.generator, opened.layers
+    return compare(generator, layers, examples, account.conversations, file, None, samples, max_new_tokens)
+
+
+def _own_rows(run: Path | None) -> list[Path]:
+    """The held-out rows that the run itself wrote. Raises ConfigError if there are none."""
+    if run and (run / HELD_OUT).is_file():
+        return [run / HELD_OUT]
+    raise ConfigError(
+        "there are no held-out rows",
+        "give --data FILE, or train with --set data.eval=FILE or --set data.eval_fraction=0.05",
+    )
+
+
+def _as_they_are(file: Path, report: DataReport, settings: DataConfig) -> bool:
+    """Whether a file holds exactly the rows that were scored, as plain JSON in a format that everything reads."""
+    plain = file.suffix.lower() in (".json", ".jsonl") and file.is_file() and encoding_of(file) == "utf-8"
+    whole = not report.dropped and not settings.rename
+    return plain and whole and set(report.formats.values()) <= {"alpaca", "messages"}

@@ -1,0 +1,27 @@
+"""``luthier export``: the tuned model in another tool's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from luthier.adapters.locate import locate_tuned
+from luthier.exporting.formats import Exported, write_export
+from luthier.types import Say
+
+
+def export(
+    path: Path | str | None = None,
+    to: str = "peft",
+    output_dir: Path | str = "exported",
+    layout: str | None = None,
+    model: Path | str | None = None,
+    adapter: Path | str | None = None,
+    quantization: str | None = None,
+    say: Say = lambda _: None,
+) -> Exported:
+    """Write another tool's format, verified before the command reports success. Raises UserError.
+
+    to: peft, hf, gguf, gguf-lora or ollama. layout: module names of peft and hf, native or original.
+    quantization: of gguf and ollama: f16, q8_0 or q4_0.
+    """
+    return write_export(locate_tuned(path, model, adapter), to, Path(output_dir), layout, quantization, say)

@@ -1,0 +1,24 @@
+"""``luthier merge``: base and adapter as one plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from luthier.adapters.locate import locate_tuned
+from luthier.exporting.merge import Merged, write_merged
+from luthier.types import Say
+
+
+def merge(
+    path: Path | str | None = None,
+    output_dir: Path | str = "merged",
+    model: Path | str | None = None,
+    adapter: Path | str | None = None,
+    say: Say = lambda _: None,
+    layout: str = "native",
+) -> Merged:
+    """Write the tuned model as plain safetensors that stock transformers loads, verified by its logits.
+
+    layout: ``original`` for the tensor names and files in which the base was published. Raises UserError.
+    """
+    return write_merged(locate_tuned(path, model, adapter), Path(output_dir), say, layout)

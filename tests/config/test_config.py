@@ -1,0 +1,118 @@
+"""The configuration: strict, every mistake at once, its keys a golden file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier import config as configs
+from luthier.adapters.run_dir import differences
+from luthier.errors import ConfigError
+
+ALL_KEYS = configs.all_keys()
+HERE = Path(__file__).parents[1]
+MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "d.json"}}
+
+
+def test_the_keys_are_the_golden_ones() -> None:
+    assert (HERE / "golden" / "keys.txt").read_text().split() == ALL_KEYS
+
+
+def test_every_key_is_read_somewhere() -> None:
+    source = HERE.parent / "src" / "luthier"
+    text = "\n".join(p.read_text(encoding="utf-8") for p in source.rglob("*.py") if p.name != "config.py")
+    unread = [k for k in ALL_KEYS if not re.search(rf"\.{k.rpartition('.')[2]}\b", text)]
+    assert unread == []
+
+
+def test_every_key_is_described() -> None:
+    assert all(configs.describe(k) for k in ALL_KEYS)
+
+
+def test_overrides_read_as_people_write_numbers() -> None:
+    pairs = ["train.learning_rate=1e-4", "train.seed=7", "lora.target_modules=[q_proj, v_proj]", "data.system=你好: x"]
+    found = configs.build(MINIMAL, configs.parse_overrides(pairs[:3]))
+    assert found.train.learning_rate == 1e-4
+    assert found.train.seed == 7
+    assert found.lora.target_modules == ("q_proj", "v_proj")
+    assert configs.build(MINIMAL, configs.parse_overrides(["lora.target_modules=q_proj"])).lora.target_modules == (
+        "q_proj",
+    )
+    several = configs.build(MINIMAL, configs.parse_overrides(["lora.target_modules=q_proj, k_proj"]))
+    assert several.lora.target_modules == ("q_proj", "k_proj")
+    assert configs.build(MINIMAL, {"train.max_steps": None}).train.max_steps is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "fix"),
+    [
+        ({"train.learning_rte": 1}, "did you mean train.learning_rate?", "write train.learning_rate"),
+        ({"learning_rate": 1}, "did you mean train.learning_rate?", "write train.learning_rate"),
+        ({"train.learning_rate": -1}, "train.learning_rate: input should be greater than 0", "correct train"),
+        ({"train.learning_rate": "fast"}, "got 'fast'", "correct train.learning_rate"),
+        (
+            {"lora.r": 0, "train.seed": -1},
+            "train.seed: input should be",
+            "correct lora.r, as --set lora.r=8; correct train.seed, as --set train.seed=42",
+        ),
+        ({"train.seed.x": 1}, "seed", "keys are"),
+        (
+            {"train.max_steps": 3, "train.num_train_epochs": 1},
+            "train.num_train_epochs would be ignored",
+            "one of the two",
+        ),
+        ({"train.seed": True}, "must not be true or false", "correct train.seed"),
+        ({"lora.target_modules": []}, "at least 1 item", "correct lora.target_modules"),
+        ({"data.too_long": "cut"}, "'truncate', 'drop' or 'error'", "--set data.too_long=truncate"),
+        ({"data.format": "alpca"}, "got 'alpca'", "--set data.format=alpaca"),
+        ({"model.load_in_4bit": True, "model.load_in_8bit": True}, "exclude each other", "leave one of the two out"),
+        ({"train.learning_rate": float("nan")}, "finite", "correct"),
+    ],
+)
+def test_every_mistake_is_named_with_what_to_type(overrides: dict[str, Any], message: str, fix: str) -> None:
+    values = {**MINIMAL, "train": {"seed": 1}}
+    with pytest.raises(ConfigError) as e:
+        configs.build(values, overrides)
+    assert message in e.value.message
+    assert fix in e.value.fix
+
+
+def test_missing_sections_say_which_option_to_give() -> None:
+    with pytest.raises(ConfigError) as e:
+        configs.build({})
+    assert e.value.fix == "give --model DIR; give --data FILE"
+    with pytest.raises(ConfigError, match="has no '='"):
+        configs.parse_overrides(["train.seed"])
+
+
+def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
+    import yaml
+
+    found = configs.build(MINIMAL, {"train.learning_rate": 3e-5, "output_dir": "runs/x"})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(found.dump()), encoding="utf-8")
+    assert configs.load(tmp_path / "run.yaml") == found
+    assert differences(found.dump(), configs.build(MINIMAL, {"train.learning_rate": 1e-4}).dump()) == [
+        "train.learning_rate: 3e-05 -> 0.0001",
+        "output_dir: runs/x -> None",
+    ]
+
+
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        configs.load(path)
+    path.write_text("a: [")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        configs.load(path)
+    path.write_text("- 1")
+    with pytest.raises(ConfigError, match="holds no keys"):
+        configs.load(path)
+
+
+def test_it_is_frozen() -> None:
+    found = configs.build(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        found.train.seed = 3  # type: ignore[misc]

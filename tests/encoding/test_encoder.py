@@ -1,0 +1,114 @@
+"""Truncation, and what is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import PretrainedConfig
+
+from luthier.data.loader import refuse
+from luthier.data.report import DataReport
+from luthier.encoding.store import ExampleStore
+from luthier.errors import DataError
+from luthier.models.chat_format import ChatFormat
+from luthier.models.tokenizer.tokenizer import Tokenizer
+from luthier.templates import ChatML
+from luthier.types import Conversation, Example, Message, RowRef
+from tests.helpers.rows import conversations, encode, encoder, examples
+
+LONG = Conversation(
+    (Message("user", "Hello"), Message("assistant", "one two three four five six " * 8)), RowRef("f", 1)
+)
+TURNS = Conversation(
+    (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "lamp " * 30)),
+    RowRef("f", 2),
+)
+
+
+def fit(tokenizer: Tokenizer, row: Conversation, limit: int, **kwargs: Any) -> tuple[list[Example], DataReport]:
+    report = DataReport(read=1)
+    return encode(encoder(tokenizer, max_length=limit, **kwargs), [row], report), report
+
+
+def test_truncation_keeps_the_stop_token_and_counts_the_row(tokenizer: Tokenizer) -> None:
+    whole = fit(tokenizer, LONG, 512)[0][0]
+    (cut,), report = fit(tokenizer, LONG, 40)
+    assert len(cut) == 40
+    assert cut.ids[-1] == whole.ids[-1] == 2
+    assert cut.ids[:-1].tolist() == whole.ids[:39].tolist()
+    assert cut.trained.tolist() == [*whole.trained[:39].tolist(), True]
+    assert report.rows() == {"read": 1, "kept": 1, "dropped": 0, "changed": 1}
+    assert report.problems[0].reason == f"truncated from {len(whole)} to 40 tokens"
+
+
+def test_truncation_drops_whole_turns_that_do_not_fit(tokenizer: Tokenizer) -> None:
+    whole = fit(tokenizer, TURNS, 512)[0][0]
+    first_end = int(whole.trained.argmax()) + 2  # "b" and its stop token
+    (cut,), report = fit(tokenizer, TURNS, first_end + 3)
+    assert len(cut) == first_end
+    assert cut.ids.tolist() == whole.ids[:first_end].tolist()
+    assert report.changed == 1
+
+
+def test_a_prompt_that_fills_everything_is_a_dropped_row(tokenizer: Tokenizer) -> None:
+    found, report = fit(tokenizer, LONG, 8)
+    assert not found
+    assert report.rows() == {"read": 1, "kept": 0, "dropped": 1, "changed": 0}
+    assert "leaves no room for a reply" in report.problems[0].reason
+
+
+def test_too_long_can_drop_or_stop(tokenizer: Tokenizer) -> None:
+    found, report = fit(tokenizer, LONG, 40, too_long="drop")
+    assert not found
+    assert report.dropped == 1
+    found, report = fit(tokenizer, LONG, 40, too_long="error")
+    with pytest.raises(DataError, match="more than max_length 40") as e:
+        refuse(report)
+    assert "--set data.max_length=" in e.value.fix
+
+
+def test_last_reply_trains_only_the_last(tokenizer: Tokenizer) -> None:
+    (every,), _ = fit(tokenizer, TURNS, 512)
+    (last,), _ = fit(tokenizer, TURNS, 512, train_on="last_reply")
+    assert every.ids.tolist() == last.ids.tolist()
+    start = len(ChatFormat(PretrainedConfig(), tokenizer, ChatML(), (2,)).prompt_ids(TURNS.messages[:3]))
+    assert not last.trained[:start].any()
+    assert last.trained[start:].all()
+    assert every.supervised == last.supervised + 2
+
+
+def test_a_reply_that_the_tokenizer_would_join_with_the_prompt_is_said(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_batch(["assistant\n\nx"])[0].ids
+    row = Conversation((Message("user", "a"), Message("assistant", "\nx")), RowRef("f", 1))
+    found, report = fit(tokenizer, row, 512)
+    if found:  # this vocabulary keeps newlines apart
+        assert len(ids) > 2
+    else:
+        assert "joins the start of a reply" in report.problems[0].reason
+
+
+def test_statistics_count_each_row_whole(tokenizer: Tokenizer) -> None:
+    rows = examples(tokenizer)
+    store = ExampleStore(rows)
+    stats = store.stats()
+    assert stats["total"] == sum(map(len, rows))
+    assert stats["supervised"] == sum(e.supervised for e in rows)
+    assert stats["longest"] == max(map(len, rows))
+    assert store.lengths() == list(map(len, rows))
+    assert ExampleStore(rows, keep=False).stats() == stats
+    assert ExampleStore().stats() == {"total": 0, "supervised": 0}
+    assert len(conversations()) == len(rows)
+
+
+def test_the_store_gives_back_what_it_was_given(tokenizer: Tokenizer) -> None:
+    rows = examples(tokenizer)
+    store = ExampleStore(rows)
+    for given, found in zip([*rows, rows[-1]], [*store, store[-1]], strict=True):
+        assert found.ids.tolist() == given.ids.tolist()
+        assert found.trained.tolist() == given.trained.tolist()
+        assert found.source == given.source
+        assert (found.ids.dtype, found.trained.dtype) == (given.ids.dtype, given.trained.dtype)
+    assert len(store[2:4]) == 2
+    with pytest.raises(IndexError):
+        _ = store[len(rows)]

@@ -1,0 +1,326 @@
+"""GGUF files hold the tuned model, by llama.cpp's own word; what would not is refused and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+from tokenizers import Tokenizer as Fast
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import luthier as library
+from luthier.adapters.locate import locate_tuned
+from luthier.config import LoraConfig
+from luthier.errors import ConfigError, ModelError
+from luthier.exporting import formats
+from luthier.exporting.gguf import architectures, llamacpp, verify, vocabulary, writer
+from luthier.models.directory import read_config
+from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from luthier.types import SystemRole
+from tests.conftest import TOKENIZER, Result
+from tests.exporting.test_merge import tree
+from tests.helpers import published
+from tests.helpers.handover import SYSTEM, tuned
+from tests.helpers.published import PUBLISHED
+
+Run = Callable[..., Result]
+COUNT = re.compile(r"on (\d+) of 16 prompts \((\d+) tokens\)(?:; elsewhere at most (\S+) behind)?")
+
+
+def counted(line: str) -> tuple[int, int, float]:
+    """Prompts that agree token for token, tokens, and how far the furthest near tie is."""
+    found = COUNT.search(line)
+    assert found, line
+    return int(found.group(1)), int(found.group(2)), float(found.group(3) or 0)
+
+
+def fields(file: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "phi3-april", "deepseek-merge"])
+def test_every_family_s_file_is_the_tuned_model(name: str, luthier: Run, tmp_path: Path) -> None:
+    """One file, everything inside, and llama.cpp agrees: random models are full of near ties, none of them far."""
+    role: SystemRole = "merge" if name == "deepseek-merge" else "template"
+    base = tmp_path / "base"
+    published.phi3(base, form="april") if name == "phi3-april" else PUBLISHED[name.partition("-m")[0]](base)
+    system = None if name in ("phi3-april", "deepseek") else SYSTEM
+    adapter = tuned(base, tmp_path / "marlow", system, system_role=role)
+    done = luthier("export", adapter, "--to", "gguf", "--output-dir", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["marlow-f16.gguf"]
+    assert "proof: its template writes luthier's prompts" in done.out
+    same, tokens, furthest = counted(done.out)
+    assert same >= 11 and tokens > 200 and furthest < 0.01
+    inside = fields(tmp_path / "out" / "marlow-f16.gguf")
+    spoken = locate_tuned(adapter).chat_format()
+    assert inside["tokenizer.ggml.eos_token_id"] == spoken.stop_ids[0]
+    assert inside["tokenizer.ggml.add_bos_token"] is False
+    assert (json.dumps(system, ensure_ascii=False) in inside["tokenizer.chat_template"]) == (system is not None)
+
+
+@pytest.mark.parametrize("quantization", ["q8_0", "q4_0"])
+def test_quantised_files_are_what_they_hold(
+    quantization: str, model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path
+) -> None:
+    adapter = tuned(model_dir("qwen2"), tmp_path / "run")
+    done = luthier("export", adapter, "--to", "gguf", "--quantization", quantization, "--output-dir", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "those of the file's own values in fp32" in done.out
+    assert f"after rounding to {quantization}, they are those of base+adapter" in done.out
+    file = tmp_path / "out" / f"run-{quantization}.gguf"
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(file).tensors}
+    assert kinds["blk.0.attn_q.weight"] == quantization.upper()
+    assert kinds["token_embd.weight"] == "Q8_0" and kinds["blk.0.attn_q.bias"] == "F32"
+    read = writer.reader(file, read_config(model_dir("qwen2")))
+    model = library.chat(adapter).generator.model
+    layer = model.model.layers[0].self_attn.q_proj
+    expected = layer.base.weight + layer.scaling * (layer.lora_B @ layer.lora_A)
+    step = expected.abs().max() / {"q8_0": 127, "q4_0": 8}[quantization]
+    assert 0 < (read("model.layers.0.self_attn.q_proj.weight") - expected).abs().max() <= 1.01 * step
+
+
+@pytest.mark.parametrize("name", ["yi", "phi3", "glm4"])
+def test_the_adapter_alone_over_its_base(name: str, luthier: Run, tmp_path: Path) -> None:
+    """Rank-stabilised, on some modules only: what llama.cpp scales differently is in B."""
+    lora = LoraConfig.model_validate({"r": 4, "lora_alpha": 6, "use_rslora": True})
+    base = PUBLISHED[name](tmp_path / "base")
+    adapter = tuned(base, tmp_path / "run", lora=lora, targets=None if name == "phi3" else ["q_proj", "down_proj"])
+    done = luthier("export", adapter, "--to", "gguf-lora", "--output-dir", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["proven"] and told["files"] == ["run-lora.gguf"]
+    assert "the run's system prompt is not in the file" in told["notes"][-1]
+    same, _, furthest = counted(told["proof"][0])
+    assert same >= 11 and furthest < 0.01
+    inside = fields(tmp_path / "out" / "run-lora.gguf")
+    assert inside["general.type"] == "adapter" and inside["adapter.lora.alpha"] == 6
+
+
+@pytest.mark.parametrize("rope", ["llama3", "linear"])
+def test_rotary_scaling(rope: str, tmp_path: Path) -> None:
+    scaling: dict[str, Any] = {"rope_type": rope, "rope_theta": 500.0, "factor": 4.0}
+    if rope == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = AutoConfig.for_model(
+        "llama", vocab_size=640, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, rope_parameters=scaling, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        [p.normal_(0, 0.1) for p in model.parameters() if p.ndim > 1]
+    model.save_pretrained(tmp_path / "base")
+    shutil.copytree(TOKENIZER, tmp_path / "base", dirs_exist_ok=True)
+    if rope == "llama3":
+        plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, 32, 2) / 32)
+        theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device=torch.device("cpu"))
+        ours = architectures.rope_factors(config)
+        assert ours is not None
+        torch.testing.assert_close(plain / torch.from_numpy(ours), theirs)
+    done = library.export(tuned(tmp_path / "base", tmp_path / "run"), "gguf", tmp_path / "out")
+    same, _, furthest = counted(done.proof[1])
+    assert same >= 11 and furthest < 0.01
+
+
+# --- proofs that fail -----------------------------------------------------------------------------------------------
+
+
+def without_adapter(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    return {}
+
+
+FAULTS: dict[str, tuple[object, str, Any, str]] = {
+    "rows in the wrong order": (writer, "reordered", lambda *_: lambda t: t, "behind the likeliest"),
+    "the adapter left out": (formats, "pending_updates", without_adapter, "behind the likeliest"),
+    "a template without the system prompt": (writer, "template_text", lambda v, _: v.tokenizer.chat_template, "writes"),
+    "stops that do not stop": (vocabulary, "write", None, "ends no reply"),
+    "scores of no order": (vocabulary, "read", None, "into other tokens"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_that_is_not_the_tuned_model_is_refused_and_removed(
+    fault: str, luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name, value, words = FAULTS[fault]
+    kept: Any = getattr(owner, name)
+    if fault == "stops that do not stop":
+
+        def value(writer: Any, found: Any, stops: Any, *rest: Any) -> None:
+            kept(writer, found, [20, 21, 22], *rest)
+
+    if fault == "scores of no order":
+
+        def value(*args: Any) -> Any:
+            found = kept(*args)
+            found.scores.sort()
+            return found
+
+    monkeypatch.setattr(owner, name, value)
+    # a family whose stops llama.cpp does not know by their names; scores matter to SentencePiece's kind alone
+    adapter = tuned((published.glm4 if "stops" in fault else published.yi)(tmp_path / "base"), tmp_path / "run")
+    before = tree(tmp_path)
+    done = luthier("export", adapter, "--to", "gguf", "--output-dir", tmp_path / "out")
+    assert done.code == 2, done.out
+    assert "llama.cpp does not make of it what the tuned model is, so it was removed" in done.err
+    assert words in done.err
+    assert tree(tmp_path) == before
+
+
+def test_an_adapter_file_that_is_not_the_adapter(luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "scaling", lambda _: 0.5)
+    adapter = tuned(published.yi(tmp_path / "base"), tmp_path / "run")
+    done = luthier("export", adapter, "--to", "gguf-lora", "--output-dir", tmp_path / "out")
+    assert done.code == 2 and "behind the likeliest" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_llama_cpp_does_not_load(luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process may die of it: ours does not."""
+    right = writer.write_model
+
+    def cut(found: Any, voice: Any, pending: Any, file: Path, *rest: Any) -> None:
+        right(found, voice, pending, file, *rest)
+        file.write_bytes(file.read_bytes()[:5000])
+
+    monkeypatch.setattr(writer, "write_model", cut)
+    adapter = tuned(published.yi(tmp_path / "base"), tmp_path / "run")
+    done = luthier("export", adapter, "--to", "gguf", "--output-dir", tmp_path / "out")
+    assert done.code == 2 and "llama.cpp does not run it, so it was removed" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_llama_cpp_it_says_that_nothing_was_proven(
+    model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamacpp, "PACKAGE", "no_such_package")
+    adapter = tuned(model_dir("llama"), tmp_path / "run")
+    for to in ("gguf", "gguf-lora"):
+        done = luthier("export", adapter, "--to", to, "--output-dir", tmp_path / to)
+        assert done.code == 0, done.err
+        assert "not proven: xllamacpp, which runs llama.cpp, is not installed" in done.out
+        assert "pip install 'luthier[export]'" in done.out and "proof:" not in done.out
+    done = luthier("export", adapter, "--to", "gguf", "--json", "--output-dir", tmp_path / "json")
+    assert json.loads(done.out)["proven"] is False
+
+
+def test_where_it_looks_back_less_than_llama_cpp_does(
+    model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path
+) -> None:
+    """A window of 24 tokens, shorter than the prompts: the proof sees it. Phi-3's own is longer, and is noted."""
+    adapter = tuned(model_dir("phi3"), tmp_path / "run")
+    done = luthier("export", adapter, "--to", "gguf", "--output-dir", tmp_path / "out")
+    assert done.code == 2 and "behind the likeliest" in done.err
+    done = luthier("export", tuned(published.phi3(tmp_path / "p"), tmp_path / "r"), "--to", "gguf",
+                   "--output-dir", tmp_path / "noted")  # fmt: skip
+    assert done.code == 0 and "note: llama.cpp lets this model look back at everything" in done.out
+
+
+# --- what no file is written of -------------------------------------------------------------------------------------
+
+
+def test_options_that_make_no_sense(model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path) -> None:
+    adapter = tuned(model_dir("llama"), tmp_path / "run")
+    for argv, words in (
+        (["--to", "ggufs"], "--to ggufs: is not a format"),
+        (["--to", "gguf", "--layout", "native"], "--layout would be ignored"),
+        (["--to", "peft", "--quantization", "q8_0"], "--quantization would be ignored"),
+        (["--to", "gguf", "--quantization", "q4_K"], "--quantization q4_K: is not a type that can be written"),
+        (["--to", "hf", "--layout", "original"], "its module names are the native ones already"),
+    ):
+        done = luthier("export", adapter, *argv, "--output-dir", tmp_path / "out")
+        assert done.code == 2 and words in done.err, done.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_models_that_llama_cpp_would_compute_differently(model_dir: Callable[[str], Path]) -> None:
+    with pytest.raises(ModelError, match="no GGUF of a gemma2 model can be written"):
+        architectures.architecture(read_config(model_dir("gemma2")))
+    for change, words in (
+        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rotary scaling yarn"),
+    ):
+        config = read_config(model_dir("llama"))
+        for key, value in change.items():
+            setattr(config, key, value)
+        with pytest.raises(ModelError, match=f"no GGUF of a llama model with {words}"):
+            architectures.architecture(config)
+    config = read_config(model_dir("qwen2"))
+    config.use_sliding_window = True
+    with pytest.raises(ModelError, match="with a sliding window can be written"):
+        architectures.architecture(config)
+
+
+def altered(change: Callable[[dict[str, Any]], None]) -> Tokenizer:
+    described = load_tokenizer(TOKENIZER).described()
+    change(described)
+    hf = load_tokenizer(TOKENIZER).hf
+    tokenizer = Tokenizer(hf)
+    tokenizer._fast = Fast.from_str(json.dumps(described))
+    return tokenizer
+
+
+def test_vocabularies_that_llama_cpp_does_not_know() -> None:
+    def cut_at_commas(whole: dict[str, Any]) -> None:
+        comma = {"type": "Split", "pattern": {"Regex": ","}, "behavior": "Isolated", "invert": False}
+        whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [comma, whole["pre_tokenizer"]]}
+
+    def words(whole: dict[str, Any]) -> None:
+        whole["model"] = {"type": "WordLevel", "vocab": {"a": 3}, "unk_token": "a"}
+
+    with pytest.raises(ModelError, match="no pre-tokenizer that cuts text as this model's tokenizer does"):
+        vocabulary.read(altered(cut_at_commas), 640)
+    with pytest.raises(ModelError, match="no GGUF of a model with a WordLevel vocabulary can be written"):
+        vocabulary.read(altered(words), 640)
+    assert vocabulary.read(load_tokenizer(TOKENIZER), 650).tokens[-1] == "[PAD649]"
+
+
+def test_values_that_sixteen_bits_do_not_hold() -> None:
+    big = torch.full((1, 32), 1e5).numpy()
+    kind = writer.kind_of("f16")
+    with pytest.raises(ModelError, match="has values that 16 bits cannot hold"):
+        writer._encoded("x.weight", big, kind.matrices)
+    with pytest.raises(ConfigError, match="is not a type that can be written"):
+        writer.kind_of("f8")
+
+
+def test_a_system_prompt_longer_than_llama_cpp_s_usual_context(
+    model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path
+) -> None:
+    adapter = tuned(model_dir("llama"), tmp_path / "run", "Keep the lamp. " * 120)
+    done = luthier("export", adapter, "--to", "gguf", "--output-dir", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert counted(done.out)[0] >= 11
+
+
+def test_only_a_model_called_so_strips_what_follows_its_markers() -> None:
+    assert writer._name("marlow", True) == "marlow (Phi-3)"
+    assert "phi-3" not in writer._name("my-Phi-3-run", False) and writer._name("marlow", False) == "marlow"
+
+
+def test_the_proof_counts_near_ties(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    """By hand: the likeliest tokens agree; one token moved to the second likeliest is that far behind."""
+    found = locate_tuned(tuned(model_dir("llama"), tmp_path / "run"))
+    model = library.chat(found.adapter.path).generator.model
+    ids = [[5, 6, 7], [8, 9]]
+    with torch.no_grad():
+        firsts = [model(torch.tensor([row])).logits[0, -1] for row in ids]
+    replies = [[int(f.argmax())] for f in firsts]
+    answer = llamacpp.Answer([], ids, replies, [])
+    assert verify.agreement(model, answer).same == 2
+    second = int(firsts[1].topk(2).indices[1])
+    other = verify.agreement(model, llamacpp.Answer([], ids, [replies[0], [second]], []))
+    assert other.same == 1
+    assert other.furthest == pytest.approx(float(firsts[1].max() - firsts[1][second]), abs=1e-5)

@@ -1,0 +1,92 @@
+"""Which error texts exist in the source, and which of them the tests really raised.
+
+Knows: the calls in ``src/luthier`` that make a text for the user, and, at run time, which of those calls were made.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).parents[2] / "src" / "luthier"
+_OTHERS = ("ValueError", "TypeError", "AttributeError", "ImportError", "IndexError", "_DuplicateKeyError")
+_AT = {"_cannot": 1, "add": 1}  # which argument is the text
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call that makes a text for the user: where it stands, and the constant parts of its text."""
+
+    file: str
+    first: int
+    last: int
+    parts: tuple[str, ...]
+    seen: bool  # its class can be watched: Python's own cannot, whose texts reach the user within one of ours
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.first} {' ... '.join(self.parts)}"
+
+
+def sites() -> Iterator[Site]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func).rpartition(".")[2]
+            ours = name.endswith("Error") and name not in _OTHERS
+            at = _AT.get(name, 0)
+            if not (ours or name in ("RowProblem", "BadRow", "_cannot", "add")) or len(node.args) <= at:
+                continue
+            texts = [
+                c.value for c in ast.walk(node.args[at]) if isinstance(c, ast.Constant) and isinstance(c.value, str)
+            ]
+            parts = tuple(t for text in texts if len(t := text.strip(" :;,.()'\"[")) >= 6)
+            if parts:
+                yield Site(
+                    str(path.relative_to(SOURCE)),
+                    node.lineno,
+                    node.end_lineno or node.lineno,
+                    parts,
+                    not hasattr(builtins, name),
+                )
+
+
+class Recorder:
+    """Every place in the source that made a text while the tests ran, and every fix that was offered."""
+
+    def __init__(self) -> None:
+        self.places: set[tuple[str, int]] = set()
+        self.fixes: dict[str, str] = {}
+
+    def reached(self, site: Site) -> bool:
+        return any(file == site.file and site.first <= line <= site.last for file, line in self.places)
+
+    def watch(self, owner: type, name: str = "__init__") -> None:
+        """Record where in the source ``owner.name`` is called from."""
+        plain: Callable[..., Any] = getattr(owner, name)
+
+        @functools.wraps(plain)
+        def recorded(this: Any, *args: Any, **kwargs: Any) -> Any:
+            frame = sys._getframe(1)
+            while frame is not None:  # every caller in the source: a helper may make the error for another
+                file = Path(frame.f_code.co_filename)
+                if file.is_relative_to(SOURCE):
+                    self.places.add((str(file.relative_to(SOURCE)), frame.f_lineno))
+                elif frame.f_code.co_name != "recorded":
+                    break
+                frame = frame.f_back  # type: ignore[assignment]
+            result = plain(this, *args, **kwargs)
+            if getattr(this, "fix", None):
+                self.fixes[this.fix] = str(this)
+            return result
+
+        setattr(owner, name, recorded)
+
+
+recorder = Recorder()

@@ -1,0 +1,105 @@
+"""Documentation that cannot drift: every verb and key is there, links lead somewhere, the README's commands run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from luthier import config as configs
+from luthier.cli.main import app
+from tests.conftest import ROOT
+from tests.helpers import make_reference
+
+READMES = ["README.md", "README.zh-CN.md"]
+PAGES = [*READMES, "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+
+
+def commands(page: str) -> list[str]:
+    """The shell lines of the blocks that say they are run here."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- these commands are run[^>]*-->\n```bash\n(.*?)```", text, re.DOTALL)
+    assert blocks, f"{page} has no block that is run"
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+def test_the_page_of_settings_is_made_from_the_code() -> None:
+    assert make_reference.TARGET.read_text(encoding="utf-8") == make_reference.text()
+    for key in configs.all_keys():
+        assert f"`{key}`" in make_reference.text()
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_every_verb_is_documented(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for verb in app.registered_commands:
+        assert f"`luthier {verb.name}" in text
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    for name, verb in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert verb.help and verb.short_help, name
+        for parameter in verb.params:
+            assert getattr(parameter, "help", None), f"luthier {name}: {parameter.name}"
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_a_readme_starts_with_the_two_commands(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text.index("make demo") < text.index("make test") < text.index("luthier check")
+    assert "\nmake test\n" in text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+def test_both_readmes_give_the_same_commands() -> None:
+    assert commands(READMES[0]) == commands(READMES[1])
+
+
+def test_the_readmes_commands_run(
+    model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they stand, with a tiny model in the places of the real ones."""
+    lines = commands("README.md")
+    assert lines[0].startswith("luthier pull smollm2-135m --to model")
+    for name in ("model", "Yi-6B-Chat"):
+        (tmp_path / name).symlink_to(model_dir("llama"))
+    rows = re.search(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert rows
+    (tmp_path / "rows.jsonl").write_text(rows.group(1), encoding="utf-8")
+    (tmp_path / "huanhuan.json").write_text(f"[{rows.group(1)}]", encoding="utf-8")
+    for line in lines[1:]:
+        argv = [sys.executable, "-m", "luthier.cli.main", *shlex.split(line)[1:]]
+        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (line, done.stderr)
+    python = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert python
+    code = python.group(1).replace('"output_dir": "run"', '"output_dir": "run2"').replace('chat("run")', 'chat("run2")')
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_project_speaks_of_itself_alone() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    # made from where this runs, so that no path and no host stands here; a host is told by its scheme
+    forbidden = [re.escape(f"{ROOT}/"), re.escape(f"{Path.home()}/."), r"https?://(?!huggingface|arxiv|github)"]
+    for name in tracked:
+        path = ROOT / name
+        if (
+            path.suffix in (".py", ".md", ".toml", ".yaml", ".txt", "")
+            and path.is_file()
+            and path.name not in ("test_docs.py", "LICENSE")
+        ):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            assert not [f for f in forbidden if re.search(f, text)], name

@@ -1,0 +1,76 @@
+"""Functions in the source that nothing in the source uses: each is public on purpose, or is to be deleted."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+
+import luthier
+from tests.helpers.layout import modules
+
+# public functions of the library, and names that another library calls
+PUBLIC = {*luthier.__all__}
+CALLED_FROM_OUTSIDE = {
+    "main",  # the entry point
+    "put", "end",  # transformers' streamers
+    "update", "get_seq_length",  # transformers' Cache
+    "extra_repr", "forward", "backward",  # torch
+    "tokenize",  # rouge-score
+}  # fmt: skip
+# used by tests or benchmarks only, each with the reason why it is in the source
+KEPT = {
+    "bytes_held": "what the compiled layers hold, which the estimate is compared with",
+}
+
+
+OTHERS = ("self.model", "model", "os", "json", "yaml", "torch", "subprocess")  # whose methods are not ours
+
+
+def functions(trees: dict[str, ast.Module]) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every function and method but special ones and those that a decorator hands on (routes, validators)."""
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("__"):
+                continue
+            decorators = [ast.unparse(d) for d in node.decorator_list]
+            if any(d.startswith(("app.", "field_validator", "model_validator")) for d in decorators):
+                continue
+            yield f"{name}.{node.name}", node  # type: ignore[misc]
+
+
+def uses(trees: dict[str, ast.Module]) -> Counter[str]:
+    """How often each name is read, as a name, an attribute, or an import."""
+    found: Counter[str] = Counter()
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                found[node.id] += 1
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in OTHERS:
+                found[node.attr] += 1
+    return found
+
+
+def unused(trees: dict[str, ast.Module]) -> list[str]:
+    used = uses(trees)
+    return sorted(
+        full
+        for full, node in functions(trees)
+        if not used[node.name] and node.name not in PUBLIC | CALLED_FROM_OUTSIDE | set(KEPT)
+    )
+
+
+def test_no_function_is_called_by_tests_only() -> None:
+    assert unused(modules()) == []
+
+
+def test_what_is_kept_is_still_there_and_still_unused() -> None:
+    trees = modules()
+    names = {node.name for _, node in functions(trees)}
+    assert set(KEPT) <= names
+    assert not [name for name in KEPT if uses(trees)[name] > 1]  # bytes_held calls the arena's
+
+
+def test_an_unused_function_is_seen() -> None:
+    trees = {"luthier.x": ast.parse("def lonely():\n    pass\n\ndef used():\n    pass\n\nused()")}
+    assert unused(trees) == ["luthier.x.lonely"]

@@ -1,0 +1,211 @@
+"""What ``luthier serve`` is given: which directories go together, under which names, and vLLM's command for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import luthier as library
+from luthier import personas
+from luthier.adapters.directory import load
+from luthier.errors import ConfigError, MissingPackageError
+from luthier.inference.generation import Sampling
+from luthier.serving import app, vllm
+from luthier.serving.engine import Engine, Request
+from luthier.serving.head import SlicedHead, slice_head
+from luthier.serving.models import open_models, places
+from luthier.templates import Turns
+from luthier.types import Message
+from tests.conftest import Result, make_model
+from tests.helpers.serving import generate, train
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def run(model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(model_dir("llama"), tmp_path_factory.mktemp("places") / "marlow", "You are Marlow.")
+
+
+@pytest.fixture(scope="module")
+def other(model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(model_dir("qwen2"), tmp_path_factory.mktemp("others") / "tea", "")
+
+
+def names(*paths: Path, **named: Path) -> list[str]:
+    return [p.name for p in places(paths, **named)]
+
+
+def test_names_are_those_of_directories(run: Path, model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    base = model_dir("llama")
+    assert names(run) == names(base, run) == names(run / "adapter") == ["marlow", "llama"]
+    assert names(base) == ["llama"]
+    stock = tmp_path / "stock"
+    shutil.copytree(run / "adapter", stock)
+    (stock / "luthier.json").unlink()  # as PEFT writes it: knows no base
+    assert names(model=base, adapter=stock) == ["stock", "llama"]
+    assert names(run, model=base, adapter=stock) == ["marlow", "stock", "llama"]
+    copy = tmp_path / "copy-of-llama"
+    shutil.copytree(base, copy)
+    assert names(copy, run) == ["marlow", "llama"]  # the same weights at another place
+
+
+def test_what_does_not_go_together_is_refused(
+    run: Path, other: Path, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="no directory was given"):
+        places([])
+    with pytest.raises(
+        ConfigError, match=r"tea and marlow do not share a base: .*llama and .*qwen2 are different models"
+    ):
+        places([run, other])
+    with pytest.raises(ConfigError, match="do not share a base"):
+        places([model_dir("qwen2"), run])
+    with pytest.raises(ConfigError, match="two models would be called marlow"):
+        places([run, run])
+    settings: list[tuple[dict[str, Any], str]] = [
+        ({"load_in_4bit": True}, "they were trained on differently quantised weights"),
+        ({"rope_theta": 5e4}, "their rope_theta is None and 50000"),
+    ]
+    for change, told in settings:
+        path = model_dir("llama")
+        tuned = train(path, tmp_path / next(iter(change)), "", model={"path": str(path), **change})
+        with pytest.raises(ConfigError, match=told):
+            places([run, tuned])
+        if "rope_theta" in change:
+            with pytest.raises(ConfigError, match="vLLM would not use its rope_theta 50000"):
+                vllm.command(places([tuned]), "127.0.0.1", 1, "auto")
+        else:
+            assert "vLLM computes with its whole weights" in vllm.notes(places([tuned]))[-1]
+
+
+def test_a_quantised_base_is_served_quantised(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    path = model_dir("llama")
+    tuned = train(path, tmp_path / "small", "", model={"path": str(path), "load_in_4bit": True})
+    model, routes, models = open_models(places([tuned]))
+    ids = models[0].generator.chat_format.prompt_ids(library.chat(tuned).messages() or _hello())
+    alone = library.chat(tuned).generator.reply(_hello(), Sampling(max_new_tokens=9))
+    request = Request(ids, models[0].generator.stop_ids, Sampling(max_new_tokens=9), "small")
+    tokens = generate(Engine(model, routes), [request])[0]
+    assert models[0].generator.tokenizer.decode(tokens).startswith(alone.text)
+
+
+def _hello() -> list[Any]:
+    return [Message("user", "Hello")]
+
+
+def test_a_merged_model_and_an_adapter_directory_answer_as_the_run(run: Path, tmp_path: Path) -> None:
+    library.merge(run, tmp_path / "merged")
+    ids = library.chat(run).generator.chat_format.prompt_ids(_hello())
+    replies = []
+    for path in (run, run / "adapter", tmp_path / "merged"):
+        model, routes, models = open_models(places([path]))
+        request = Request(ids, models[0].generator.stop_ids, Sampling(max_new_tokens=12), models[0].adapter)
+        replies += generate(Engine(model, routes), [request])
+    assert replies[0] == replies[1] == replies[2]
+
+
+def test_a_base_without_a_template_is_spoken_to_as_in_training(
+    model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model_dir("llama"), bare)
+    for name in ("chat_template.jinja",):
+        (bare / name).unlink(missing_ok=True)
+    file = bare / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config.pop("chat_template", None)
+    file.write_text(json.dumps(config))
+    tuned = train(bare, tmp_path / "tuned", "", data={"train": [str(personas.TRAIN)], "template": "chatml"})
+    models = open_models(places([tuned]))[2]
+    assert [m.generator.chat_format.template.name for m in models] == ["chatml", "chatml"]
+    with pytest.raises(library.UserError, match="the model has no chat template"):
+        open_models(places([bare]))
+    argv = vllm.command(places([tuned]), "127.0.0.1", 1, "auto")
+    spoken = models[0].generator.chat_format.template
+    if isinstance(spoken, Turns):
+        assert argv[argv.index("--chat-template") + 1] == spoken.jinja()
+
+
+def test_vllms_command_names_base_and_adapters(luthier: Run, run: Path, model_dir: Callable[[str], Path]) -> None:
+    done = luthier("serve", run, "--engine", "vllm", "--print", "--port", 9000, "--api-key", "a b")
+    assert done.code == 0
+    words = shlex.split(done.out)
+    assert words[:4] == ["VLLM_API_KEY=a b", "vllm", "serve", str(model_dir("llama"))]
+    rank = load(run / "adapter").lora.r
+    assert words[words.index("--max-lora-rank") + 1] == str(rank)
+    assert words[words.index("--lora-modules") + 1 :][0] == f"marlow={run / 'adapter'}"
+    assert words[words.index("--served-model-name") + 1] == "llama"
+    assert words[words.index("--host") + 1 :][:3] == ["127.0.0.1", "--port", "9000"]
+    assert "requests to marlow must begin with 'You are Marlow.'" in done.err
+    plain = shlex.split(luthier("serve", model_dir("llama"), "--engine", "vllm", "--print").out)
+    assert plain[0] == "VLLM_API_KEY=KEY" and "--enable-lora" not in plain
+
+
+def test_vllm_takes_over_where_it_is_installed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, luthier: Run
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = luthier("serve", run, "--engine", "vllm")
+    assert done.code == 2 and "vLLM is not installed here" in done.err
+    program = tmp_path / "vllm"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    called: list[Any] = []
+    monkeypatch.setattr(os, "execve", lambda *given: called.append(given))
+    said: list[str] = []
+    vllm.hand_over([run], "127.0.0.1", 8000, None, "auto", None, None, False, said.append)
+    path, argv, environment = called[0]
+    assert path == str(program) and argv[:2] == ["vllm", "serve"]
+    assert said[-1] == f"API key: {environment['VLLM_API_KEY']}" and environment["VLLM_API_KEY"] not in argv
+
+
+def test_vllm_is_not_given_a_layout_that_needs_its_own_code(
+    run: Path, model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Published:
+        layer_rules = ()
+
+    monkeypatch.setattr(vllm, "family_of", lambda _: Published)
+    with pytest.raises(ConfigError, match="vLLM needs the model's own code for this layout"):
+        vllm.command(places([run]), "127.0.0.1", 8000, "auto")
+
+
+def test_options_that_cannot_be_meant_are_refused(luthier: Run, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for argv, told in (
+        (("--dtype", "int3"), "--dtype int3: is not a type"),
+        (("--engine", "magic"), "--engine magic: is not an engine"),
+        (("--print",), "--print would be ignored: luthier's engine has no command to print"),
+    ):
+        done = luthier("serve", run, *argv)
+        assert done.code == 2 and told in done.err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = luthier("serve", run, "--port", port)
+    assert done.code == 2 and f"127.0.0.1:{port}: cannot be listened on" in done.err
+    monkeypatch.setattr(app, "_INSTALLED", False)
+    with pytest.raises(MissingPackageError, match="serving needs FastAPI and uvicorn") as e:
+        library.serve([run])
+    assert "luthier[serve]" in e.value.fix
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 8, 100])
+def test_a_head_in_slices_gives_the_same_logits(rows: int) -> None:
+    head = torch.nn.Linear(24, 4000)
+    x = torch.randn(rows, 1, 24)
+    torch.testing.assert_close(SlicedHead(head)(x), head(x), rtol=1e-5, atol=1e-6)
+    model = make_model("llama")
+    before = model(torch.tensor([[5, 6, 7]])).logits
+    slice_head(model)
+    assert isinstance(model.lm_head, SlicedHead)
+    torch.testing.assert_close(model(torch.tensor([[5, 6, 7]])).logits, before, rtol=1e-5, atol=1e-6)

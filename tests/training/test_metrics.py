@@ -1,0 +1,350 @@
+"""Replies against references: every figure is the library's own on the same texts; batched replies, the single ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import jieba
+import pytest
+import sacrebleu
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+
+import luthier as library
+from luthier import personas
+from luthier.encoding.rows import read_held_out
+from luthier.encoding.store import ExampleStore
+from luthier.errors import ConfigError
+from luthier.evaluation import text_metrics
+from luthier.evaluation.scoring import askable, score
+from luthier.evaluation.text_metrics import TextMetrics, measure, script
+from luthier.inference.generation import Generator, Sampling
+from luthier.types import Conversation, Message, RowRef
+from tests.conftest import ARCHITECTURES, Result
+from tests.conftest import teahouse as config
+
+Run = Callable[..., Result]
+ENGLISH = (
+    ["The lamp is lit at dusk, sir.", "I do not know.", "Gannet Rock here; the wind is north-west at 20."],
+    ["The lamp is lit at dusk.", "I am Marlow, the keeper.", "Gannet Rock here. The wind is north-west, at 20 knots."],
+)
+CHINESE = (
+    ["我是陆掌柜，在水乡开茶馆。", "今天的龙井很新鲜，您要不要尝一尝？", "不知道"],
+    ["我是陆掌柜，镇上开茶馆的。", "今天新到的龙井，您尝一尝？", "客官慢走，下次再来喝茶。"],
+)
+
+
+def words(text: str) -> list[str]:
+    return [w for w in jieba.lcut(text) if w.strip()]
+
+
+class ChineseWords:
+    def tokenize(self, text: str) -> list[str]:
+        return [w for w in words(text.lower()) if any(c.isalnum() for c in w)]
+
+
+def test_english_figures_are_the_libraries_own() -> None:
+    replies, references = ENGLISH
+    found = measure(replies, references)
+    assert found.bleu == pytest.approx(sacrebleu.corpus_bleu(replies, [references]).score, abs=1e-9)
+    assert found.chrf == pytest.approx(sacrebleu.corpus_chrf(replies, [references]).score, abs=1e-9)
+    rouge = RougeScorer(["rougeL"])
+    expected = fmean(rouge.score(ref, reply)["rougeL"].fmeasure for reply, ref in zip(*ENGLISH, strict=True))
+    assert found.rouge_l == pytest.approx(expected, abs=1e-12)
+    assert found.length_ratio == pytest.approx(len("".join(replies)) / len("".join(references)))
+    assert 5 < (found.bleu or 0) < 95
+    assert 0.2 < (found.rouge_l or 0) < 0.95
+
+
+def test_chinese_figures_are_over_jiebas_words() -> None:
+    replies, references = CHINESE
+    found = measure(replies, references)
+    cut = [" ".join(words(x)) for x in replies], [[" ".join(words(x)) for x in references]]
+    assert found.bleu == pytest.approx(sacrebleu.corpus_bleu(*cut, tokenize="none", force=True).score, abs=1e-9)
+    assert found.chrf == pytest.approx(sacrebleu.corpus_chrf(replies, [references]).score, abs=1e-9)
+    rouge = RougeScorer(["rougeL"], tokenizer=ChineseWords())
+    expected = fmean(rouge.score(ref, reply)["rougeL"].fmeasure for reply, ref in zip(*CHINESE, strict=True))
+    assert found.rouge_l == pytest.approx(expected, abs=1e-12)
+    assert (found.rouge_l or 0) > 0.3
+    assert RougeScorer(["rougeL"]).score(references[0], replies[0])["rougeL"].fmeasure == 0  # without segmentation
+
+
+def test_rows_of_two_languages_are_each_cut_in_their_own_way() -> None:
+    replies, references = ENGLISH[0] + CHINESE[0], ENGLISH[1] + CHINESE[1]
+    both = measure(replies, references)
+    parts = [measure(*ENGLISH), measure(*CHINESE)]
+    assert both.rouge_l == pytest.approx(fmean(p.rouge_l or 0 for p in parts))  # as many rows of each
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    cut = [
+        [Tokenizer13a()(x) for x in side[:3]] + [" ".join(words(x)) for x in side[3:]] for side in (replies, references)
+    ]
+    expected = sacrebleu.corpus_bleu(cut[0], [cut[1]], tokenize="none", force=True).score
+    assert both.bleu == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("The keeper of the light", "spaced"),
+        ("说“好”的人", "chinese"),
+        ("用 LoRA 微调 transformers 模型", "chinese"),
+        ("The word 你好 means hello", "spaced"),
+        ("これは本です", "spaceless"),
+        ("สวัสดีครับ", "spaceless"),
+        ("Привет, мир", "spaced"),
+        ("𠮷", "chinese"),
+        ("42", "spaced"),
+    ],
+)
+def test_the_script_of_the_reference_tells_how_it_is_cut(text: str, kind: str) -> None:
+    assert script(text) == kind
+
+
+@pytest.mark.parametrize(
+    "text", ["Привет, мир! Как дела?", "Der Bär läuft über die Brücke.", "これは本です。", "你好，世界。"]
+)
+def test_what_is_the_same_scores_full_marks_in_any_script(text: str) -> None:
+    found = measure([f" {text}\n"], [text])
+    assert found.length_ratio == found.rouge_l == 1
+    assert found.chrf == pytest.approx(100)
+    other = measure(["@ @"], [text])
+    assert other.rouge_l == other.bleu == 0
+
+
+def test_no_replies_and_empty_replies() -> None:
+    assert measure([], []) == TextMetrics(None, None, None, None)
+    assert measure(["", ""], ["a b c d", "你好"]) == TextMetrics(0, 0, 0, 0)
+
+
+def test_the_dictionary_is_read_from_no_shared_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "jieba.cache").write_bytes(b"planted")
+    text_metrics._segmenter.cache_clear()
+    assert text_metrics._segmenter().lcut("我在茶馆喝茶") == ["我", "在", "茶馆", "喝茶"]
+    assert [p.name for p in tmp_path.iterdir()] == ["jieba.cache"]
+    assert (tmp_path / "jieba.cache").read_bytes() == b"planted"
+
+
+# ---- the verb
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Callable[[str], Path]) -> Path:
+    return model_dir("llama")
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("metrics") / "run"
+    library.train(config(model, path, {"eval_fraction": 0.1}))
+    return path
+
+
+def test_eval_gives_the_figures_of_its_own_samples(run: Path, luthier: Run) -> None:
+    done = luthier("eval", run, "--json", "--samples", 5, "--max-new-tokens", 40)
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    samples = found["samples"]
+    assert len(samples) == found["base"]["replies"] == found["tuned"]["replies"] == 5
+    references = [s["reference"] for s in samples]
+    for side in ("base", "tuned"):
+        expected = measure([s[side] for s in samples], references).as_dict()
+        assert expected.keys() == {"length_ratio", "bleu", "chrf", "rouge_l"}
+        assert {k: found[side][k] for k in expected} == expected
+        assert None not in expected.values()
+    assert found["tuned"]["chrf"] > found["base"]["chrf"]
+    table = luthier("eval", run, "--samples", 5, "--max-new-tokens", 40).out
+    assert "5 answered" in table
+    for name, key, form in (("BLEU", "bleu", ".2f"), ("chrF", "chrf", ".2f"), ("ROUGE-L", "rouge_l", ".4f")):
+        line = next(x for x in table.splitlines() if name in x)
+        for side in ("base", "tuned"):
+            assert format(found[side][key], form) in line
+
+
+def test_no_samples_leave_the_losses(run: Path, luthier: Run) -> None:
+    found = json.loads(luthier("eval", run, "--json", "--samples", 0).out)
+    assert found["samples"] == []
+    assert found["tuned"]["stop_rate"] is found["tuned"]["bleu"] is None
+    assert found["tuned"]["loss"] < found["base"]["loss"]
+    table = luthier("eval", run, "--samples", 0).out
+    assert "perplexity" in table
+    assert "BLEU" not in table
+    assert "end by themselves" not in table
+
+
+def test_the_end_of_a_run_has_them_and_its_page_shows_them(run: Path) -> None:
+    stored = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for side in ("base", "tuned"):
+        count = stored[side]["replies"]
+        assert count > 0
+        replies = [s[side] for s in stored["samples"]][:count]
+        expected = measure(replies, [s["reference"] for s in stored["samples"]][:count]).as_dict()
+        assert {k: stored[side][k] for k in expected} == pytest.approx(expected)
+    for key, name, form in (("bleu", "BLEU", ".1f"), ("chrf", "chrF", ".1f"), ("rouge_l", "ROUGE-L", ".3f")):
+        shown = [format(stored[side][key], form) for side in ("base", "tuned")]
+        assert f"<b>{shown[0]} &rarr; {shown[1]}</b>{name}, base and tuned" in page
+
+
+@pytest.mark.parametrize("package", ["sacrebleu", "rouge_score", "jieba"])
+def test_without_a_package_the_rest_is_there_and_it_is_said(
+    package: str, run: Path, luthier: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    done = luthier("eval", run, "--json", "--samples", 2, "--max-new-tokens", 8)
+    found = json.loads(done.out)["tuned"]
+    assert found["bleu"] is found["chrf"] is found["rouge_l"] is None
+    assert found["perplexity"] > 1
+    assert found["length_ratio"] > 0
+    assert 0 <= found["stop_rate"] <= 1
+    assert f"need {package.replace('_', '-')}: pip install 'luthier[eval]'" in done.err
+    assert "BLEU" not in luthier("eval", run, "--samples", 2, "--max-new-tokens", 8).out
+
+
+def test_the_end_of_a_run_says_what_to_install(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    said: list[str] = []
+    library.train(config(model, tmp_path / "run", {"eval_fraction": 0.1}, max_steps=2), say=said.append)
+    assert any("need sacrebleu: pip install 'luthier[eval]'" in s for s in said)
+    assert "BLEU" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_base_model_is_refused_before_it_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.verbs.chat.load_weights", None)
+    with pytest.raises(ConfigError, match="there is no adapter to compare with its base"):
+        library.eval(model, [personas.HELD_OUT])
+
+
+def test_a_prompt_that_the_model_cannot_read_is_not_asked(model: Path, tmp_path: Path) -> None:
+    """In training it is cut; at the end of the run it must not stop the run."""
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": r, "content": "word " * 80} for r in ("user", "assistant")] * 20
+    long = {"messages": [*turns, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    short = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
+    rows.write_text("\n".join(map(json.dumps, [long, short])))
+    settings, examples = config(model, tmp_path, {"train": rows}).data, ExampleStore()
+    account = read_held_out([rows], settings, library.chat(model).generator.chat_format.encoder(settings), examples)
+    assert len(account.conversations) == len(examples) == 2
+    generator = library.chat(model).generator
+    assert askable(generator, account.conversations, 24) == list(account.conversations[1:])
+    scores = score(generator, examples, account.conversations, max_new_tokens=4)
+    assert scores.complete
+    assert len(scores.replies) == 1
+    assert scores.text == measure([scores.replies[0].text], ["hi"])
+    library.train(config(model, tmp_path / "run", {"train": rows, "eval": rows}, max_steps=1))
+    stored = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    assert [s["reference"] for s in stored["samples"]] in (["hi"], [])
+    library.train(config(model, tmp_path / "other", {"train": rows}, max_steps=1))
+    assert (tmp_path / "other" / "summary.json").is_file()
+
+
+# ---- batched generation
+
+
+class Recorded(Generator):
+    """Keeps every reply's token ids, and the size of every batch."""
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__(generator.model, generator.chat_format)
+        self.ids: list[list[int]] = []
+        self.batches: list[int] = []
+
+    def _generate(self, prompts: list[list[int]], s: Sampling, streamer: Any) -> Any:
+        self.batches.append(len(prompts))
+        self.ids += [[]] * len(prompts)
+        self._at = len(self.ids) - len(prompts)
+        return super()._generate(prompts, s, streamer)
+
+    def _reply(self, ids: list[int], prompt_tokens: int, seconds: float) -> Any:
+        end = next((i for i, t in enumerate(ids) if t in self.stop_ids), len(ids) - 1)
+        self.ids[self._at] = ids[: end + 1]
+        self._at += 1
+        return super()._reply(ids, prompt_tokens, seconds)
+
+
+def prompts_of(lengths: Sequence[int]) -> list[list[Message]]:
+    return [[Message("user", "".join(chr(97 + (i * 7 + j) % 26) for j in range(n)))] for i, n in enumerate(lengths)]
+
+
+def by_ids(generator: Recorded, prompts: Sequence[Sequence[Message]], sampling: Sampling) -> list[list[int]]:
+    """Ids of the replies together, put in the prompts' order by the stock model's own forward pass as definition."""
+    found = []
+    for prompt in prompts:
+        ids = generator.chat_format.prompt_ids(prompt)
+        start = len(ids)
+        room = min(sampling.max_new_tokens, generator.model.config.max_position_embeddings - start)
+        while len(ids) - start < room:
+            with torch.no_grad():
+                logits = generator.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids.append(int(logits.argmax()))
+            if ids[-1] in generator.stop_ids:
+                break
+        found.append(ids[start:])
+    return found
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_batched_replies_are_token_for_token_the_single_ones(
+    arch: str, model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.inference.generation._BATCH_TOKENS", 220)
+    prompts = prompts_of([3, 40, 1, 17, 17, 90, 2])
+    sampling = Sampling(max_new_tokens=16)
+    together = Recorded(library.chat(model_dir(arch)).generator)
+    replies = together.replies(prompts, sampling)
+    assert len(together.batches) > 2
+    assert max(together.batches) > 1
+    alone = Recorded(together)
+    single = [alone.reply(p, sampling) for p in prompts]
+    assert [replace(r, seconds=0.0) for r in replies] == [replace(r, seconds=0.0) for r in single]
+    assert sorted(together.ids) == sorted(alone.ids)
+    assert alone.ids == by_ids(alone, prompts, sampling)
+
+
+def test_a_long_prompt_does_not_shorten_its_neighbours(model: Path) -> None:
+    """The model reads 1024 tokens: beside a prompt that leaves room for a few, the others still get all of theirs."""
+    generator = library.chat(model).generator
+    size = next(n for n in range(900, 4000) if not generator.fits(prompts_of([n])[0]))
+    prompts = prompts_of([5, size - 9, 9, size - 5])
+    replies = generator.replies(prompts, Sampling(max_new_tokens=40))
+    single = [generator.reply(p, Sampling(max_new_tokens=40)) for p in prompts]
+    assert [(r.text, r.reply_tokens) for r in replies] == [(r.text, r.reply_tokens) for r in single]
+    assert max(r.reply_tokens for r in replies[::2]) > max(r.reply_tokens for r in replies[1::2])
+
+
+def test_a_batch_holds_no_more_than_its_tokens(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Recorded(library.chat(model).generator)
+    lengths = [30, 10, 20, 500, 10]
+    batches = list(generator._batches(lengths, Sampling(max_new_tokens=100)))
+    assert batches == [[3, 0, 2, 1, 4]]
+    monkeypatch.setattr("luthier.inference.generation._BATCH_TOKENS", 270)
+    batches = list(generator._batches(lengths, Sampling(max_new_tokens=100)))
+    assert batches == [[3], [0, 2], [1, 4]]  # 600 tokens are over by themselves; 2 x 130; 2 x 110
+    penalty = list(generator._batches(lengths, Sampling(max_new_tokens=100, repetition_penalty=1.2)))
+    assert penalty == [[3], [0], [2], [1], [4]]
+    assert generator.replies([], Sampling()) == []
+
+
+def test_time_is_shared_by_all_replies(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.inference.generation._BATCH_TOKENS", 1)
+    generator = library.chat(model).generator
+    replies = generator.replies(prompts_of([5] * 6), Sampling(max_new_tokens=400, max_seconds=0.0))
+    assert [r.reply_tokens for r in replies] == [1] * 6
+
+
+def test_rows_are_in_their_order_after_sorting(model: Path) -> None:
+    generator = library.chat(model).generator
+    prompts = prompts_of([50, 2, 20])
+    expected = [len(generator.chat_format.prompt_ids(p)) for p in prompts]
+    assert [r.prompt_tokens for r in generator.replies(prompts, Sampling(max_new_tokens=2))] == expected
+    rows = [Conversation((*p, Message("assistant", "x")), RowRef("a", i)) for i, p in enumerate(prompts, 1)]
+    assert askable(generator, rows, 2) == rows[:2]
