@@ -87,9 +87,10 @@ def _dropped(x: Tensor, p: float, key: int) -> Tensor:
     rows = x.numel() // columns
     if x.device.type == "cpu":
         try:
-            found = torch.empty_like(x, memory_format=torch.contiguous_format)
-            native.kernels(x.dtype).dropout(rows, columns, x.contiguous(), found, key, threshold(p), 1 / (1 - p))
-            return found
+            whole = x.contiguous().view(rows, columns)
+            out = torch.empty_like(whole)
+            native.kernels(x.dtype).dropout(rows, columns, whole, out, key, threshold(p), 1 / (1 - p))
+            return out.view(x.shape)
         except native.Unavailable:
             pass
     mask = keep(key, rows, columns, p, x.device).view(x.shape)

@@ -17,47 +17,21 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from luthier._util import files
 from luthier.devices.device import cpu_instructions
+from luthier.kernels.native.signatures import NUMBERS, SIGNATURES, Argument, Parameter, parameters
 
 _SOURCES = ("rows.cpp", "attention.cpp", "loss.cpp", "weights.cpp")
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_TYPES = {
-    "l": ctypes.c_int64,
-    "i": ctypes.c_int,
-    "u": ctypes.c_uint32,
-    "f": ctypes.c_float,
-    "p": ctypes.c_void_p,
-}
-_LORA = "lppuup"  # rank, A, factor, dropout's key and threshold, places of the rows in the stream
-_ATTEND = "lpplppllllf"  # segments, queries, heads, key heads, width, window, scale
-SIGNATURES = {
-    "norm_forward": f"llppf{_LORA}plpp",
-    "norm_backward": f"llppp{_LORA}plppp",
-    "swiglu_forward": f"llp{_LORA}plp",
-    "swiglu_backward": f"llp{_LORA}plpp",
-    "lora_forward": f"llpl{_LORA}p",
-    "lora_backward": f"llpl{_LORA}plpp",
-    "lora_grad_b": "llplpllp",
-    "rotate": "lplllliipplpl",
-    "attend_forward": f"{_ATTEND}plpplpl",
-    "attend_backward": f"{_ATTEND}plpplplplppl",
-    "cross_entropy": "llplpp",
-    "dropout": "llppuuf",
-    "four_bits": "llppppl",
-    "eight_bits": "llpppl",
-}
-
 
 _profiled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
@@ -67,18 +41,32 @@ class Unavailable(Exception):
 
 
 class Kernels:
-    """The compiled functions for one element type: ``kernels.norm_forward(...)``. Tensors are passed as they are."""
+    """The compiled functions for one element type: ``kernels.norm_forward(...)``, arguments as in ``SIGNATURES``.
+
+    Every call checks every tensor's type, device, extents and strides: the C++ side sees only addresses. Raises
+    ValueError, before anything is computed, for an argument that does not match.
+    """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         for name, signature in SIGNATURES.items():
-            function: Any = getattr(library, f"{name}_{_SUFFIX[dtype]}")
+            function = getattr(library, f"{name}_{_SUFFIX[dtype]}")
+            expected = parameters(signature)
             function.restype = None
-            function.argtypes = [_TYPES[letter] for letter in signature]
-            setattr(self, name, self._call(name, function))
+            function.argtypes = [NUMBERS.get(p.kind, ctypes.c_void_p) for p in expected]
+            setattr(self, name, self._call(name, function, expected, dtype))
 
     @staticmethod
-    def _call(name: str, function: Any) -> Callable[..., None]:
-        def call(*arguments: Any) -> None:
+    def _call(
+        name: str, function: Callable[..., None], expected: Sequence[Parameter], dtype: torch.dtype
+    ) -> Callable[..., None]:
+        names = [p.name for p in expected]
+        tensors = [p for p in expected if p.is_tensor]
+
+        def call(*arguments: Argument) -> None:
+            by_name = dict(zip(names, arguments, strict=True))
+            for parameter in tensors:
+                if why := parameter.mismatch(by_name[parameter.name], dtype, by_name):
+                    raise ValueError(f"{name}: {parameter.name} {why}")
             seen = torch.profiler.record_function(f"luthier::{name}") if _profiled() else nullcontext()
             with seen:
                 function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))

@@ -1,0 +1,86 @@
+"""What luthier uses of transformers' models and tokenizers, as types: transformers itself comes without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig
+
+
+class ModuleTree(Protocol):
+    """The part of ``nn.Module`` that needs no knowledge of what a model computes."""
+
+    training: bool
+
+    def eval(self) -> Self: ...
+    def train(self, mode: bool = True) -> Self: ...
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+    def get_submodule(self, target: str) -> nn.Module: ...
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
+class Decoder(Protocol):
+    """The stack of decoder layers of a causal language model."""
+
+    layers: nn.ModuleList
+    norm: nn.Module
+    embed_tokens: nn.Module
+
+    def modules(self) -> Iterator[nn.Module]: ...
+    def rotary_emb(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions: [1, T, rotary] each, in the dtype of ``x``."""
+        ...
+
+
+class Logits(Protocol):
+    """The output of a forward pass. logits: [batch, T, vocabulary]."""
+
+    logits: Tensor
+
+
+class CausalLM(ModuleTree, Protocol):
+    """A causal language model of transformers."""
+
+    config: PretrainedConfig
+    generation_config: GenerationConfig
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def __call__(self, input_ids: Tensor, **options: object) -> Logits: ...
+    def get_decoder(self) -> Decoder: ...
+    def get_input_embeddings(self) -> nn.Module: ...
+    def set_input_embeddings(self, value: nn.Module) -> None: ...
+    def get_output_embeddings(self) -> nn.Module: ...
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None: ...
+    def set_attn_implementation(self, attn_implementation: str) -> None: ...
+    def generate(self, inputs: Tensor, **options: object) -> Tensor: ...
+    def to(self, *target: torch.device | torch.dtype | str) -> Self: ...
+
+
+class Encoded(Protocol):
+    """The ids of one text."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class HfTokenizer(Protocol):
+    """A fast tokenizer of transformers."""
+
+    eos_token_id: int | None
+    bos_token_id: int | None
+    unk_token_id: int | None
+    pad_token_id: int | None
+    chat_template: str | dict[str, str] | None
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: object) -> str: ...
+    def save_pretrained(self, save_directory: object) -> object: ...

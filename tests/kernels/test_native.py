@@ -1,0 +1,136 @@
+"""The boundary between Python and the compiled kernels: one declaration per function, every argument checked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from luthier.kernels import native
+from luthier.kernels.native.signatures import ELEMENTS, SIGNATURES, parameters
+
+_HERE = Path(native.__file__).parent
+_C_TYPES = {
+    "l": "int64_t", "i": "int", "u": "uint32_t", "f": "float",
+    "T": "T*", "f32": "float*", "i64": "int64_t*", "u8": "uint8_t*", "i8": "int8_t*",
+}  # fmt: skip
+
+
+def _exported() -> dict[str, list[tuple[str, str]]]:
+    """Every exported C++ function: its parameters as (type, name), macros replaced by their text."""
+    functions = {}
+    for source in sorted(_HERE.glob("*.cpp")):
+        text = source.read_text().replace("\\\n", " ")
+        macros = dict(re.findall(r"^#define ([A-Z]+) (.*)$", text, re.MULTILINE))
+        for name, listed in re.findall(r'extern "C" void (\w+)_##S\(([^)]*)\)', text):
+            expanded = re.sub(r"\b[A-Z]{2,}\b", lambda macro: macros[macro[0]], listed)
+            functions[name] = [_parameter(p) for p in expanded.split(",")]
+    return functions
+
+
+def _parameter(text: str) -> tuple[str, str]:
+    kind, pointer, name = re.fullmatch(r"\s*(?:const\s+)?(\w+)\s*(\*?)\s*(\w+)\s*", text).groups()  # type: ignore[union-attr]
+    return kind + pointer, name
+
+
+def test_python_and_cpp_declare_the_same_functions_with_the_same_parameters() -> None:
+    declared = {name: [(_C_TYPES[p.kind], p.name) for p in parameters(text)] for name, text in SIGNATURES.items()}
+    assert declared == _exported()
+
+
+@pytest.fixture
+def kernels() -> native.Kernels:
+    if why := native.obstacle(torch.float32):
+        pytest.skip(why)
+    return native.kernels(torch.float32)
+
+
+def _dropout(kernels: native.Kernels, x: Tensor, out: Tensor) -> None:
+    kernels.dropout(4, 6, x, out, 1, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (torch.ones(4, 6, dtype=torch.bfloat16), r"dropout: x is \[4, 6\] of torch.bfloat16"),
+        (torch.ones(4, 6, dtype=torch.float64), "torch.float64"),
+        (torch.ones(4, 6, device="meta"), "on meta"),
+        (torch.ones(6, 4).t(), r"strides \(1, 4\); expected \[4, 6\] of torch.float32 on cpu, contiguous"),
+        (torch.ones(4, 5), r"is \[4, 5\]"),
+        (torch.ones(3, 6), r"is \[3, 6\]"),
+        (torch.ones(24), r"is \[24\]"),
+        (None, "is None"),
+    ],
+)
+def test_a_tensor_that_does_not_match_is_refused_before_anything_is_computed(
+    kernels: native.Kernels, wrong: Tensor | None, expected: str
+) -> None:
+    out = torch.full((4, 6), 7.0)
+    with pytest.raises(ValueError, match=expected):
+        _dropout(kernels, wrong, out)  # type: ignore[arg-type]
+    assert out.eq(7).all()
+
+
+def test_a_matching_tensor_is_accepted(kernels: native.Kernels) -> None:
+    out = torch.full((4, 6), 7.0)
+    _dropout(kernels, torch.ones(4, 6), out)
+    assert out.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("out", "stride"),
+    [
+        (torch.zeros(4, 12)[:, :6], 6),  # the declared row stride is not the tensor's
+        (torch.zeros(4, 12)[:, ::2], 12),  # elements of a row are not adjacent
+        (torch.zeros(4, 4), 4),  # rows are shorter than k
+    ],
+)
+def test_rows_with_another_stride_than_declared_are_refused(kernels: native.Kernels, out: Tensor, stride: int) -> None:
+    with pytest.raises(ValueError, match=f"eight_bits: out is .* rows {stride} apart"):
+        kernels.eight_bits(4, 6, torch.ones(4, 6, dtype=torch.int8), torch.ones(4), out, stride)
+    assert out.eq(0).all()
+
+
+def _matching(signature: str) -> dict[str, native.Argument]:
+    """Arguments that match a signature: small sizes, rows 256 elements apart."""
+    expected = parameters(signature)
+    strides = {p.row_stride for p in expected}
+    arguments: dict[str, native.Argument] = {
+        p.name: 256 if p.name in strides else 64 if p.name == "k" else 2 for p in expected if not p.is_tensor
+    }
+    for parameter in (p for p in expected if p.is_tensor):
+        shape = [size.of(arguments) for size in parameter.sizes]
+        element = torch.float32 if parameter.kind == "T" else ELEMENTS[parameter.kind]
+        columns = 256 if parameter.row_stride else shape[-1]
+        arguments[parameter.name] = torch.full([*shape[:-1], columns], 3, dtype=element)[..., : shape[-1]]
+    return arguments
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_every_tensor_of_every_function_is_checked(name: str) -> None:
+    """The type, the device, the number of elements and the distance between them, one wrong at a time."""
+    arguments = _matching(SIGNATURES[name])
+    for parameter in (p for p in parameters(SIGNATURES[name]) if p.is_tensor):
+        right = arguments[parameter.name]
+        assert isinstance(right, Tensor)
+        shape = right.shape
+        wrong = [
+            right.to(torch.complex64),
+            right.to("meta"),
+            right[..., :-1] if parameter.row_stride else right[..., :-1].contiguous(),
+            right[:-1],
+            right[..., None],
+            torch.ones(*shape[:-1], 2 * shape[-1], dtype=right.dtype)[..., ::2],
+        ]
+        assert parameter.mismatch(right, torch.float32, arguments) is None, parameter.name
+        for tensor in wrong:
+            assert parameter.mismatch(tensor, torch.float32, arguments), (parameter.name, tensor.shape, tensor.stride())
+        assert (parameter.mismatch(None, torch.float32, arguments) is None) is parameter.optional
+
+
+def test_a_missing_argument_is_refused(kernels: native.Kernels) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        kernels.dropout(4, 6, torch.ones(4, 6), torch.ones(4, 6), 1, 0)
