@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from luthier.kernels import native
-from luthier.kernels.native.signatures import ELEMENTS, SIGNATURES, parameters
+from luthier.kernels.native import ELEMENTS, parameters
+from luthier.kernels.native.signatures import SIGNATURES
 
 _HERE = Path(native.__file__).parent
 _C_TYPES = {
@@ -26,7 +27,7 @@ def _exported() -> dict[str, list[tuple[str, str]]]:
         text = source.read_text().replace("\\\n", " ")
         macros = dict(re.findall(r"^#define ([A-Z]+) (.*)$", text, re.MULTILINE))
         for name, listed in re.findall(r'extern "C" void (\w+)_##S\(([^)]*)\)', text):
-            expanded = re.sub(r"\b[A-Z]{2,}\b", lambda macro: macros[macro[0]], listed)
+            expanded = re.sub(r"\b[A-Z]{2,}\b", lambda macro, macros=macros: macros[macro[0]], listed)
             functions[name] = [_parameter(p) for p in expanded.split(",")]
     return functions
 

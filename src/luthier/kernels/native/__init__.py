@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,11 +30,103 @@ from torch import Tensor
 
 from luthier._util import files
 from luthier.devices.device import cpu_instructions
-from luthier.kernels.native.signatures import NUMBERS, SIGNATURES, Argument, Parameter, parameters
+from luthier.kernels.native.signatures import SIGNATURES
 
 _SOURCES = ("rows.cpp", "attention.cpp", "loss.cpp", "weights.cpp")
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+NUMBERS = {"l": ctypes.c_int64, "i": ctypes.c_int, "u": ctypes.c_uint32, "f": ctypes.c_float}
+ELEMENTS = {"f32": torch.float32, "i64": torch.int64, "u8": torch.uint8, "i8": torch.int8}
+_PARAMETER = re.compile(r"(\w+)(?::(\w+)(?:\[([^\]]*)\])?(?:/(\w+))?)?(\?)?")
+Argument = Tensor | int | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A size in a signature: a sum of products of numbers and names, perhaps divided; or the last value of a tensor."""
+
+    terms: tuple[tuple[int, tuple[str, ...]], ...]
+    divisor: int = 1
+    last: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        if text.startswith("last("):
+            return cls((), last=text[5:-1])
+        text, _, divisor = text.partition("//")
+        terms = []
+        for term in text.split("+"):
+            factors = term.split("*")
+            numbers = [int(f) for f in factors if f.isdigit()]
+            terms.append((math.prod(numbers), tuple(f for f in factors if not f.isdigit())))
+        return cls(tuple(terms), int(divisor or 1))
+
+    def of(self, arguments: Mapping[str, Argument]) -> int:
+        if self.last:
+            tensor = arguments[self.last]
+            assert isinstance(tensor, Tensor)
+            return int(tensor[-1])
+        total = 0
+        for number, names in self.terms:
+            product = number
+            for name in names:
+                value = arguments[name]
+                assert isinstance(value, int)
+                product *= value
+            total += product
+        return total // self.divisor
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a function. kind: "l", "i", "u" or "f" for a number, else a tensor's element type."""
+
+    name: str
+    kind: str
+    sizes: tuple[Size, ...] = ()
+    row_stride: str = ""
+    optional: bool = False
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.kind not in NUMBERS
+
+    def mismatch(self, tensor: Argument, dtype: torch.dtype, arguments: Mapping[str, Argument]) -> str | None:
+        """Why a tensor cannot be passed, None if it can. dtype: the functions' element type."""
+        if tensor is None and self.optional:
+            return None
+        expected = [size.of(arguments) for size in self.sizes]
+        element = dtype if self.kind == "T" else ELEMENTS[self.kind]
+        if not isinstance(tensor, Tensor):
+            return f"is {tensor!r}, expected a tensor {expected} of {element}"
+        shape = list(tensor.shape)
+        if self.row_stride:
+            fits = len(shape) == 2 and shape[0] == expected[0] and shape[1] >= expected[1]
+            rows, columns = tensor.stride() if fits else (0, 0)
+            fits = fits and (columns == 1 or shape[1] < 2) and (rows == arguments[self.row_stride] or shape[0] < 2)
+        else:
+            fits = shape == expected and tensor.is_contiguous()
+        if fits and tensor.dtype is element and tensor.device.type == "cpu":
+            return None
+        layout = f"rows {arguments[self.row_stride]} apart" if self.row_stride else "contiguous"
+        return (
+            f"is {shape} of {tensor.dtype} on {tensor.device}, strides {tensor.stride()}; expected {expected} of "
+            f"{element} on cpu, {layout}"
+        )
+
+
+def parameters(signature: str) -> tuple[Parameter, ...]:
+    """A line of ``SIGNATURES`` as its parameters."""
+    parsed = []
+    for text in signature.split():
+        match = _PARAMETER.fullmatch(text)
+        assert match, text
+        name, kind, sizes, row_stride, optional = match.groups()
+        split = tuple(Size.parse(size) for size in sizes.split(",")) if sizes else ()
+        parsed.append(Parameter(name, kind or "l", split, row_stride or "", bool(optional)))
+    return tuple(parsed)
+
 
 _profiled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
