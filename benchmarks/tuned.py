@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
 from luthier import config as configs
+from luthier._util.environment import KEEP_FREED_MEMORY
 from luthier.config import RunConfig, TrainConfig
 from luthier.verbs.train import train
 from workload import ACCUMULATION, ALPHA, BATCH, LEARNING_RATE, MAX_LENGTH, SYSTEM, R
@@ -38,7 +40,7 @@ def config(model: Path, data: Path, to: Path, dropout: float, dtype: str, settin
         },
         "output_dir": str(to),
     }
-    return configs.build(values, configs.parse_overrides(settings))
+    return configs.build(values, settings=settings)
 
 
 def switches() -> list[str]:
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(_DTYPES), default="bf16")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     a = parser.parse_args()
+    os.environ.setdefault(KEEP_FREED_MEMORY, "1")  # as a command does
     with tempfile.TemporaryDirectory() as folder:
         summary = train(config(a.model, a.data, Path(folder) / "run", a.dropout, a.dtype, a.set), force=True)
     kept = ("tokens", "supervised_tokens", "train_seconds", "tokens_per_s", "peak_rss_bytes", "losses")

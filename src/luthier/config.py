@@ -1,48 +1,44 @@
-"""A run's configuration: YAML and ``--set a.b=c`` -> one frozen, strict object.
+"""Build a run's configuration from YAML, options and ``--set KEY=VALUE``: one frozen object, strictly checked.
 
-Names are the field's own (``per_device_train_batch_size``, ``lora_alpha``), so a reader of the tutorials can map
-them one to one. Every mistake is reported at once, an unknown key with its nearest name.
+Keys have the names that the field uses (``per_device_train_batch_size``, ``lora_alpha``), so that a reader of the
+tutorials can map them one to one. All mistakes are reported together, an unknown key with its nearest name.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
+from luthier._util.yaml_text import parse_yaml
 from luthier.errors import ConfigError, nearest
 from luthier.types import SystemRole, TooLong, TrainOn
 
+Problem = tuple[str, str]  # what is wrong, and what to type
 
-def _one_or_many(value: Any) -> Any:
+
+def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str | Path) else value
 
 
-def _names(value: Any) -> Any:
-    """``a,b`` as a list too, since a module's name holds no comma."""
+def _names(value: object) -> object:
+    """Split ``a,b`` into a list: a module's name contains no comma."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 class Section(BaseModel):
+    """A group of settings: frozen, and unknown keys are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _no_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
             raise ValueError("must not be true or false")
@@ -52,138 +48,133 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: Path = Field(description="directory of the base model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="type of the frozen weights; auto: bfloat16 where the device computes in it natively"
+        "auto", description="dtype of the frozen weights; auto: bfloat16 if the device computes in it natively"
     )
     rope_theta: float | None = Field(
-        None, gt=0, description="rotary base in place of the published one (see GLM-4's -hf checkpoint)"
+        None, gt=0, description="rotary base that replaces the published one (see GLM-4's -hf checkpoint)"
     )
     attn_implementation: Literal["auto", "padded", "looped", "varlen", "reference"] = Field(
-        "auto", description="how segments attend; varlen needs flash-attn, reference is the plain definition"
+        "auto", description="attention kernel; varlen needs flash-attn, reference is the plain definition"
     )
     load_in_4bit: bool = Field(False, description="store the frozen linear layers in 4 bits (QLoRA)")
     load_in_8bit: bool = Field(False, description="store the frozen linear layers in 8 bits")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit code")
     bnb_4bit_use_double_quant: bool = Field(True, description="quantise the 4-bit code's scales too")
     bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="type that quantised layers compute in; auto: model.dtype's"
+        "auto", description="dtype that quantised layers compute in; auto: that of model.dtype"
     )
-    quantised_cache: bool = Field(True, description="keep the quantised base on disk for the next start")
+    quantised_cache: bool = Field(True, description="cache the quantised base on disk for the next start")
 
     @property
     def quantised(self) -> bool:
         return self.load_in_4bit or self.load_in_8bit
 
-    @model_validator(mode="after")
-    def _nothing_ignored(self) -> ModelConfig:
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ConfigError("model: load_in_4bit and load_in_8bit exclude each other", "leave one of the two out")
-        idle = [k for k in sorted(self.model_fields_set) if k.startswith("bnb_4bit_") and not self.load_in_4bit]
-        if idle and any(getattr(self, k) != type(self).model_fields[k].default for k in idle):
-            raise ConfigError(
-                f"model: {', '.join(idle)} would be ignored without model.load_in_4bit",
-                f"--set model.load_in_4bit=true, or leave {' and '.join(idle)} out",
-            )
-        return self
-
 
 class DataConfig(Section):
     train: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] = Field(
-        min_length=1, description="data files; patterns such as rows/*.jsonl too"
+        min_length=1, description="data files or patterns such as rows/*.jsonl"
     )
     eval: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] = Field(
-        (), description="files of held-out rows, evaluated before and after"
+        (), description="files of held-out rows, evaluated before and after training"
     )
     eval_fraction: float = Field(
-        0.0, ge=0, lt=1, description="share of the distinct prompts to hold out in place of data.eval"
+        0.0, ge=0, lt=1, description="fraction of the distinct prompts to hold out, instead of data.eval"
     )
     format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion"] = Field(
-        "auto", description="auto: told from each row's keys"
+        "auto", description="auto: detected from each row's keys"
     )
-    rename: dict[str, str] = Field(default_factory=dict, description="keys of rows to read under another name")
-    dedupe: bool = Field(False, description="drop rows that are word for word an earlier one")
+    rename: dict[str, str] = Field(
+        default_factory=dict, description="keys of rows to read under another name, as {old: new}"
+    )
+    dedupe: bool = Field(False, description="drop rows that are identical to an earlier one")
     control_tokens: Literal["refuse", "drop", "escape"] = Field(
-        "refuse", description="what happens to rows whose text holds one of the model's control tokens"
+        "refuse", description="what happens to rows whose text contains one of the model's control tokens"
     )
     template: str = Field(
         "auto",
-        description="auto: the model's own chat template, natively where we know it; jinja: its own, run as it is; or "
-        "a native format by name, such as chatml (an unknown name lists them)",
+        description="auto: the model's own chat template, by luthier's native renderer if there is one; jinja: always "
+        "the model's own Jinja template; or a native format by name, such as chatml (an unknown name lists them)",
     )
-    system: str = Field("", description="system prompt for rows that have none; empty: the template's own default")
+    system: str = Field("", description="system prompt for rows without one; empty: the template's default")
     system_role: SystemRole = Field(
         "template",
-        description="template: the model's own place for a system prompt, refused where it has none; merge: before the "
-        "first user message",
+        description="template: where the model's template puts a system prompt, refused if it supports none; merge: "
+        "before the first user message",
     )
-    max_length: int = Field(1024, ge=8, description="longest row in tokens")
+    max_length: int = Field(1024, ge=8, description="maximum length of a row in tokens")
     too_long: TooLong = Field("truncate", description="what happens to longer rows; truncate keeps the stop token")
-    train_on: TrainOn = Field("all_replies", description="which replies of a conversation are trained")
-    cache: bool = Field(True, description="keep the encoded rows on disk for the next start")
+    train_on: TrainOn = Field("all_replies", description="which replies of a conversation are targets of the loss")
+    cache: bool = Field(True, description="cache the encoded rows on disk for the next start")
 
 
 class LoraConfig(Section):
     r: int = Field(8, ge=1, description="rank")
-    lora_alpha: float = Field(32.0, gt=0, description="the update is scaled by lora_alpha / r")
+    lora_alpha: float = Field(32.0, gt=0, description="the adapter's output is scaled by lora_alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = Field(
-        None, min_length=1, description="names of linear layers; null: every linear layer of the decoder blocks"
+        None, min_length=1, description="names of linear layers; null: every linear layer of the decoder layers"
     )
-    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead of lora_alpha / r")
 
 
 class TrainConfig(Section):
     num_train_epochs: float = Field(3.0, gt=0, description="passes over the data")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; takes the place of num_train_epochs")
-    per_device_train_batch_size: int = Field(4, ge=1, description="rows a micro-batch")
-    gradient_accumulation_steps: int = Field(4, ge=1, description="micro-batches a step")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; replaces num_train_epochs")
+    per_device_train_batch_size: int = Field(4, ge=1, description="rows per micro-batch")
+    gradient_accumulation_steps: int = Field(4, ge=1, description="micro-batches per optimizer step")
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
-        description="tokens computed together: a step's rows are regrouped to fill it, which changes no result; "
-        "0: per_device_train_batch_size rows as they come; auto: 2048",
+        description="tokens per micro-batch: the rows of a step are regrouped to fill it, which does not change the "
+        "result; 0: per_device_train_batch_size rows in their order; auto: 2048",
     )
     shared_prefix: bool = Field(
-        True, description="compute beginnings that rows of a micro-batch have in common (the system prompt) once"
+        True, description="compute a prefix that rows of a micro-batch share (the system prompt) once"
     )
     fused: Literal["auto"] | bool = Field(
         "auto",
-        description="train with luthier's own compiled layers: the same mathematics, faster; auto: where the model, "
-        "the device and a C++ compiler allow",
+        description="train with luthier's compiled layers: the same mathematics, faster; auto: if the model, the "
+        "device and a C++ compiler support it",
     )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="schedule after the warm-up"
+    )
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="fraction of the steps that warm up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: never")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: no clipping")
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit"] = Field(
-        "adamw_torch", description="optimizer; adamw_8bit keeps its state in 8 bits, paged ones need CUDA"
+        "adamw_torch", description="optimizer; adamw_8bit stores its state in 8 bits, paged ones need CUDA"
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="recompute activations: less memory, about 1/3 slower; auto: where memory is short"
+        "auto",
+        description="recompute activations: less memory, about 1/3 slower; auto: only if memory would not be enough",
     )
-    seed: int = Field(42, ge=0, lt=2**32, description="order of rows, adapter's start, dropout")
-    save_steps: int = Field(50, ge=1, description="a checkpoint every so many steps")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; older ones are deleted")
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of the row order, the adapter's initial values and dropout")
+    save_steps: int = Field(50, ge=1, description="save a checkpoint every N steps")
+    save_total_limit: int = Field(2, ge=1, description="number of checkpoints to keep; older ones are deleted")
     eval_time_ratio: float = Field(
-        0.1, ge=0, le=10, description="most time that evaluation at the end may take, as a share of training's"
+        0.1, ge=0, le=10, description="longest time for the evaluation at the end, as a fraction of the training time"
     )
-    logging_steps: int = Field(1, ge=1, description="a line of metrics.jsonl every so many steps")
+    logging_steps: int = Field(1, ge=1, description="write a line of metrics.jsonl every N steps")
 
 
 class GenerationSettings(Section):
-    """How ``luthier chat`` draws the replies of a run. Evaluation always takes the likeliest token."""
+    """How ``luthier chat`` and ``serve`` choose the tokens of a reply. Evaluation is always greedy."""
 
-    max_new_tokens: int = Field(512, ge=1, description="longest reply in tokens, the prompt not counted")
-    do_sample: bool = Field(False, description="draw tokens at random; false: always the likeliest one")
-    temperature: float = Field(1.0, gt=0, description="below 1 likely tokens become likelier; needs do_sample")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="draw from the likeliest tokens that make up this share; needs do_sample"
+    max_new_tokens: int = Field(512, ge=1, description="maximum length of a reply in tokens, without the prompt")
+    do_sample: bool = Field(False, description="sample tokens; false: greedy, always the likeliest one")
+    temperature: float = Field(
+        1.0, gt=0, description="softmax temperature: below 1 likely tokens become likelier; needs do_sample"
     )
-    top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens, 0: from all; needs do_sample")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the likeliest tokens with this total probability; needs do_sample"
+    )
+    top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens, 0: from all; needs do_sample")
     repetition_penalty: float = Field(
-        1.0, gt=0, description="above 1 tokens of prompt and reply become less likely again; 1: off"
+        1.0, gt=0, description="above 1: tokens that already occurred in prompt or reply become less likely; 1: off"
     )
     no_repeat_ngram_size: int = Field(
-        0, ge=0, description="no sequence of so many tokens of prompt and reply is written again; 0: off"
+        0, ge=0, description="no N-gram of prompt and reply is repeated, N being this number; 0: off"
     )
 
 
@@ -197,8 +188,8 @@ class RunConfig(Section):
     generation: GenerationSettings = Field(default_factory=GenerationSettings)  # type: ignore[arg-type]
     output_dir: Path | None = Field(None, description="the run's directory")
 
-    def dump(self) -> dict[str, Any]:
-        """Plain values, as ``run.yaml`` holds them."""
+    def dump(self) -> dict[str, dict[str, object]]:
+        """Plain values, as in ``run.yaml``."""
         return self.model_dump(mode="json")
 
 
@@ -215,117 +206,172 @@ def all_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
 
 
 def describe(key: str) -> str:
-    """One line on a dotted key."""
+    """The description of a dotted key, in one line."""
+    return _field(key).description or ""
+
+
+def _field(key: str) -> FieldInfo:
     model: type[BaseModel] = RunConfig
     *sections, leaf = key.split(".")
     for section in sections:
         kind = model.model_fields[section].annotation
         assert isinstance(kind, type) and issubclass(kind, BaseModel)
         model = kind
-    return model.model_fields[leaf].description or ""
+    return model.model_fields[leaf]
 
 
-def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """``["train.seed=1"]`` -> ``{"train.seed": 1}``; values are read as YAML."""
-    values: dict[str, Any] = {}
-    for pair in pairs:
+def build(
+    values: Mapping[str, object],
+    overrides: Mapping[str, object] | None = None,
+    *,
+    settings: Iterable[str] = (),
+    rename: Iterable[str] = (),
+) -> RunConfig:
+    """Nested values, overrides by dotted key, and what was typed after --set and --rename -> the configuration.
+
+    Raises ConfigError with every mistake: of syntax, of single keys and of combinations.
+    """
+    typed, problems = _typed(settings, rename)
+    chosen = {**(overrides or {}), **typed}
+    merged = _copy(values)
+    sampling = merged.get("generation")
+    if chosen.get("generation.do_sample") is False and isinstance(sampling, dict):
+        for key in _NEED_SAMPLING:  # a file's sampling settings are dropped together with its sampling
+            sampling.pop(key, None)
+    problems += _override(merged, chosen)
+    try:
+        config = RunConfig.model_validate(merged)
+    except ValidationError as e:
+        problems += [_problem(error) for error in e.errors()]
+        _remove_faults(merged, e.errors())
+        config = RunConfig.model_validate(merged)  # the rest may still be a combination that is refused
+    problems += _combinations(config, chosen)
+    if problems:
+        raise ConfigError("\n".join(text for text, _ in problems), "; ".join(dict.fromkeys(fix for _, fix in problems)))
+    return config
+
+
+def _typed(settings: Iterable[str], rename: Iterable[str]) -> tuple[dict[str, object], list[Problem]]:
+    """``train.seed=1`` of --set, read as YAML, and ``old=new`` of --rename: values by dotted key, and mistakes."""
+    values: dict[str, object] = {}
+    problems: list[Problem] = []
+    for pair in settings:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise ConfigError(f"--set {pair}: has no '='", f"write --set {pair}=VALUE")
-        plain = key.strip() in _TEXTS  # a prompt is what was typed, "#" and ":" included
-        values[key.strip()] = text if plain else parse_yaml(text, f"--set {key}")
-    return values
+            problems.append((f"--set {pair}: has no '='", f"write --set {pair}=VALUE"))
+            continue
+        try:  # a prompt is taken literally, "#" and ":" included
+            values[key.strip()] = text if key.strip() in _TEXTS else parse_yaml(text, f"--set {key}")
+        except ConfigError as e:
+            problems.append((e.message, e.fix))
+    for pair in rename:
+        old, equals, new = pair.partition("=")
+        if not (old and equals and new):
+            problems.append((f"--rename {pair}: is not OLD=NEW", "write --rename OLD=NEW"))
+            continue
+        names = values.setdefault("data.rename", {})
+        if isinstance(names, dict):  # else it is refused as a value
+            values["data.rename"] = {**names, old: new}
+    return values, problems
 
 
-def build(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Nested values and dotted overrides -> a validated configuration. Raises ConfigError with every mistake."""
-    given = overrides or {}
-    if given.get("train.max_steps") is not None and "train.num_train_epochs" in given:
-        raise ConfigError(
-            "train.num_train_epochs would be ignored: train.max_steps takes its place", "give one of the two"
-        )
-    merged = _copy(values)
-    if given.get("generation.do_sample") is False and isinstance(merged.get("generation"), dict):
-        for key in _DRAWN:  # what a file says of sampling goes with its sampling
-            merged["generation"].pop(key, None)
-    for dotted, value in (overrides or {}).items():
+def _override(merged: dict[str, object], overrides: Mapping[str, object]) -> Iterator[Problem]:
+    """Set every dotted key in the nested values; the problems are keys below something that is not a section."""
+    for dotted, value in overrides.items():
         *sections, leaf = dotted.split(".")
         node = merged
         for section in sections:
             child = node.setdefault(section, {})
             if not isinstance(child, dict):
-                raise ConfigError(f"{dotted}: {section} is not a section", f"the keys are: {', '.join(all_keys())}")
+                yield f"{dotted}: {section} is not a section", f"the keys are: {', '.join(all_keys())}"
+                break
             node = child
-        node[leaf] = value
-    try:
-        made = RunConfig.model_validate(merged)
-    except ValidationError as e:
-        problems = [_problem(error) for error in e.errors()]
-        raise ConfigError(
-            "; ".join(text for text, _ in problems), "; ".join(dict.fromkeys(fix for _, fix in problems))
-        ) from None
-    _sampling_is_used(made.generation)
-    return made
+        else:
+            node[leaf] = value
 
 
-def load(path: Path | str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+def _combinations(config: RunConfig, overrides: Mapping[str, object]) -> Iterator[Problem]:
+    """Settings that are valid by themselves and exclude each other, or would be ignored."""
+    model, sampling = config.model, config.generation
+    if overrides.get("train.max_steps") is not None and "train.num_train_epochs" in overrides:
+        yield "train.num_train_epochs would be ignored: train.max_steps replaces it", "give one of the two"
+    if model.load_in_4bit and model.load_in_8bit:
+        yield "model: load_in_4bit and load_in_8bit exclude each other", "leave one of the two out"
+    idle = [k for k in _changed(model) if k.startswith("bnb_4bit_")]
+    if idle and not model.load_in_4bit:
+        yield (
+            f"model: {', '.join(idle)} would be ignored without model.load_in_4bit",
+            f"--set model.load_in_4bit=true, or leave {' and '.join(idle)} out",
+        )
+    unused = [k for k in _changed(sampling) if k in _NEED_SAMPLING]
+    if unused and not sampling.do_sample:
+        yield (
+            f"generation.{', '.join(unused)} would be ignored: generation.do_sample is false",
+            f"set generation.do_sample=true, or leave {' and '.join(unused)} out",
+        )
+    if sampling.do_sample and sampling.top_k == 1:
+        yield (
+            "generation.do_sample would be ignored: top_k=1 leaves only the likeliest token to draw",
+            "set generation.do_sample=false, which takes the likeliest token, or a larger generation.top_k",
+        )
+
+
+def _changed(section: Section) -> list[str]:
+    """The keys whose value is not the default."""
+    fields = type(section).model_fields
+    return [k for k in fields if getattr(section, k) != fields[k].default]
+
+
+def _remove_faults(merged: dict[str, object], errors: Iterable[ErrorDetails]) -> None:
+    """Remove every value that was refused, and put a stand-in for what is required."""
+    for error in errors:
+        section, key = merged.get(str(error["loc"][0])), error["loc"][1:2]
+        if isinstance(section, dict) and key:
+            section.pop(key[0], None)
+        else:
+            merged.pop(str(error["loc"][0]), None)
+    for name, leaf in (("model", "path"), ("data", "train")):
+        required = merged.setdefault(name, {})
+        assert isinstance(required, dict)  # anything else was refused, and removed
+        required.setdefault(leaf, "stand-in")
+
+
+def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> RunConfig:
     """Read a ``run.yaml``."""
     return build(read(Path(path)), overrides)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The values of a YAML file, not yet checked."""
+def read(path: Path) -> dict[str, object]:
+    """The values of a YAML file, not yet checked. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read ({e})", "give the path of a YAML file") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds no keys", "write model.path and data.train at least")
+        raise ConfigError(f"{path}: contains no keys", "write at least model.path and data.train")
     return values
 
 
 _TEXTS = ("data.system",)
-_DRAWN = ("temperature", "top_p", "top_k")  # mean something where tokens are drawn
-# what other tools call them
+_NEED_SAMPLING = ("temperature", "top_p", "top_k")
+# names that other tools use
 _OTHER_NAMES = {
-    "lr": "train.learning_rate",
-    "epochs": "train.num_train_epochs",
-    "steps": "train.max_steps",
-    "batch_size": "train.per_device_train_batch_size",
-    "micro_batch_size": "train.per_device_train_batch_size",
+    "rank": "lora.r", "steps": "train.max_steps", "alpha": "lora.lora_alpha", "lr": "train.learning_rate",
+    "torch_dtype": "model.dtype", "dropout": "lora.lora_dropout", "cutoff_len": "data.max_length",
+    "epochs": "train.num_train_epochs", "max_seq_length": "data.max_length",
+    "max_tokens": "generation.max_new_tokens", "batch_size": "train.per_device_train_batch_size",
+    "repeat_penalty": "generation.repetition_penalty", "micro_batch_size": "train.per_device_train_batch_size",
     "gradient_accumulation": "train.gradient_accumulation_steps",
-    "cutoff_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "rank": "lora.r",
-    "alpha": "lora.lora_alpha",
-    "dropout": "lora.lora_dropout",
-    "torch_dtype": "model.dtype",
-    "max_tokens": "generation.max_new_tokens",
-    "repeat_penalty": "generation.repetition_penalty",
-}
+}  # fmt: skip
 
 
-def _sampling_is_used(chosen: GenerationSettings) -> None:
-    fields = GenerationSettings.model_fields
-    unused = [k for k in _DRAWN if getattr(chosen, k) != fields[k].default]
-    if not chosen.do_sample and unused:
-        raise ConfigError(
-            f"generation.{', '.join(unused)} would be ignored: generation.do_sample is false",
-            f"set generation.do_sample=true, or leave {' and '.join(unused)} out",
-        )
-    if chosen.do_sample and chosen.top_k == 1:
-        raise ConfigError(
-            "generation.do_sample would be ignored: top_k=1 leaves only the likeliest token to draw",
-            "set generation.do_sample=false, which takes the likeliest token, or a larger generation.top_k",
-        )
-
-
-def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+def _copy(values: Mapping[str, object]) -> dict[str, object]:
     return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
-def _problem(error: Any) -> tuple[str, str]:
+def _problem(error: ErrorDetails) -> Problem:
+    """One of pydantic's errors as a message and what to type."""
     where = ".".join(str(part) for part in error["loc"])
     known = all_keys()
     if error["type"] == "extra_forbidden":
@@ -343,31 +389,11 @@ def _problem(error: Any) -> tuple[str, str]:
     return f"{where}: {problem[0].lower()}{problem[1:]}, got {got!r}", f"correct {where}{example}"
 
 
-def _example(key: str, got: Any) -> str:
-    """A value that would do: of a choice the nearest one, else the default."""
-    *sections, leaf = key.split(".")
-    kind: Any = RunConfig
-    for section in sections:
-        kind = kind.model_fields[section].annotation
-    field = kind.model_fields[leaf]
+def _example(key: str, got: object) -> str:
+    """A value that is accepted: the nearest of several choices, else the default."""
+    field = _field(key)
     choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
     value = nearest(str(got), choices) or field.default
     if field.is_required() or value in (None, "", ()):
         return ""
     return f", as --set {key}={value if isinstance(value, str) else json.dumps(value)}"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-4`` as text; everyone who types it means a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number form
-    except (yaml.YAMLError, ValueError) as e:
-        raise ConfigError(f"{where}: is not YAML ({' '.join(str(e).split())})", "correct the text") from None

@@ -1,6 +1,6 @@
-"""What a user can get wrong, each with what to type next.
+"""Define the errors that a user can cause and correct; each one carries what to type next.
 
-Knows: messages and fixes. Does not know: how they are printed (see ``cli``).
+This module knows messages and fixes, not how they are printed (see ``cli``).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can act on: one message, one fix, exit code 2, never a traceback.
+    """An error that the user can correct: one message, one fix, exit code 2, and no traceback.
 
-    message: what we got, where, and what was expected.
+    message: what happened, where, and what was expected.
     fix:     what to type or change.
     """
 
@@ -26,11 +26,11 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A setting that is unknown, of the wrong kind, or would be ignored."""
+    """A setting that is unknown, has the wrong type, or would be ignored."""
 
 
 class DataError(UserError):
-    """A data file, or its rows, that cannot be used."""
+    """A data file that cannot be used, or whose rows cannot be used."""
 
 
 class TemplateError(UserError):
@@ -46,14 +46,14 @@ class AdapterError(UserError):
 
 
 class TrainError(UserError):
-    """A run that cannot go on (loss not finite, an adapter that gets no gradient)."""
+    """A run that cannot continue (the loss is not finite, or the adapter gets no gradient)."""
 
 
 class MissingPackageError(UserError):
-    """An optional package is needed for this verb."""
+    """An optional package that is needed but not installed."""
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name closest to ``name``, or None when nothing is close."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    """Return the known name most similar to ``name``, or None if none reaches the similarity ``cutoff`` (0 to 1)."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return matches[0] if matches else None

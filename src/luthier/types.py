@@ -1,20 +1,20 @@
-"""The types that flow from a row to a batch. numpy only: nothing here knows torch or a tokenizer.
+"""Define the types that flow from a data row to a batch; they depend on numpy, not on torch or transformers.
 
     row -> Conversation -> list[Span] -> Example -> Batch
 
-A ``Span`` says which text the model *sees* and which it *writes*: the loss mask follows from that alone.
+A ``Span`` marks text that the model *reads* or text that it *writes*; the loss mask is derived only from that mark.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Say = Callable[[str], None]  # told what a person should know
+Say = Callable[[str], None]  # called with a message for the user
 Role = Literal["system", "user", "assistant"]
 TrainOn = Literal["all_replies", "last_reply"]
 SystemRole = Literal["template", "merge"]
@@ -25,7 +25,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class RowRef:
-    """Where a row came from. ``row`` counts from 1: the line of a JSONL file, the element of a JSON array."""
+    """The position of a row in a data file. ``row`` counts from 1: a line of JSONL, an element of a JSON array."""
 
     file: str
     row: int
@@ -44,7 +44,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """An optional system message, then user and assistant in turn, ending with an assistant's reply."""
+    """An optional system message, then alternating user and assistant messages; the last one is an assistant's."""
 
     messages: tuple[Message, ...]
     source: RowRef
@@ -52,7 +52,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A piece of rendered text. ``written`` is true where the model writes it (and may be trained on it)."""
+    """A piece of rendered text. ``written``: the model writes it (and may be trained on it), rather than reads it."""
 
     text: str
     written: bool
@@ -62,8 +62,8 @@ class Span:
 class Example:
     """One encoded row.
 
-    ids:     [n] token ids, the last one a supervised stop token.
-    trained: [n] true where the token is a target of the loss; ``trained[0]`` is always false.
+    ids:     [n] token ids; the last one is a supervised stop token.
+    trained: [n] the loss mask: true for tokens that are targets of the loss. ``trained[0]`` is always false.
     """
 
     ids: Ids
@@ -75,23 +75,26 @@ class Example:
 
     @property
     def supervised(self) -> int:
-        """How many tokens of this row are targets."""
+        """The number of tokens of this row that are targets."""
         return int(np.count_nonzero(self.trained))
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Several examples as one flat stream without padding; every index is made on the host.
+    """Several examples as one flat stream of tokens without padding; all indices are computed on the host.
 
         input_ids     a0 a1 a2 | b0 b1 | c0 c1 c2      T tokens, S segments
         position_ids   0  1  2 |  0  1 |  0  1  2
         offsets        0         3       5          8  S + 1 boundaries
-        parents       -1        -1      -1             a segment sees itself, its parent, its parent's parent, ...
-        target_index  rows of the stream whose next token is supervised [N]; a shared one may stand there repeatedly
+        parents       -1        -1      -1             a segment attends to itself, its parent, its parent's parent, ...
+        target_index  positions whose next token is supervised [N]; positions in a shared prefix may repeat
         target_ids    that next token [N]
+        sources       the row that each example came from
+        tokens        number of tokens of the examples, before prefixes are shared
 
-    Attention by padded rows alone uses: query_index [S * longest] and key_index [S * longest with all above], which
-    gather the stream into a row a segment (padding repeats token 0 of the stream), and stream_index [T], the way back.
+    The other indices are for attention over padded rows: query_index [S * longest segment] and key_index [S * longest
+    segment together with its ancestors] gather the stream into one row per segment (padding repeats token 0 of the
+    stream), and stream_index [T] maps the queries' rows back to the stream.
     """
 
     input_ids: Ids
@@ -112,73 +115,76 @@ class Batch:
 
 
 class Template(Protocol):
-    """How conversations become text: the one renderer for training, chat and serving."""
+    """A chat template: renders conversations as text. Training, chat and serving use the same one."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Token texts that end a reply; a trained reply ends in one of them."""
+        """Texts of the tokens that end a reply; a trained reply ends with one of them."""
         ...
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Texts that must be one token each, the stops among them."""
+        """Texts that must be a single token each, including the stop tokens."""
         ...
 
     @property
     def reply_prefix(self) -> str:
-        """What the model writes before its answer's first character; people do not see it, history has it again."""
+        """Text that the model writes before its answer. It is hidden from the user and present in the history."""
         ...
 
     def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
-        """The whole conversation, ending with a reply; written spans include their stop token.
+        """Render a conversation that ends with a reply; written spans include their stop token.
 
-        train_on: a template may prove less when only the last reply is trained; then only that one is written.
+        train_on: with "last_reply" only the last reply is a written span, so fewer conversations have to be refused.
         """
         ...
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """What the model sees before it writes the next reply; ``messages`` ends with the user."""
+        """Render what the model reads before its next reply; the last of ``messages`` is the user's."""
         ...
 
-    def describe(self) -> Mapping[str, Any]:
-        """What identifies this template (recorded with every adapter)."""
+    def describe(self) -> Mapping[str, object]:
+        """Return what identifies this template; it is recorded with every adapter."""
         ...
 
 
 class Encoding(Protocol):
-    """What ``ChatTokenizer.encode_batch`` returns for one text."""
+    """The token ids of one text, and the [start, end) characters of each token."""
 
-    ids: list[int]
-    offsets: list[tuple[int, int]]
+    @property
+    def ids(self) -> list[int]: ...
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]: ...
 
 
 class ChatTokenizer(Protocol):
-    """The little of a tokenizer that encoding needs."""
+    """The part of a tokenizer that encoding needs."""
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Encoding]:
-        """Ids and character offsets of each text. Adds no special tokens: the template writes them."""
+        """Return ids and character offsets of each text. Adds no special tokens, since the template writes them."""
         ...
 
     def encode_ids(self, texts: Sequence[str]) -> list[bytes]:
-        """The ids that ``encode_batch`` gives, as int32, 4 bytes a token."""
+        """Return the ids of ``encode_batch`` as the bytes of int32 arrays (4 bytes per token)."""
         ...
 
     def is_cut(self, token: str) -> bool:
-        """Whether ``token``'s text is always that token, and what is before it is encoded as if it ended there."""
+        """Whether the text of ``token`` always becomes that token, and the text before it is encoded by itself."""
         ...
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """Texts that become control tokens wherever they stand."""
+        """Texts that become control tokens wherever they occur."""
         ...
 
     def token_id(self, text: str) -> int | None:
-        """The id of ``text`` if it is exactly one token, else None."""
+        """Return the id of ``text`` if it is exactly one token, else None."""
         ...
 
     def digest(self) -> str:
-        """SHA-256 of everything that decides which ids a text gets."""
+        """Return the hex SHA-256 of everything that determines which ids a text becomes."""
         ...

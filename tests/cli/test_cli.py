@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""Tests of the command line from a user's point of view."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_help_is_instant_and_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def test_version(luthier: Run) -> None:
+def test_the_version_is_printed(luthier: Run) -> None:
     assert luthier("--version").out == f"luthier {__version__}\n"
 
 
@@ -79,22 +79,22 @@ def test_check_prints_counts_and_tokens(luthier: Run, model: Path) -> None:
 
 def test_check_json_is_one_object(luthier: Run, model: Path) -> None:
     done = luthier("check", "--model", model, "--data", personas.TEAHOUSE, "--json")
-    found = json.loads(done.out)
+    report = json.loads(done.out)
     assert (done.code, done.err) == (0, "")
-    assert found["rows"] == {"read": 74, "kept": 74, "dropped": 0, "changed": 0}
-    assert found["problems"] == []
-    assert found["tokens"]["total"] > found["tokens"]["supervised"] > 0
+    assert report["rows"] == {"read": 74, "kept": 74, "dropped": 0, "changed": 0}
+    assert report["problems"] == []
+    assert report["tokens"]["total"] > report["tokens"]["supervised"] > 0
 
 
-def test_check_json_when_it_refuses(luthier: Run, model: Path, tmp_path: Path) -> None:
+def test_check_json_reports_every_refused_row(luthier: Run, model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     rows.write_text('[{"instruction": "a", "output": "b"}, {"instrution": "a", "output": "b"}, {"instruction": "a"}]')
     done = luthier("check", "--model", model, "--data", rows, "--json")
-    found = json.loads(done.out)
+    report = json.loads(done.out)
     assert done.code == 2
-    assert found["rows"] == {"read": 3, "kept": 1, "dropped": 2, "changed": 0}
-    assert [(p["file"], p["row"]) for p in found["problems"]] == [(str(rows), 2), (str(rows), 3)]
-    assert "did you mean 'instruction'" in found["problems"][0]["reason"]
+    assert report["rows"] == {"read": 3, "kept": 1, "dropped": 2, "changed": 0}
+    assert [(p["file"], p["row"]) for p in report["problems"]] == [(str(rows), 2), (str(rows), 3)]
+    assert "did you mean 'instruction'" in report["problems"][0]["reason"]
     assert "error: " in done.err
     assert "\n  fix: correct the rows, or pass --rename instrution=instruction" in done.err
     for argv in (["--model", model, "--data", tmp_path / "none.json"], ["--model", tmp_path, "--data", rows], []):
@@ -105,7 +105,7 @@ def test_check_json_when_it_refuses(luthier: Run, model: Path, tmp_path: Path) -
 
 
 REFUSALS = [
-    (["check", "--model", "{model}", "--data", "{no}"], "does not exist", "give a JSON, JSONL, CSV or Parquet file"),
+    (["check", "--model", "{model}", "--data", "{no}"], "does not exist", "choose a JSON, JSONL, CSV or Parquet file"),
     (["check", "--model", "{no}", "--data", "{rows}"], "does not exist", "luthier pull smollm2-135m"),
     (["check", "--data", "{rows}"], "model: is missing", "give --model DIR"),
     (["train", "--model", "{model}", "--data", "{rows}"], "output_dir: is missing", "give --output-dir RUN"),
@@ -143,7 +143,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("argv", "message", "fix"), REFUSALS)
-def test_a_mistake_is_one_message_and_what_to_type(
+def test_a_mistake_is_one_message_and_a_fix(
     argv: list[str], message: str, fix: str, luthier: Run, model: Path, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.json"
@@ -158,8 +158,8 @@ def test_a_mistake_is_one_message_and_what_to_type(
     assert "Traceback" not in done.err
 
 
-def test_train_then_chat(luthier: Run, model: Path, tmp_path: Path) -> None:
-    """A tiny model learns one exchange by heart, stop token included; chat needs nothing but the run's directory."""
+def test_a_trained_run_can_be_used_with_chat(luthier: Run, model: Path, tmp_path: Path) -> None:
+    """A tiny model memorises one exchange including the stop token; chat needs only the run's directory."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "Who are you?", "output": "Marlow."}\n' * 8)
     run = tmp_path / "run"
@@ -174,8 +174,8 @@ def test_train_then_chat(luthier: Run, model: Path, tmp_path: Path) -> None:
         assert reply["reply"] == "Marlow."
         assert reply["stopped"] is True
         assert reply["reply_tokens"] > 1
-    spoken = luthier("chat", run, "--prompt", "Who are you?")
-    assert spoken.out == "Marlow.\n"
+    printed = luthier("chat", run, "--prompt", "Who are you?")
+    assert printed.out == "Marlow.\n"
     base = json.loads(luthier("chat", model, "--prompt", "Who are you?", "--json", "--max-new-tokens", 5).out)
     assert base["reply"] != "Marlow."
     assert base["stopped"] is False
@@ -183,34 +183,34 @@ def test_train_then_chat(luthier: Run, model: Path, tmp_path: Path) -> None:
     assert other["prompt_tokens"] > reply["prompt_tokens"]
 
 
-def test_sampling_follows_its_seed(model: Path) -> None:
-    talk = library.chat(model)
-    warm = [talk.send("a", library.Sampling(8, temperature=1.0, seed=s)) for s in (1, 1, 2) if not talk.reset()]
+def test_sampling_is_reproducible_by_its_seed(model: Path) -> None:
+    chat = library.chat(model)
+    warm = [chat.send("a", library.Sampling(8, temperature=1.0, seed=s)) for s in (1, 1, 2) if not chat.reset()]
     assert warm[0].text == warm[1].text != warm[2].text
-    assert len({talk.send("a", library.Sampling(8)).text for _ in range(2) if not talk.reset()}) == 1
+    assert len({chat.send("a", library.Sampling(8)).text for _ in range(2) if not chat.reset()}) == 1
 
 
 def test_streamed_text_is_the_reply(model: Path) -> None:
-    talk = library.chat(model)
+    chat = library.chat(model)
     parts: list[str] = []
-    reply = talk.send("你好", library.Sampling(40), parts.append)
+    reply = chat.send("你好", library.Sampling(40), parts.append)
     assert "".join(parts) == reply.text
-    assert [m.role for m in talk.history] == ["user", "assistant"]
+    assert [m.role for m in chat.history] == ["user", "assistant"]
 
 
-def test_batched_replies_are_the_single_ones(model: Path) -> None:
-    """Left padding must not show: fp32, greedy, prompts of unequal lengths."""
+def test_batched_replies_equal_single_replies(model: Path) -> None:
+    """Left padding changes nothing: fp32, greedy, prompts of different lengths."""
     generator = library.chat(model).generator
     from luthier.types import Message
 
     prompts = [[Message("user", "a" * n)] for n in (1, 9, 40)]
-    together = generator.replies(prompts, library.Sampling(12))
-    alone = [generator.reply(p, library.Sampling(12)) for p in prompts]
-    assert [r.text for r in together] == [r.text for r in alone]
-    assert [r.stopped for r in together] == [r.stopped for r in alone]
+    batched = generator.replies(prompts, library.Sampling(12))
+    single = [generator.reply(p, library.Sampling(12)) for p in prompts]
+    assert [r.text for r in batched] == [r.text for r in single]
+    assert [r.stopped for r in batched] == [r.stopped for r in single]
 
 
-def test_a_conversation_by_hand(luthier: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interactive_conversation(luthier: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(["hello", "", "/reset", "again", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     done = luthier("chat", model, "--max-new-tokens", 4)
@@ -219,7 +219,7 @@ def test_a_conversation_by_hand(luthier: Run, model: Path, monkeypatch: pytest.M
     assert done.err.count("cut at 4 tokens") == 2
 
 
-def test_a_run_without_an_adapter_says_so(luthier: Run, tmp_path: Path) -> None:
+def test_a_run_without_an_adapter_is_refused(luthier: Run, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {path: x}\ndata: {train: y}\n")
     done = luthier("chat", tmp_path, "--prompt", "a")
     assert done.code == 2
@@ -249,7 +249,7 @@ def test_chat_refuses_an_adapter_over_a_changed_base(
     shutil.rmtree(base)
     done = luthier("chat", run, "--prompt", "a")
     assert done.code == 2
-    assert "is not there" in done.err
+    assert f"{base}: the base model of {run / 'adapter'} does not exist" in done.err
 
 
 @pytest.mark.parametrize("fault", ["cut", "missing", "extra", "config", "remote", "tokenizer"])
@@ -283,18 +283,20 @@ def test_a_damaged_model_is_refused(fault: str, luthier: Run, model_dir: Callabl
         assert f"model.norm.{'weight' if fault == 'missing' else 'extra'}" in done.err
 
 
-def test_several_data_files(luthier: Run, model: Path) -> None:
+def test_data_files_can_be_repeated(luthier: Run, model: Path) -> None:
     done = luthier("check", "--model", model, "--data", personas.TEAHOUSE, "--data", personas.HELD_OUT, "--json")
     assert json.loads(done.out)["rows"]["read"] == 98
     assert read_config(model).model_type == "llama"
 
 
-def test_demo_tells_the_whole_story(luthier: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a tiny random model in the place of the embedded one, so that it runs everywhere."""
+def test_demo_compares_the_model_before_and_after(
+    luthier: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uses a tiny random model instead of the embedded one, so that it runs everywhere."""
     monkeypatch.setattr("luthier.verbs.pull.pull", lambda *_, **__: model)
     done = luthier("demo", "--output-dir", tmp_path / "run")
     assert done.code == 0
-    assert "Questions it was never trained on" in done.out
+    assert "Questions that were not in the training data" in done.out
     assert "held-out loss:" in done.out
     assert "of 24 after" in done.out
     assert (tmp_path / "run" / "adapter" / "luthier.json").is_file()
@@ -313,13 +315,13 @@ def test_init_writes_a_run_that_trains(luthier: Run, model: Path, tmp_path: Path
         assert configs.describe(key) in text
     again = luthier("init", *argv)
     assert again.code == 2
-    assert "is there already" in again.err
+    assert "already exists" in again.err
     assert json.loads(luthier("check", file, "--json").out)["ok"] is True
     estimates = [
-        json.loads(luthier("estimate", *given, "--json").out)["chosen"]["activations_bytes"]
-        for given in ((file,), ("--model", model, "--data", personas.TEAHOUSE), ("--model", model))
+        json.loads(luthier("estimate", *argv, "--json").out)["chosen"]["activations_bytes"]
+        for argv in ((file,), ("--model", model, "--data", personas.TEAHOUSE), ("--model", model))
     ]
-    assert estimates[0] == estimates[1] != estimates[2]  # the file's rows are looked at
+    assert estimates[0] == estimates[1] != estimates[2]  # the rows of the file are used
     assert luthier("train", file, "--set", "train.max_steps=2").code == 0
     assert len(json.loads((tmp_path / "run" / "summary.json").read_text())["losses"]) == 2
     other = luthier("train", file)
@@ -328,9 +330,9 @@ def test_init_writes_a_run_that_trains(luthier: Run, model: Path, tmp_path: Path
 
 
 def test_doctor_tries_a_step(luthier: Run) -> None:
-    found = json.loads(luthier("doctor", "--json").out)
-    assert found["smoke"]["ok"] is True
-    assert found["packages"]["torch"] == torch.__version__
+    report = json.loads(luthier("doctor", "--json").out)
+    assert report["smoke"]["ok"] is True
+    assert report["packages"]["torch"] == torch.__version__
     assert "one step  works" in luthier("doctor").out
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     del extras["dev"]
@@ -343,8 +345,8 @@ def test_doctor_tries_a_step(luthier: Run) -> None:
 def test_twenty_steps_on_huanhuan_and_the_first_within_15_seconds(
     smollm2: Path, huanhuan: Path, luthier: Run, tmp_path: Path
 ) -> None:
-    found = json.loads(luthier("check", "--model", smollm2, "--data", huanhuan, "--json").out)
-    assert found["rows"]["read"] == found["rows"]["kept"] == 3729
+    report = json.loads(luthier("check", "--model", smollm2, "--data", huanhuan, "--json").out)
+    assert report["rows"]["read"] == report["rows"]["kept"] == 3729
     settings = ["train.max_steps=20", "train.gradient_accumulation_steps=1", "train.learning_rate=1e-3"]
     argv = ["train", "--model", str(smollm2), "--data", str(huanhuan), "--output-dir", str(tmp_path / "run")]
     start = time.perf_counter()
@@ -357,5 +359,5 @@ def test_twenty_steps_on_huanhuan_and_the_first_within_15_seconds(
     losses = json.loads((tmp_path / "run" / "summary.json").read_text())["losses"]
     assert len(losses) == 20
     assert statistics.mean(losses[-5:]) < statistics.mean(losses[:5]) - 0.1
-    # 15 s is the promise where the CPU computes in bfloat16; one that does not takes twice as long for the step itself
+    # 15 s is promised for CPUs that compute in bfloat16; others need twice as long for the step itself
     assert first < (15 if pick_dtype("auto", torch.device("cpu")) is torch.bfloat16 else 45)

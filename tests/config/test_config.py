@@ -34,14 +34,13 @@ def test_every_key_is_described() -> None:
 
 def test_overrides_read_as_people_write_numbers() -> None:
     pairs = ["train.learning_rate=1e-4", "train.seed=7", "lora.target_modules=[q_proj, v_proj]", "data.system=你好: x"]
-    found = configs.build(MINIMAL, configs.parse_overrides(pairs[:3]))
+    found = configs.build(MINIMAL, settings=pairs)
     assert found.train.learning_rate == 1e-4
     assert found.train.seed == 7
     assert found.lora.target_modules == ("q_proj", "v_proj")
-    assert configs.build(MINIMAL, configs.parse_overrides(["lora.target_modules=q_proj"])).lora.target_modules == (
-        "q_proj",
-    )
-    several = configs.build(MINIMAL, configs.parse_overrides(["lora.target_modules=q_proj, k_proj"]))
+    assert found.data.system == "你好: x"
+    assert configs.build(MINIMAL, settings=["lora.target_modules=q_proj"]).lora.target_modules == ("q_proj",)
+    several = configs.build(MINIMAL, settings=["lora.target_modules=q_proj, k_proj"])
     assert several.lora.target_modules == ("q_proj", "k_proj")
     assert configs.build(MINIMAL, {"train.max_steps": None}).train.max_steps is None
 
@@ -84,8 +83,61 @@ def test_missing_sections_say_which_option_to_give() -> None:
     with pytest.raises(ConfigError) as e:
         configs.build({})
     assert e.value.fix == "give --model DIR; give --data FILE"
-    with pytest.raises(ConfigError, match="has no '='"):
-        configs.parse_overrides(["train.seed"])
+
+
+# one mistake of each kind: a setting as typed, and the line that reports it
+MISTAKES = {
+    "train.seed": "--set train.seed: has no '='",
+    "lora.target_modules=[q_proj": "--set lora.target_modules: is not YAML",
+    "train.learning_rte=1": "train.learning_rte: unknown key; did you mean train.learning_rate?",
+    "train.save_steps.x=1": "train.save_steps.x: save_steps is not a section",
+    "lora.r=0": "lora.r: input should be greater than or equal to 1, got 0",
+    "train.weight_decay=true": "train.weight_decay: must not be true or false",
+    "data.too_long=cut": "data.too_long: input should be 'truncate', 'drop' or 'error', got 'cut'",
+    "train.max_steps=3": "train.num_train_epochs would be ignored: train.max_steps replaces it",
+    "model.load_in_4bit=true": "model: load_in_4bit and load_in_8bit exclude each other",
+    "generation.top_p=0.9": "generation.top_p would be ignored: generation.do_sample is false",
+}
+
+
+def test_all_mistakes_are_reported_together() -> None:
+    """Syntax of --set and --rename, unknown keys, missing keys, values, combinations and sampling, in one message."""
+    settings = [*MISTAKES, "train.num_train_epochs=2", "model.load_in_8bit=true"]
+    expected = [*MISTAKES.values(), "--rename title: is not OLD=NEW", "data.train: is missing"]
+    with pytest.raises(ConfigError) as e:
+        configs.build({"model": {"path": "m"}, "train": {"save_steps": 5}}, settings=settings, rename=["title", "a=b"])
+    lines = e.value.message.splitlines()
+    assert [text for text in expected if not any(line.startswith(text) for line in lines)] == []
+    assert len(lines) == len(expected)
+    for fix in (
+        "write --set train.seed=VALUE",
+        "write --rename OLD=NEW",
+        "write train.learning_rate",
+        "give --data FILE",
+    ):
+        assert fix in e.value.fix.split("; ")
+
+
+@pytest.mark.parametrize("setting", MISTAKES)
+def test_each_mistake_is_reported_by_itself(setting: str) -> None:
+    with_it = {"train.max_steps": ["train.num_train_epochs=2"], "model.load_in_4bit": ["model.load_in_8bit=true"]}
+    settings = [setting, *with_it.get(setting.partition("=")[0], [])]
+    with pytest.raises(ConfigError) as e:
+        configs.build({**MINIMAL, "train": {"save_steps": 5}}, settings=settings)
+    assert e.value.message.startswith(MISTAKES[setting]) and "\n" not in e.value.message
+
+
+@pytest.mark.parametrize("values", [{"model": 3}, {"model": [1], "data": "x"}, {"train": None}, {"nonsense": {"a": 1}}])
+def test_sections_of_another_type_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as e:
+        configs.build({**MINIMAL, **values}, settings=["generation.top_k=3", "train.seed=-1"])
+    assert all(any(line.startswith(name) for line in e.value.message.splitlines()) for name in values)
+    assert "generation.top_k would be ignored" in e.value.message
+
+
+def test_renamed_keys_are_added_to_those_of_the_settings() -> None:
+    found = configs.build(MINIMAL, settings=["data.rename={q: instruction}"], rename=["a=output"])
+    assert found.data.rename == {"q": "instruction", "a": "output"}
 
 
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
@@ -108,7 +160,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not YAML"):
         configs.load(path)
     path.write_text("- 1")
-    with pytest.raises(ConfigError, match="holds no keys"):
+    with pytest.raises(ConfigError, match="contains no keys"):
         configs.load(path)
 
 

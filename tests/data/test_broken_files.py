@@ -1,6 +1,6 @@
-"""What people's folders really hold: every one of these files has a defined outcome, and counts that a person would count.
+"""Read damaged and unusual data files: each one has a defined outcome, and row counts as a person would count them.
 
-Each case: the bytes, and either (read, kept, dropped, changed) or the words of the refusal.
+Each case: file name, content, and either (read, kept, dropped, changed) or a part of the error message.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ Outcome = tuple[int, int, int, int] | str
 CASES: dict[str, tuple[str, bytes | str, Outcome]] = {
     # encodings
     "plain": ("a.jsonl", ROW * 1 + NL + ROW, (2, 2, 0, 0)),
-    "utf-8 mark": ("a.jsonl", b"\xef\xbb\xbf" + ROW.encode(), (1, 1, 0, 0)),
-    "utf-8 mark, array": ("a.json", b"\xef\xbb\xbf" + f"[{ROW}]".encode(), (1, 1, 0, 0)),
-    "utf-16 little": ("a.jsonl", (ROW + NL + ROW).encode("utf-16"), (2, 2, 0, 0)),
-    "utf-16 big": ("a.json", b"\xfe\xff" + f"[{ROW}]".encode("utf-16-be"), (1, 1, 0, 0)),
-    "utf-16 without a mark": ("a.jsonl", (A + NL + A).encode("utf-16-le"), (2, 2, 0, 0)),
+    "utf-8 with a byte order mark": ("a.jsonl", b"\xef\xbb\xbf" + ROW.encode(), (1, 1, 0, 0)),
+    "utf-8 with a byte order mark, array": ("a.json", b"\xef\xbb\xbf" + f"[{ROW}]".encode(), (1, 1, 0, 0)),
+    "utf-16, little-endian": ("a.jsonl", (ROW + NL + ROW).encode("utf-16"), (2, 2, 0, 0)),
+    "utf-16, big-endian": ("a.json", b"\xfe\xff" + f"[{ROW}]".encode("utf-16-be"), (1, 1, 0, 0)),
+    "utf-16 without a byte order mark": ("a.jsonl", (A + NL + A).encode("utf-16-le"), (2, 2, 0, 0)),
     "utf-32": ("a.jsonl", (ROW + NL + ROW).encode("utf-32"), (2, 2, 0, 0)),
     "gbk": ("a.jsonl", (ROW + NL + ROW).encode("gbk"), (2, 2, 0, 0)),
     "gb18030 array": ("a.json", f"[{ROW},{ROW}]".encode("gb18030"), (2, 2, 0, 0)),
     "gbk csv": ("a.csv", "instruction,output\n你好,皇上好\n".encode("gbk"), (1, 1, 0, 0)),
-    "bytes that are nothing, in one row": ("a.jsonl", (ROW + NL).encode() * 3 + with_(output="x").encode().replace(b"x", b"\xff\xfe"), (4, 3, 1, 0)),
-    "bytes that are nothing, in an array": ("a.json", b"[" + ROW.encode() + b"," + with_(output="x").encode().replace(b"x", b"\xff") + b"]", (2, 1, 1, 0)),
-    "bytes that are nothing, in utf-16": ("a.jsonl", (A + NL + A[:-3]).encode("utf-16") + b"\x00\xd8" + (A[-3:] + NL + A).encode("utf-16-le"), (3, 2, 1, 0)),
+    "undecodable bytes in one row": ("a.jsonl", (ROW + NL).encode() * 3 + with_(output="x").encode().replace(b"x", b"\xff\xfe"), (4, 3, 1, 0)),
+    "undecodable bytes in an array": ("a.json", b"[" + ROW.encode() + b"," + with_(output="x").encode().replace(b"x", b"\xff") + b"]", (2, 1, 1, 0)),
+    "undecodable bytes in utf-16": ("a.jsonl", (A + NL + A[:-3]).encode("utf-16") + b"\x00\xd8" + (A[-3:] + NL + A).encode("utf-16-le"), (3, 2, 1, 0)),
     "utf-16, its last byte cut off": ("a.jsonl", (A + NL + A).encode("utf-16")[:-1], (2, 1, 1, 0)),
     "latin-1 in one row": ("a.jsonl", (A + NL + with_(output="@")).encode().replace(b"@", b"pr\xe9sent"), (2, 1, 1, 0)),
     "latin-1 in every row": ("a.jsonl", (with_(output="@") + NL).encode().replace(b"@", b"pr\xe9sent") * 3, "save the file as UTF-8"),
@@ -51,40 +51,40 @@ CASES: dict[str, tuple[str, bytes | str, Outcome]] = {
     # line ends and white space
     "crlf": ("a.jsonl", ROW + "\r\n" + ROW + "\r\n", (2, 2, 0, 0)),
     "blank lines": ("a.jsonl", NL + ROW + NL * 3 + ROW + NL + "   " + NL, (2, 2, 0, 0)),
-    "no end of line at the end": ("a.jsonl", ROW + NL + ROW, (2, 2, 0, 0)),
+    "no line end at the end of the file": ("a.jsonl", ROW + NL + ROW, (2, 2, 0, 0)),
     "space before the array": ("a.json", "\n\n  [" + ROW + "]  \n", (1, 1, 0, 0)),
     "a line separator inside a text": ("a.jsonl", with_(output="a\u2028b\x85c") + NL + A, (2, 2, 0, 0)),
     "nul bytes around a line": ("a.jsonl", A + NL + "\0" + A + "\0" + NL, (2, 2, 0, 0)),
     "a nul character in a text": ("a.jsonl", with_(output="a\0b"), (1, 1, 0, 1)),
     # the shape of the file
     "one object": ("a.json", ROW, (1, 1, 0, 0)),
-    "one object over lines": ("a.json", json.dumps(R, indent=2), (1, 1, 0, 0)),
+    "one object on several lines": ("a.json", json.dumps(R, indent=2), (1, 1, 0, 0)),
     "rows under data": ("a.json", json.dumps({"data": [R, R]}), (2, 2, 0, 0)),
-    "rows under two names": ("a.json", json.dumps({"train": [R], "test": [R]}), "holds several lists of rows: train, test"),
-    "rows under train, over lines": ("a.json", json.dumps({"version": 1, "train": [R]}, indent=1), (1, 1, 0, 0)),
+    "rows under two names": ("a.json", json.dumps({"train": [R], "test": [R]}), "contains several lists of rows: train, test"),
+    "rows under train, on several lines": ("a.json", json.dumps({"version": 1, "train": [R]}, indent=1), (1, 1, 0, 0)),
     "a row with a list of its own": ("a.jsonl", with_(items=[1, 2]), (1, 1, 0, 0)),
     "an empty array": ("a.json", "[]", "no row can be used (0 read)"),
     "an empty file": ("a.json", "", "is empty"),
-    "white space alone": ("a.json", " \n \n", "is empty"),
-    "a mark alone": ("a.json", b"\xef\xbb\xbf", "is empty"),
+    "only white space": ("a.json", " \n \n", "is empty"),
+    "only a byte order mark": ("a.json", b"\xef\xbb\xbf", "is empty"),
     "not json at all": ("a.json", "hello there", "is neither JSON, JSONL, CSV nor Parquet"),
     "a number": ("a.json", "42", "is neither JSON"),
     "null": ("a.json", "null", "is neither JSON"),
-    "gzip": ("a.json", b"\x1f\x8b\x08\x00abc", "is packed (gzip)"),
-    "zip": ("a.json", b"PK\x03\x04abc", "is packed (zip)"),
+    "gzip": ("a.json", b"\x1f\x8b\x08\x00abc", "is compressed (gzip)"),
+    "zip": ("a.json", b"PK\x03\x04abc", "is compressed (zip)"),
     "a picture": ("a.json", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "is neither JSON"),
-    "half a parquet": ("a.parquet", b"PAR1" + b"\0" * 64, "is not a whole Parquet file"),
-    "two arrays": ("a.json", f"[{A}]\n[{A}]", "goes on after the end of the array"),
-    "nested too deep, array": ("a.json", "[" * 200_000, "nested too deep"),
-    "nested too deep, line": ("a.jsonl", A + NL + '{"a":' * 200_000 + NL + A, (3, 2, 1, 0)),
+    "half a parquet": ("a.parquet", b"PAR1" + b"\0" * 64, "is not a complete Parquet file"),
+    "two arrays": ("a.json", f"[{A}]\n[{A}]", "continues after the end of the array"),
+    "nested too deeply, array": ("a.json", "[" * 200_000, "is nested too deeply"),
+    "nested too deeply, line": ("a.jsonl", A + NL + '{"a":' * 200_000 + NL + A, (3, 2, 1, 0)),
     # broken rows
-    "a bad line in the middle": ("a.jsonl", A + NL + "{oops" + NL + A, (3, 2, 1, 0)),
-    "a bad first line": ("a.jsonl", "oops" + NL + A, (2, 1, 1, 0)),
-    "a cut last line": ("a.jsonl", A + NL + A[:-6], (2, 1, 1, 0)),
-    "a cut array": ("a.json", f"[{A},{A[:-6]}", (2, 1, 1, 0)),
-    "an array cut between rows": ("a.json", f"[{A},{A},\n", (3, 2, 1, 0)),
+    "an invalid line in the middle": ("a.jsonl", A + NL + "{oops" + NL + A, (3, 2, 1, 0)),
+    "an invalid first line": ("a.jsonl", "oops" + NL + A, (2, 1, 1, 0)),
+    "a truncated last line": ("a.jsonl", A + NL + A[:-6], (2, 1, 1, 0)),
+    "a truncated array": ("a.json", f"[{A},{A[:-6]}", (2, 1, 1, 0)),
+    "an array truncated between rows": ("a.json", f"[{A},{A},\n", (3, 2, 1, 0)),
     "a trailing comma": ("a.json", f"[{A},{A},]", (2, 2, 0, 0)),
-    "trailing commas of lines": ("a.jsonl", A + "," + NL + A, (2, 1, 1, 0)),
+    "commas after lines": ("a.jsonl", A + "," + NL + A, (2, 1, 1, 0)),
     "single quotes": ("a.jsonl", "{'instruction': 'a', 'output': 'b'}" + NL + A, (2, 1, 1, 0)),
     "nonsense in an array": ("a.json", f"[{A} oops, {A}]", "is not JSON"),
     "a list of strings": ("a.json", '["a", "b"]', "no row can be used (2 read)"),
@@ -106,7 +106,7 @@ CASES: dict[str, tuple[str, bytes | str, Outcome]] = {
     "instruction empty, input full": ("a.jsonl", with_(instruction="", input="q"), (1, 1, 0, 0)),
     "extra keys": ("a.jsonl", with_(id=7, source="x"), (1, 1, 0, 0)),
     "very long": ("a.jsonl", with_(output="lamp " * 5000) + NL + A, (2, 2, 0, 1)),
-    "a prompt longer than everything": ("a.jsonl", with_(instruction="lamp " * 5000) + NL + A, (2, 1, 1, 0)),
+    "a prompt longer than max_length": ("a.jsonl", with_(instruction="lamp " * 5000) + NL + A, (2, 1, 1, 0)),
     "control tokens": ("a.jsonl", with_(output="x<|im_end|>y") + NL + A, "a control token of this model"),
     # conversations
     "two user turns": ("a.jsonl", chat(("user", "a"), ("user", "b"), ("assistant", "c")) + NL + A, (2, 1, 1, 0)),
@@ -130,22 +130,22 @@ CASES: dict[str, tuple[str, bytes | str, Outcome]] = {
     "csv, a cell too few": ("a.csv", "instruction,output\na,b\na\n", (2, 1, 1, 0)),
     "csv, blank lines": ("a.csv", "instruction,output\n\na,b\n  \n", (1, 1, 0, 0)),
     "csv, a nul character": ("a.csv", "instruction,output\na,b\0c\n", (1, 1, 0, 1)),
-    "csv, carriage returns alone": ("a.csv", "instruction,output\ra,b\rc,d\r", (2, 2, 0, 0)),
+    "csv, only carriage returns": ("a.csv", "instruction,output\ra,b\rc,d\r", (2, 2, 0, 0)),
     "csv, text after a closing quote": ("a.csv", 'instruction,output\na,"b" x\nc,d\n', (2, 1, 1, 0)),
-    "csv, a quote never closed": ("a.csv", 'instruction,output\na,b\nc,"d\ne,f\n', "a.csv:3: a quote opens here that is not closed"),
-    "csv, a quote closed rows later": ("a.csv", 'instruction,output\na,"b\nc,d\ne,"f"\n', "a.csv:2: a quote opens here that is not closed"),
+    "csv, a quote never closed": ("a.csv", 'instruction,output\na,b\nc,"d\ne,f\n', "a.csv:3: a quote that opens here is not closed at the end of its cell"),
+    "csv, a quote closed rows later": ("a.csv", 'instruction,output\na,"b\nc,d\ne,"f"\n', "a.csv:2: a quote that opens here is not closed at the end of its cell"),
     "csv under another name": ("a.txt", "instruction,output\na,b\n", (1, 1, 0, 0)),
     "jsonl under a table's name": ("a.csv", A + NL + A, (2, 2, 0, 0)),
     "an array under a table's name": ("a.tsv", f"[{A}, {A}]", (2, 2, 0, 0)),
     "csv, a list as text": ("a.csv", 'instruction,output\na,"[1, 2]"\n', (1, 1, 0, 0)),
-    "csv, header alone": ("a.csv", "instruction,output\n", "no row can be used (0 read)"),
-    "csv, a column twice": ("a.csv", "instruction,output,output\na,b,c\n", "names a column twice"),
+    "csv, only a header": ("a.csv", "instruction,output\n", "no row can be used (0 read)"),
+    "csv, a column twice": ("a.csv", "instruction,output,output\na,b,c\n", "has two columns of the same name"),
     "csv, misspelt header": ("a.csv", "instrution,output\na,b\n", "did you mean 'instruction'?"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_the_outcome_is_defined(
+def test_every_file_has_the_expected_outcome(
     name: str, luthier: Callable[..., Result], model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     file, content, outcome = CASES[name]
@@ -153,11 +153,11 @@ def test_the_outcome_is_defined(
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     argv = ("check", "--model", model_dir("llama"), "--data", path)
     done = luthier(*argv, "--json")
-    found = json.loads(done.out)
-    rows = found["rows"]
+    report = json.loads(done.out)
+    rows = report["rows"]
     assert "Traceback" not in done.err
     assert rows["kept"] + rows["dropped"] == rows["read"]
-    named = {(p["file"], p["row"]) for p in found["problems"] if p["row"] is not None}
+    named = {(p["file"], p["row"]) for p in report["problems"] if p["row"] is not None}
     assert all(f == str(path) and r >= 1 for f, r in named)
     if isinstance(outcome, str):
         assert done.code == 2
@@ -167,14 +167,16 @@ def test_the_outcome_is_defined(
         assert done.code == 0, done.err
         assert (rows["read"], rows["kept"], rows["dropped"], rows["changed"]) == outcome
         assert len(named) == outcome[2] + outcome[3]
-    assert luthier(*argv, "--show", "2").code == done.code  # and it can be printed
+    assert luthier(*argv, "--show", "2").code == done.code  # rows can also be printed
 
 
-def test_there_are_enough_of_them() -> None:
+def test_no_case_was_lost() -> None:
     assert len(CASES) >= 60
 
 
-def test_parquet_rows(luthier: Callable[..., Result], model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_parquet_rows_are_read(
+    luthier: Callable[..., Result], model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -184,7 +186,7 @@ def test_parquet_rows(luthier: Callable[..., Result], model_dir: Callable[[str],
     assert json.loads(done.out)["rows"] == {"read": 2, "kept": 1, "dropped": 1, "changed": 0}
 
 
-def test_patterns_and_the_same_file_twice(
+def test_patterns_are_expanded_and_a_file_is_read_once(
     luthier: Callable[..., Result], model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     for name in ("a", "b"):
@@ -193,20 +195,22 @@ def test_patterns_and_the_same_file_twice(
     assert json.loads(luthier(*argv, "--json").out)["rows"]["read"] == 4
     twice = json.loads(luthier(*argv, "--data", tmp_path / "a.jsonl", "--json").out)
     assert twice["rows"] == {"read": 4, "kept": 2, "dropped": 2, "changed": 0}
-    assert "given more than once" in twice["notes"][0]["note"]
+    assert twice["notes"][0]["note"] == "a file that is listed more than once is read once"
     none = luthier("check", "--model", model_dir("llama"), "--data", tmp_path / "*.csv")
     assert "no file matches" in none.err
 
 
-def test_dedupe_and_rename(luthier: Callable[..., Result], model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_rows_can_be_deduplicated_and_keys_renamed(
+    luthier: Callable[..., Result], model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(A + NL + A + NL + '{"q": "a", "output": "c"}')
     argv = ("check", "--model", model_dir("llama"), "--data", path, "--json", "--rename", "q=instruction")
     assert json.loads(luthier(*argv).out)["rows"]["kept"] == 3
-    found = json.loads(luthier(*argv, "--set", "data.dedupe=true").out)
-    assert found["rows"] == {"read": 3, "kept": 2, "dropped": 1, "changed": 0}
-    assert found["problems"][0]["reason"] == f"is the same as {path}:1"
+    report = json.loads(luthier(*argv, "--set", "data.dedupe=true").out)
+    assert report["rows"] == {"read": 3, "kept": 2, "dropped": 1, "changed": 0}
+    assert report["problems"][0]["reason"] == f"is the same as {path}:1"
     assert luthier(*argv, "--rename", "x").code == 2
-    idle = luthier(*argv, "--rename", "question=instruction")
-    assert idle.code == 2
-    assert "data.rename would be ignored: no row has the key 'question'" in idle.err
+    unused = luthier(*argv, "--rename", "question=instruction")
+    assert unused.code == 2
+    assert "data.rename would be ignored: no row has the key 'question'" in unused.err

@@ -1,4 +1,4 @@
-"""Rows: every one accounted for, each problem with file, row and reason."""
+"""Every row is counted, and every problem names the file, the row and the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GOOD = {"instruction": "Hello", "input": "", "output": "Gannet Rock here."}
 
 
 class Raw(str):
-    """A line of JSONL as it is."""
+    """A line of JSONL that is written unchanged."""
 
 
 def load(tmp_path: Path, rows: Any, name: str = "rows.json", **kwargs: Any) -> Loaded:
@@ -30,16 +30,16 @@ def load(tmp_path: Path, rows: Any, name: str = "rows.json", **kwargs: Any) -> L
         path.write_text("\n".join(r if isinstance(r, Raw) else json.dumps(r) for r in rows), encoding="utf-8")
     else:
         path.write_text(rows if isinstance(rows, str) else json.dumps(rows), encoding="utf-8")
-    found = read(path, **kwargs)
-    report = found.report
+    loaded = read(path, **kwargs)
+    report = loaded.report
     assert report.kept + report.dropped == report.read
-    assert len(found.conversations) == report.kept
+    assert len(loaded.conversations) == report.kept
     assert all(p.source.file == str(path) and p.source.row >= 1 and p.reason for p in report.problems)
-    return found
+    return loaded
 
 
-def turns(found: Loaded, row: int = 0) -> list[tuple[str, str]]:
-    return [(m.role, m.content) for m in found.conversations[row].messages]
+def turns(loaded: Loaded, row: int = 0) -> list[tuple[str, str]]:
+    return [(m.role, m.content) for m in loaded.conversations[row].messages]
 
 
 def test_alpaca_rows_become_conversations(tmp_path: Path) -> None:
@@ -57,14 +57,14 @@ def test_alpaca_rows_become_conversations(tmp_path: Path) -> None:
 
 def test_message_rows_become_conversations(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    found = load(tmp_path, [{"messages": messages}, {"messages": [{"role": "system", "content": ""}, *messages]}])
-    assert turns(found, 0) == turns(found, 1) == [("user", "a"), ("assistant", "b")]
-    assert set(found.report.formats.values()) == {"messages"}
+    loaded = load(tmp_path, [{"messages": messages}, {"messages": [{"role": "system", "content": ""}, *messages]}])
+    assert turns(loaded, 0) == turns(loaded, 1) == [("user", "a"), ("assistant", "b")]
+    assert set(loaded.report.formats.values()) == {"messages"}
 
 
 def test_a_system_prompt_goes_to_rows_that_have_none(tmp_path: Path) -> None:
-    found = load(tmp_path, [GOOD, {**GOOD, "system": "own"}], system="Given.")
-    assert [c.messages[0] for c in found.conversations] == [Message("system", "Given."), Message("system", "own")]
+    loaded = load(tmp_path, [GOOD, {**GOOD, "system": "own"}], system="Given.")
+    assert [c.messages[0] for c in loaded.conversations] == [Message("system", "Given."), Message("system", "own")]
 
 
 DROPPED = [
@@ -77,7 +77,7 @@ DROPPED = [
     ({**GOOD, "instruction": {"a": 1}}, "instruction must be text, got dict"),
     ({**GOOD, "history": "a"}, "history must be a list"),
     ({**GOOD, "history": [["a"]]}, "history must be a list"),
-    ({**GOOD, "history": [["", "b"]]}, "a user's message is empty"),
+    ({**GOOD, "history": [["", "b"]]}, "a user message is empty"),
     ({**GOOD, "output": "\ud83d"}, "surrogate"),
     ("text", "must be an object with keys, got str"),
     (None, "must be an object with keys, got NoneType"),
@@ -97,8 +97,8 @@ def test_a_bad_row_is_dropped_with_its_number_and_reason(row: Any, reason: str, 
 MESSAGES = [
     ([], "at least one message"),
     ("a", "must be a list"),
-    ([{"role": "user", "content": "a"}], "no reply by the assistant"),
-    ([{"role": "assistant", "content": "a"}], "the first turn is by assistant, expected user"),
+    ([{"role": "user", "content": "a"}], "has no assistant reply"),
+    ([{"role": "assistant", "content": "a"}], "the first turn has the role assistant, expected user"),
     (
         [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}],
         "turn 2",
@@ -122,26 +122,26 @@ def test_a_bad_conversation_is_dropped_with_its_reason(messages: Any, reason: st
     assert reason in report.problems[0].reason
 
 
-def test_altered_rows_are_kept_and_counted(tmp_path: Path) -> None:
+def test_changed_rows_are_kept_and_counted(tmp_path: Path) -> None:
     trailing = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
     ]
-    found = load(tmp_path, [{**GOOD, "instruction": 7, "output": 3.5}, GOOD])
-    assert found.report.rows() == {"read": 2, "kept": 2, "dropped": 0, "changed": 1}
-    assert turns(found) == [("user", "7"), ("assistant", "3.5")]
+    loaded = load(tmp_path, [{**GOOD, "instruction": 7, "output": 3.5}, GOOD])
+    assert loaded.report.rows() == {"read": 2, "kept": 2, "dropped": 0, "changed": 1}
+    assert turns(loaded) == [("user", "7"), ("assistant", "3.5")]
     cut = load(tmp_path, [{"messages": trailing}])
     assert cut.report.changed == 1
     assert turns(cut) == [("user", "a"), ("assistant", "b")]
 
 
-def test_null_input_is_no_input(tmp_path: Path) -> None:
-    found = load(tmp_path, [{**GOOD, "input": None}, {"instruction": "a", "output": "b"}])
-    assert found.report.rows() == {"read": 2, "kept": 2, "dropped": 0, "changed": 0}
+def test_a_null_input_counts_as_no_input(tmp_path: Path) -> None:
+    loaded = load(tmp_path, [{**GOOD, "input": None}, {"instruction": "a", "output": "b"}])
+    assert loaded.report.rows() == {"read": 2, "kept": 2, "dropped": 0, "changed": 0}
 
 
-def test_lines_that_are_not_json_are_rows_that_are_dropped(tmp_path: Path) -> None:
+def test_lines_that_are_not_json_count_as_dropped_rows(tmp_path: Path) -> None:
     report = load(
         tmp_path, [GOOD, Raw("{broken"), Raw(""), GOOD, Raw('{"instruction": "a", "out')], "rows.jsonl"
     ).report
@@ -149,23 +149,23 @@ def test_lines_that_are_not_json_are_rows_that_are_dropped(tmp_path: Path) -> No
     assert [p.source.row for p in report.problems] == [2, 5]
 
 
-def test_a_misspelt_key_refuses_with_the_nearest_name_and_the_count(tmp_path: Path) -> None:
-    found = load(tmp_path, [GOOD, *[{"instrution": "a", "output": "b"}] * 3])
+def test_a_misspelt_key_refuses_the_file_with_the_correct_name_and_the_number_of_rows(tmp_path: Path) -> None:
+    loaded = load(tmp_path, [GOOD, *[{"instrution": "a", "output": "b"}] * 3])
     with pytest.raises(DataError) as e:
-        loader.refuse(found.report)
+        loader.refuse(loaded.report)
     assert e.value.message.endswith(
         "rows.json:2: key 'instrution' is unknown; did you mean 'instruction'? (2 more rows)"
     )
     assert e.value.fix == "correct the rows, or pass --rename instrution=instruction"
 
 
-def test_a_file_of_misspelt_rows_is_still_told_what_is_meant(tmp_path: Path) -> None:
-    found = load(tmp_path, [{"instrution": "a", "ouput": "b"}])
+def test_the_correct_names_are_suggested_if_all_required_keys_are_misspelt(tmp_path: Path) -> None:
+    loaded = load(tmp_path, [{"instrution": "a", "ouput": "b"}])
     with pytest.raises(DataError, match="did you mean 'instruction'"):
-        loader.refuse(found.report)
+        loader.refuse(loaded.report)
 
 
-def test_other_keys_are_noted_not_lost(tmp_path: Path) -> None:
+def test_unknown_keys_are_noted(tmp_path: Path) -> None:
     report = load(tmp_path, [{**GOOD, "index": 1, "sytem": "x"}, {**GOOD, "index": 2}]).report
     assert report.kept == 2
     assert report.notes["key 'index' is not used"] == 2
@@ -179,15 +179,15 @@ def test_other_keys_are_noted_not_lost(tmp_path: Path) -> None:
         (" \n", "is empty"),
         ("hello", "neither JSON, JSONL, CSV nor Parquet"),
         ('[{"instruction": 1} nonsense, {"output": 1}]', "is not JSON"),
-        ("[" * 100_000, "nested too deep"),
+        ("[" * 100_000, "is nested too deeply"),
     ],
 )
-def test_a_file_that_is_no_data_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_a_file_without_data_is_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         load(tmp_path, text)
 
 
-def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_with_a_similar_file_name(tmp_path: Path) -> None:
     (tmp_path / "huanhuan.json").write_text("[]")
     with pytest.raises(DataError) as e:
         read(tmp_path / "huahuan.json")
@@ -197,12 +197,12 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_an_empty_list_has_no_row_to_use(tmp_path: Path) -> None:
+def test_an_empty_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no row can be used \(0 read\)"):
         loader.refuse(load(tmp_path, []).report)
 
 
-def test_bom_crlf_and_a_single_object(tmp_path: Path) -> None:
+def test_byte_order_marks_crlf_and_a_single_object_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + (json.dumps(GOOD) + "\r\n").encode() * 2)
     assert read(path).report.kept == 2
@@ -221,39 +221,42 @@ keys = st.sampled_from(["instruction", "input", "output", "system", "history", "
 
 @settings(max_examples=300, deadline=None)
 @given(rows=st.lists(st.dictionaries(keys, values, max_size=5) | values, max_size=6), lines=st.booleans())
-def test_whatever_the_rows_counts_add_up(
-    rows: list[Any], lines: bool, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_the_counts_add_up_for_any_rows(rows: list[Any], lines: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "drawn.json"
-    rows = [r for r in rows if isinstance(r, dict) or not lines]  # a line that starts with [ would be an array
+    rows = [r for r in rows if isinstance(r, dict) or not lines]  # a line that starts with [ would start an array
     path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows), encoding="utf-8")
     try:
-        found = read(path)
+        loaded = read(path)
     except DataError:
         assert lines
         return
-    report = found.report
+    report = loaded.report
     assert report.read == len(rows)
     assert report.kept + report.dropped == report.read
-    assert len(found.conversations) == report.kept
+    assert len(loaded.conversations) == report.kept
     assert len({p.source.row for p in report.problems if p.outcome != "changed"}) == report.dropped
 
 
-def test_the_shipped_rows_are_whole_and_distinct() -> None:
+def test_the_shipped_rows_are_valid_and_distinct() -> None:
     counts = {personas.TRAIN: 240, personas.HELD_OUT: 24, personas.TEAHOUSE: 60}
     prompts: set[str] = set()
     replies: set[str] = set()
     for file, least in counts.items():
-        found = read(file)
-        assert found.report.rows() == {"read": found.report.read, "kept": found.report.read, "dropped": 0, "changed": 0}
-        assert found.report.read >= least
-        for c in found.conversations:
+        loaded = read(file)
+        assert loaded.report.rows() == {
+            "read": loaded.report.read,
+            "kept": loaded.report.read,
+            "dropped": 0,
+            "changed": 0,
+        }
+        assert loaded.report.read >= least
+        for c in loaded.conversations:
             assert c.messages[0].content not in prompts
             assert c.messages[1].content not in replies
             prompts.add(c.messages[0].content)
             replies.add(c.messages[1].content)
 
 
-def test_all_of_huanhuan_is_kept(huanhuan: Path) -> None:
-    found = read(huanhuan)
-    assert found.report.rows() == {"read": 3729, "kept": 3729, "dropped": 0, "changed": 0}
+def test_every_row_of_huanhuan_is_kept(huanhuan: Path) -> None:
+    loaded = read(huanhuan)
+    assert loaded.report.rows() == {"read": 3729, "kept": 3729, "dropped": 0, "changed": 0}

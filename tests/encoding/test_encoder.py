@@ -1,4 +1,4 @@
-"""Truncation, and what is trained."""
+"""Rows are truncated correctly, and exactly the replies are trained."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TURNS = Conversation(
 )
 
 
-def fit(tokenizer: Tokenizer, row: Conversation, limit: int, **kwargs: Any) -> tuple[list[Example], DataReport]:
+def encoded(tokenizer: Tokenizer, row: Conversation, limit: int, **kwargs: Any) -> tuple[list[Example], DataReport]:
     report = DataReport(read=1)
     return encode(encoder(tokenizer, max_length=limit, **kwargs), [row], report), report
 
 
-def test_truncation_keeps_the_stop_token_and_counts_the_row(tokenizer: Tokenizer) -> None:
-    whole = fit(tokenizer, LONG, 512)[0][0]
-    (cut,), report = fit(tokenizer, LONG, 40)
+def test_truncation_keeps_the_stop_token_and_counts_the_row_as_changed(tokenizer: Tokenizer) -> None:
+    whole = encoded(tokenizer, LONG, 512)[0][0]
+    (cut,), report = encoded(tokenizer, LONG, 40)
     assert len(cut) == 40
     assert cut.ids[-1] == whole.ids[-1] == 2
     assert cut.ids[:-1].tolist() == whole.ids[:39].tolist()
@@ -43,34 +43,34 @@ def test_truncation_keeps_the_stop_token_and_counts_the_row(tokenizer: Tokenizer
 
 
 def test_truncation_drops_whole_turns_that_do_not_fit(tokenizer: Tokenizer) -> None:
-    whole = fit(tokenizer, TURNS, 512)[0][0]
+    whole = encoded(tokenizer, TURNS, 512)[0][0]
     first_end = int(whole.trained.argmax()) + 2  # "b" and its stop token
-    (cut,), report = fit(tokenizer, TURNS, first_end + 3)
+    (cut,), report = encoded(tokenizer, TURNS, first_end + 3)
     assert len(cut) == first_end
     assert cut.ids.tolist() == whole.ids[:first_end].tolist()
     assert report.changed == 1
 
 
-def test_a_prompt_that_fills_everything_is_a_dropped_row(tokenizer: Tokenizer) -> None:
-    found, report = fit(tokenizer, LONG, 8)
-    assert not found
+def test_a_row_whose_prompt_fills_max_length_is_dropped(tokenizer: Tokenizer) -> None:
+    rows, report = encoded(tokenizer, LONG, 8)
+    assert not rows
     assert report.rows() == {"read": 1, "kept": 0, "dropped": 1, "changed": 0}
     assert "leaves no room for a reply" in report.problems[0].reason
 
 
-def test_too_long_can_drop_or_stop(tokenizer: Tokenizer) -> None:
-    found, report = fit(tokenizer, LONG, 40, too_long="drop")
-    assert not found
+def test_rows_that_are_too_long_can_be_dropped_or_refused(tokenizer: Tokenizer) -> None:
+    rows, report = encoded(tokenizer, LONG, 40, too_long="drop")
+    assert not rows
     assert report.dropped == 1
-    found, report = fit(tokenizer, LONG, 40, too_long="error")
+    rows, report = encoded(tokenizer, LONG, 40, too_long="error")
     with pytest.raises(DataError, match="more than max_length 40") as e:
         refuse(report)
     assert "--set data.max_length=" in e.value.fix
 
 
-def test_last_reply_trains_only_the_last(tokenizer: Tokenizer) -> None:
-    (every,), _ = fit(tokenizer, TURNS, 512)
-    (last,), _ = fit(tokenizer, TURNS, 512, train_on="last_reply")
+def test_with_last_reply_only_the_last_reply_is_trained(tokenizer: Tokenizer) -> None:
+    (every,), _ = encoded(tokenizer, TURNS, 512)
+    (last,), _ = encoded(tokenizer, TURNS, 512, train_on="last_reply")
     assert every.ids.tolist() == last.ids.tolist()
     start = len(ChatFormat(PretrainedConfig(), tokenizer, ChatML(), (2,)).prompt_ids(TURNS.messages[:3]))
     assert not last.trained[:start].any()
@@ -78,17 +78,17 @@ def test_last_reply_trains_only_the_last(tokenizer: Tokenizer) -> None:
     assert every.supervised == last.supervised + 2
 
 
-def test_a_reply_that_the_tokenizer_would_join_with_the_prompt_is_said(tokenizer: Tokenizer) -> None:
+def test_a_reply_that_the_tokenizer_would_join_with_the_prompt_is_dropped(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_batch(["assistant\n\nx"])[0].ids
     row = Conversation((Message("user", "a"), Message("assistant", "\nx")), RowRef("f", 1))
-    found, report = fit(tokenizer, row, 512)
-    if found:  # this vocabulary keeps newlines apart
+    rows, report = encoded(tokenizer, row, 512)
+    if rows:  # this vocabulary does not join newlines
         assert len(ids) > 2
     else:
         assert "joins the start of a reply" in report.problems[0].reason
 
 
-def test_statistics_count_each_row_whole(tokenizer: Tokenizer) -> None:
+def test_statistics_count_every_row_in_full(tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer)
     store = ExampleStore(rows)
     stats = store.stats()
@@ -101,14 +101,14 @@ def test_statistics_count_each_row_whole(tokenizer: Tokenizer) -> None:
     assert len(conversations()) == len(rows)
 
 
-def test_the_store_gives_back_what_it_was_given(tokenizer: Tokenizer) -> None:
+def test_the_store_returns_the_examples_that_were_added(tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer)
     store = ExampleStore(rows)
-    for given, found in zip([*rows, rows[-1]], [*store, store[-1]], strict=True):
-        assert found.ids.tolist() == given.ids.tolist()
-        assert found.trained.tolist() == given.trained.tolist()
-        assert found.source == given.source
-        assert (found.ids.dtype, found.trained.dtype) == (given.ids.dtype, given.trained.dtype)
+    for added, stored in zip([*rows, rows[-1]], [*store, store[-1]], strict=True):
+        assert stored.ids.tolist() == added.ids.tolist()
+        assert stored.trained.tolist() == added.trained.tolist()
+        assert stored.source == added.source
+        assert (stored.ids.dtype, stored.trained.dtype) == (added.ids.dtype, added.trained.dtype)
     assert len(store[2:4]) == 2
     with pytest.raises(IndexError):
         _ = store[len(rows)]

@@ -1,6 +1,7 @@
-"""What the cache of encoded rows holds is a golden file: when it changes, ``row_cache.FORMAT`` must be raised.
+"""The content of the cache of encoded rows is a golden file; if it changes, ``row_cache.FORMAT`` must be increased.
 
-Otherwise a newer version would train on what an older one encoded differently. Shown able to fail: one token changed.
+Otherwise a newer version would train on rows that an older one encoded differently. A second test changes one token and
+expects the comparison to fail.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def kept(model: Path, folder: Path) -> dict[str, Any]:
-    """The format's number, and a digest of every file of a cache entry."""
+def cached(model: Path, folder: Path) -> dict[str, Any]:
+    """Return the format number, the report, and a digest of every column file of a cache entry."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
     data = {"train": file, "max_length": 64, "eval_fraction": 0.3}
@@ -47,29 +48,29 @@ def kept(model: Path, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_cache, "root", lambda: tmp_path / "cache")
 
 
-def test_encoded_rows_change_only_with_the_formats_number(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    found = kept(model_dir("llama"), tmp_path)
+def test_encoded_rows_change_only_with_the_format_number(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    written = cached(model_dir("llama"), tmp_path)
     golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {"format": None}
-    if golden["format"] != found["format"]:
-        GOLDEN.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if golden["format"] != written["format"]:
+        GOLDEN.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         pytest.fail(f"{GOLDEN} was written: look at it, then commit it")
-    assert found == golden, "the same rows are encoded or kept otherwise: raise row_cache.FORMAT"
+    assert written == golden, "the same rows are encoded or stored differently: increase row_cache.FORMAT"
 
 
-def test_another_token_is_seen(
+def test_a_changed_token_is_detected(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit = Encoder._fit
 
-    def other(self: Encoder, *args: Any) -> Example | None:
+    def with_another_token(self: Encoder, *args: Any) -> Example | None:
         example = fit(self, *args)
         return example and Example(
             np.where(np.arange(len(example)) == 3, 31, example.ids), example.trained, example.source
         )
 
-    monkeypatch.setattr(Encoder, "_fit", other)
-    assert kept(model_dir("llama"), tmp_path) != json.loads(GOLDEN.read_text(encoding="utf-8"))
+    monkeypatch.setattr(Encoder, "_fit", with_another_token)
+    assert cached(model_dir("llama"), tmp_path) != json.loads(GOLDEN.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Encoded rows on disk: the same run with and without, and every way in which an entry can be wrong."""
+"""A run is the same with and without cached rows, and damaged or outdated entries are not used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.rows import encode, encoder
 
 ROWS = [{"instruction": f"Question {i}?", "output": f"Answer {i} " * (1 + i % 7)} for i in range(40)]
 ROWS[3]["output"] = ""  # dropped
-ROWS[5]["output"] = "long " * 200  # cut
+ROWS[5]["output"] = "long " * 200  # truncated
 ROWS[7]["outputs"] = "x"  # noted
 
 
@@ -36,50 +36,50 @@ def rows(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(row_cache, "root", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def said() -> list[str]:
+def messages() -> list[str]:
     return []
 
 
 @pytest.fixture
-def look(model_dir: Callable[[str], Path], rows: Path, said: list[str]) -> Callable[..., Inspection]:
+def look(model_dir: Callable[[str], Path], rows: Path, messages: list[str]) -> Callable[..., Inspection]:
     def run(**data: Any) -> Inspection:
         values = {"train": rows, "max_length": 64, **data}
-        return inspect(configs.build({"model": {"path": model_dir("llama")}, "data": values}), say=said.append)
+        return inspect(configs.build({"model": {"path": model_dir("llama")}, "data": values}), say=messages.append)
 
     return run
 
 
-def facts(found: Inspection) -> dict[str, Any]:
-    """Everything that training and the reports take from an inspection."""
+def facts(inspection: Inspection) -> dict[str, Any]:
+    """Return everything that training and the reports use of an inspection."""
     return {
-        "told": {k: v for k, v in found.as_dict().items() if k != "seconds"},
-        "report": found.rows.account.report,
-        "eval": found.rows.account.eval_report,
-        "conversations": found.rows.account.conversations,
-        "samples": found.rows.account.samples,
-        "fingerprint": found.rows.account.fingerprint,
-        "lengths": [s.lengths() for s in (found.rows.train, found.rows.held_out)],
-        "supervised": [s.supervised() for s in (found.rows.train, found.rows.held_out)],
+        "output": {k: v for k, v in inspection.as_dict().items() if k != "seconds"},
+        "report": inspection.rows.account.report,
+        "eval": inspection.rows.account.eval_report,
+        "conversations": inspection.rows.account.conversations,
+        "samples": inspection.rows.account.samples,
+        "fingerprint": inspection.rows.account.fingerprint,
+        "lengths": [s.lengths() for s in (inspection.rows.train, inspection.rows.held_out)],
+        "supervised": [s.supervised() for s in (inspection.rows.train, inspection.rows.held_out)],
         "rows": [
             [(e.ids.tolist(), e.trained.tolist(), e.source, str(e.ids.dtype), str(e.trained.dtype)) for e in s]
-            for s in (found.rows.train, found.rows.held_out)
+            for s in (inspection.rows.train, inspection.rows.held_out)
         ],
     }
 
 
-def entries(place: Path) -> list[Path]:
-    return sorted(place.iterdir()) if place.exists() else []
+def entries(cache_dir: Path) -> list[Path]:
+    return sorted(cache_dir.iterdir()) if cache_dir.exists() else []
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How often the files were read."""
+    """One element for every time that the data files were read."""
     count: list[int] = []
     read = rows_module.read_into
 
@@ -93,8 +93,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("data", [{}, {"eval_fraction": 0.3}, {"eval": "ITSELF"}, {"control_tokens": "escape"}])
-def test_kept_rows_are_the_rows(
-    data: dict[str, Any], look: Callable[..., Inspection], rows: Path, reads: list[int], said: list[str]
+def test_cached_rows_equal_the_rows_that_are_read(
+    data: dict[str, Any], look: Callable[..., Inspection], rows: Path, reads: list[int], messages: list[str]
 ) -> None:
     data = {k: str(rows) if v == "ITSELF" else v for k, v in data.items()}
     plain, first, second = look(cache=False, **data), look(**data), look(**data)
@@ -106,20 +106,20 @@ def test_kept_rows_are_the_rows(
     assert second.rows.account.report.changed > 1
     assert second.rows.account.report.notes
     assert isinstance(second.rows.train._columns.ends, np.memmap)
-    assert not said
+    assert not messages
 
 
-def test_what_rows_depend_on_is_in_the_key(
-    look: Callable[..., Inspection], rows: Path, reads: list[int], place: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_key_covers_everything_that_rows_depend_on(
+    look: Callable[..., Inspection], rows: Path, reads: list[int], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     look()
-    assert len(entries(place)) == 1
+    assert len(entries(cache_dir)) == 1
     for data in ({"max_length": 48}, {"template": "jinja"}, {"system": "Be brief."}, {"train_on": "last_reply"}):
         look(**data)
-    assert len(entries(place)) == len(reads) == 5
+    assert len(entries(cache_dir)) == len(reads) == 5
     before = rows.stat()
     rows.write_text(rows.read_text().replace("Question 1?", "Question x?"))
-    os.utime(rows, ns=(before.st_atime_ns, before.st_mtime_ns))  # as long, and as old, as before
+    os.utime(rows, ns=(before.st_atime_ns, before.st_mtime_ns))  # the same size and modification time as before
     assert look().rows.account.fingerprint != ""
     assert len(reads) == 6
     for number, (name, value) in enumerate((("FORMAT", row_cache.FORMAT + 1), ("__version__", "another")), 7):
@@ -130,11 +130,11 @@ def test_what_rows_depend_on_is_in_the_key(
         assert len(reads) == number
 
 
-def test_the_choice_to_keep_none(look: Callable[..., Inspection], reads: list[int], place: Path) -> None:
+def test_the_cache_can_be_switched_off(look: Callable[..., Inspection], reads: list[int], cache_dir: Path) -> None:
     look(cache=False)
     look(cache=False)
     assert len(reads) == 2
-    assert not entries(place)
+    assert not entries(cache_dir)
 
 
 def flip(file: Path) -> None:
@@ -147,31 +147,31 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a bit of the ids": lambda at: flip(at / "train.ids"),
     "a bit of the account": lambda at: flip(at / "account.json"),
     "a bit of the digests": lambda at: flip(at / "sha256.json"),
-    "cut short": lambda at: os.truncate(at / "train.trained", 10),
-    "a file lost": lambda at: (at / "train.ends").unlink(),
+    "a truncated file": lambda at: os.truncate(at / "train.trained", 10),
+    "a missing file": lambda at: (at / "train.ends").unlink(),
     "no digests": lambda at: (at / "sha256.json").write_text("[]"),
-    "nothing in it": lambda at: [f.unlink() for f in at.iterdir()],
+    "an empty directory": lambda at: [f.unlink() for f in at.iterdir()],
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_entry_is_made_again_and_said(
-    damage: str, look: Callable[..., Inspection], reads: list[int], place: Path, said: list[str]
+def test_a_damaged_entry_is_rewritten_with_a_note(
+    damage: str, look: Callable[..., Inspection], reads: list[int], cache_dir: Path, messages: list[str]
 ) -> None:
     expected = facts(look(cache=False))
     look()
-    (entry,) = entries(place)
+    (entry,) = entries(cache_dir)
     DAMAGE[damage](entry)
     assert facts(look()) == expected
-    assert f"note: {entry}: is damaged" in said[0]
-    assert said[0].endswith("so the rows are encoded again")
+    assert f"note: {entry}: is damaged" in messages[0]
+    assert messages[0].endswith("so the rows are encoded again")
     assert facts(look()) == expected
-    assert len(said) == 1
+    assert len(messages) == 1
     assert len(reads) == 3
 
 
-def test_a_disk_without_room_costs_the_copy_and_not_the_run(
-    look: Callable[..., Inspection], place: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_loses_the_cache_and_not_the_run(
+    look: Callable[..., Inspection], cache_dir: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = facts(look(cache=False))
 
@@ -181,70 +181,70 @@ def test_a_disk_without_room_costs_the_copy_and_not_the_run(
     with monkeypatch.context() as m:
         m.setattr(store, "memoryview", full, raising=False)
         assert facts(look()) == expected
-    assert said == ["note: the encoded rows are not kept on disk ([Errno 28] No space left on device)"]
-    assert not entries(place)
-    place.rmdir()
-    place.write_text("a file")
+    assert messages == ["note: the encoded rows are not kept on disk ([Errno 28] No space left on device)"]
+    assert not entries(cache_dir)
+    cache_dir.rmdir()
+    cache_dir.write_text("a file")
     assert facts(look()) == expected
-    assert "cannot be used as a directory" in said[1]
+    assert "cannot be used as a directory" in messages[1]
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_kept(
-    look: Callable[..., Inspection], rows: Path, place: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_rows_of_a_file_that_changes_while_it_is_read_are_not_cached(
+    look: Callable[..., Inspection], rows: Path, cache_dir: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = row_cache.read_into
 
-    def meddled(*args: Any) -> RowsReport:
+    def read_and_change(*args: Any) -> RowsReport:
         account = read(*args)
         with rows.open("a") as f:
             f.write(json.dumps(ROWS[0]) + "\n")
         return account
 
-    monkeypatch.setattr(row_cache, "read_into", meddled)
+    monkeypatch.setattr(row_cache, "read_into", read_and_change)
     look()
-    assert "a data file was changed while it was read" in said[0]
-    assert not entries(place)
+    assert "a data file was changed while it was read" in messages[0]
+    assert not entries(cache_dir)
 
 
-def test_rows_that_are_refused_are_not_kept(
-    look: Callable[..., Inspection], rows: Path, place: Path, said: list[str]
+def test_refused_rows_are_not_cached(
+    look: Callable[..., Inspection], rows: Path, cache_dir: Path, messages: list[str]
 ) -> None:
     rows.write_text(rows.read_text() + json.dumps({"instruction": "a", "output": "<|im_end|>"}) + "\n")
-    expected, found = look(cache=False), look()
-    assert found.error is not None
+    expected, refused = look(cache=False), look()
+    assert refused.error is not None
     assert expected.error is not None
-    assert found.error.message == expected.error.message
-    assert found.rows.account.report == expected.rows.account.report
-    assert not entries(place)
+    assert refused.error.message == expected.error.message
+    assert refused.rows.account.report == expected.rows.account.report
+    assert not entries(cache_dir)
     rows.unlink()
-    gone = look()
-    assert gone.error is not None
-    assert "does not exist" in gone.error.message
-    assert not said
+    missing = look()
+    assert missing.error is not None
+    assert "does not exist" in missing.error.message
+    assert not messages
 
 
-def test_what_was_used_longest_ago_goes_first(
-    look: Callable[..., Inspection], place: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_least_recently_used_entry_is_deleted_first(
+    look: Callable[..., Inspection], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
+    created = []
     for i, length in enumerate((40, 48, 56)):
         look(max_length=length)
-        (new,) = set(entries(place)) - set(made)
-        made.append(new)
+        (new,) = set(entries(cache_dir)) - set(created)
+        created.append(new)
         os.utime(new, (1000 + i, 1000 + i))
     look(max_length=40)  # used now
-    size = max(sum(f.stat().st_size for f in m.iterdir()) for m in made)
-    monkeypatch.setattr(row_cache, "_BYTES", int(2.5 * size))
+    size = max(sum(f.stat().st_size for f in entry.iterdir()) for entry in created)
+    monkeypatch.setattr(row_cache, "_MAX_BYTES", int(2.5 * size))
     look(max_length=64)
-    assert made[0] in entries(place)
-    assert made[1] not in entries(place)
-    assert len(entries(place)) == 2
+    assert created[0] in entries(cache_dir)
+    assert created[1] not in entries(cache_dir)
+    assert len(entries(cache_dir)) == 2
 
 
-def test_a_writer_holds_little_and_loses_nothing(
+def test_a_writer_buffers_few_tokens_and_writes_every_row(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_TOKENS", 100)
+    monkeypatch.setattr(store, "_BUFFERED_TOKENS", 100)
     rows = [
         Conversation((Message("user", f"q {i}"), Message("assistant", "a " * (1 + i % 9))), RowRef(f"file {i % 3}", i))
         for i in range(50)
@@ -254,7 +254,7 @@ def test_a_writer_holds_little_and_loses_nothing(
     for i, example in enumerate(examples, 1):
         writer.add(example)
         assert len(writer) == i
-        assert writer._held.tokens < 100
+        assert writer._buffer.tokens < 100
     writer.finish()
     mapped, plain = ExampleStore.map(tmp_path, "train", writer.files), ExampleStore(examples)
     assert mapped.stats() == plain.stats()
@@ -263,8 +263,8 @@ def test_a_writer_holds_little_and_loses_nothing(
     assert type(mapped[0].source.row) is int
 
 
-def test_a_run_is_the_same_from_kept_rows(
-    luthier: Callable[..., Result], model_dir: Callable[[str], Path], rows: Path, tmp_path: Path, place: Path
+def test_a_run_is_the_same_with_cached_rows(
+    luthier: Callable[..., Result], model_dir: Callable[[str], Path], rows: Path, tmp_path: Path, cache_dir: Path
 ) -> None:
     def losses(run: Path, *more: str) -> list[float]:
         settings = [f"--set={s}" for s in ("train.max_steps=2", "train.eval_time_ratio=0", *more)]
@@ -273,7 +273,7 @@ def test_a_run_is_the_same_from_kept_rows(
         return list(json.loads((run / "summary.json").read_text())["losses"])
 
     expected = losses(tmp_path / "plain", "data.cache=false")
-    assert not entries(place)
+    assert not entries(cache_dir)
     assert losses(tmp_path / "cold") == losses(tmp_path / "warm") == expected
-    assert len(entries(place)) == 1
-    shutil.rmtree(place)
+    assert len(entries(cache_dir)) == 1
+    shutil.rmtree(cache_dir)

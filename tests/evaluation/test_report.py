@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained file that a browser shows, with people's text as text."""
+"""``report.html``: one self-contained page with all results, in which the text of rows is escaped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def page(model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
     held.write_text(
         '{"instruction": "<script>alert(1)</script> & 你好", "output": "</td><b>x</b>"}\n', encoding="utf-8"
     )
-    made = configs.build(
+    run_config = configs.build(
         {
             "model": {"path": model_dir("llama")},
             "data": {"train": rows, "eval": held},
@@ -35,19 +35,21 @@ def page(model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
             "output_dir": folder / "run",
         }
     )
-    luthier.train(made)
+    luthier.train(run_config)
     return folder / "run" / "report.html"
 
 
-def test_it_holds_everything_and_asks_for_nothing(page: Path) -> None:
+def test_the_page_has_all_parts_and_loads_nothing(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for part in (
-        "Loss a trained token",
-        "Learning rate",
-        "Rows, by their number of tokens",
-        "held out",
-        "What was trained",
+        "<h2>Training loss per token</h2>",
+        "<h2>Learning rate</h2>",
+        "<h2>Row length in tokens</h2>",
+        "<h2>Replies to held-out prompts</h2>",
+        "<h2>Model and data</h2>",
         "q_proj",
+        "tokens per second",
+        "held-out loss, base to tuned",
     ):
         assert part in text
     assert text.count("<svg") == 3
@@ -58,8 +60,10 @@ def test_it_holds_everything_and_asks_for_nothing(page: Path) -> None:
     assert len(points) == 40
 
 
-def test_without_held_out_rows_it_shows_training_questions(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    made = configs.build(
+def test_without_held_out_rows_the_page_shows_training_prompts(
+    model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run_config = configs.build(
         {
             "model": {"path": model_dir("llama")},
             "data": {"train": personas.TEAHOUSE},
@@ -67,33 +71,33 @@ def test_without_held_out_rows_it_shows_training_questions(model_dir: Callable[[
             "output_dir": tmp_path / "run",
         }
     )
-    luthier.train(made)
+    luthier.train(run_config)
     text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "from the training rows" in text
+    assert "<h2>Replies to training prompts</h2>" in text
     assert "你是谁？" in text
     assert "held-out loss" not in text
 
 
-def test_peoples_text_is_text(page: Path) -> None:
+def test_text_of_rows_is_escaped(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; 你好" in text
     assert "&lt;/td&gt;&lt;b&gt;x&lt;/b&gt;" in text
-    opened: list[str] = []
+    open_tags: list[str] = []
 
     class Balanced(HTMLParser):
         def handle_starttag(self, tag: str, attrs: object) -> None:
             if tag not in ("meta", "line", "rect", "polyline"):
-                opened.append(tag)
+                open_tags.append(tag)
 
         def handle_endtag(self, tag: str) -> None:
             if tag not in ("line", "rect", "polyline"):
-                assert opened.pop() == tag
+                assert open_tags.pop() == tag
 
     Balanced().feed(text)
-    assert opened == []
+    assert open_tags == []
 
 
-def test_a_browser_shows_it(page: Path, tmp_path: Path) -> None:
+def test_a_browser_draws_the_charts(page: Path, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("chromium is not installed")
@@ -112,7 +116,7 @@ def test_a_browser_shows_it(page: Path, tmp_path: Path) -> None:
     assert blue.sum() > 3_000
     drawn = np.flatnonzero(blue.any(axis=1))
     charts = np.split(drawn, np.flatnonzero(np.diff(drawn) > 40) + 1)
-    assert len(charts) == 3  # loss, learning rate, rows: one below the other, with their headings between
+    assert len(charts) == 3  # loss, learning rate and rows, one below the other
     for chart in charts:
         across = np.flatnonzero(blue[chart].any(axis=0))
-        assert across[-1] - across[0] > 700  # of 1000
+        assert across[-1] - across[0] > 700  # of 1000 pixels

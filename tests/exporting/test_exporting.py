@@ -1,4 +1,4 @@
-"""GGUF files hold the tuned model, by llama.cpp's own word; what would not is refused and leaves nothing."""
+"""GGUF files hold the tuned model, verified with llama.cpp; a file that would not is refused and nothing is left."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from tests.helpers.handover import SYSTEM, tuned
 from tests.helpers.published import PUBLISHED
 
 Run = Callable[..., Result]
-COUNT = re.compile(r"on (\d+) of 16 prompts \((\d+) tokens\)(?:; elsewhere at most (\S+) behind)?")
+COUNT = re.compile(r"on (\d+) of 16 prompts \((\d+) tokens\)(?:; elsewhere at most (\S+) below)?")
 
 
 def counted(line: str) -> tuple[int, int, float]:
-    """Prompts that agree token for token, tokens, and how far the furthest near tie is."""
-    found = COUNT.search(line)
-    assert found, line
-    return int(found.group(1)), int(found.group(2)), float(found.group(3) or 0)
+    """Return the number of prompts that agree, of tokens, and the largest distance of a near tie."""
+    match = COUNT.search(line)
+    assert match, line
+    return int(match.group(1)), int(match.group(2)), float(match.group(3) or 0)
 
 
 def fields(file: Path) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def fields(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "phi3-april", "deepseek-merge"])
-def test_every_family_s_file_is_the_tuned_model(name: str, luthier: Run, tmp_path: Path) -> None:
-    """One file, everything inside, and llama.cpp agrees: random models are full of near ties, none of them far."""
+def test_the_gguf_file_of_every_family_is_the_tuned_model(name: str, luthier: Run, tmp_path: Path) -> None:
+    """One complete file, and llama.cpp agrees. Random models have many near ties, all of them close."""
     role: SystemRole = "merge" if name == "deepseek-merge" else "template"
     base = tmp_path / "base"
     published.phi3(base, form="april") if name == "phi3-april" else PUBLISHED[name.partition("-m")[0]](base)
@@ -60,25 +60,25 @@ def test_every_family_s_file_is_the_tuned_model(name: str, luthier: Run, tmp_pat
     done = luthier("export", adapter, "--to", "gguf", "--output-dir", tmp_path / "out")
     assert done.code == 0, done.err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["marlow-f16.gguf"]
-    assert "proof: its template writes luthier's prompts" in done.out
+    assert "verified: its template writes luthier's prompts" in done.out
     same, tokens, furthest = counted(done.out)
     assert same >= 11 and tokens > 200 and furthest < 0.01
     inside = fields(tmp_path / "out" / "marlow-f16.gguf")
-    spoken = locate_tuned(adapter).chat_format()
-    assert inside["tokenizer.ggml.eos_token_id"] == spoken.stop_ids[0]
+    chat_format = locate_tuned(adapter).chat_format()
+    assert inside["tokenizer.ggml.eos_token_id"] == chat_format.stop_ids[0]
     assert inside["tokenizer.ggml.add_bos_token"] is False
     assert (json.dumps(system, ensure_ascii=False) in inside["tokenizer.chat_template"]) == (system is not None)
 
 
 @pytest.mark.parametrize("quantization", ["q8_0", "q4_0"])
-def test_quantised_files_are_what_they_hold(
+def test_quantised_files_are_verified_by_their_own_values(
     quantization: str, model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path
 ) -> None:
     adapter = tuned(model_dir("qwen2"), tmp_path / "run")
     done = luthier("export", adapter, "--to", "gguf", "--quantization", quantization, "--output-dir", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "those of the file's own values in fp32" in done.out
-    assert f"after rounding to {quantization}, they are those of base+adapter" in done.out
+    assert "replies equal those of the file's own values in fp32" in done.out
+    assert f"after rounding to {quantization}, they equal those of base+adapter" in done.out
     file = tmp_path / "out" / f"run-{quantization}.gguf"
     kinds = {t.name: t.tensor_type.name for t in GGUFReader(file).tensors}
     assert kinds["blk.0.attn_q.weight"] == quantization.upper()
@@ -92,24 +92,24 @@ def test_quantised_files_are_what_they_hold(
 
 
 @pytest.mark.parametrize("name", ["yi", "phi3", "glm4"])
-def test_the_adapter_alone_over_its_base(name: str, luthier: Run, tmp_path: Path) -> None:
-    """Rank-stabilised, on some modules only: what llama.cpp scales differently is in B."""
+def test_an_adapter_file_works_over_the_file_of_its_base_model(name: str, luthier: Run, tmp_path: Path) -> None:
+    """Rank-stabilised and on some modules only: B makes up for llama.cpp's other scaling."""
     lora = LoraConfig.model_validate({"r": 4, "lora_alpha": 6, "use_rslora": True})
     base = PUBLISHED[name](tmp_path / "base")
     adapter = tuned(base, tmp_path / "run", lora=lora, targets=None if name == "phi3" else ["q_proj", "down_proj"])
     done = luthier("export", adapter, "--to", "gguf-lora", "--output-dir", tmp_path / "out", "--json")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told["proven"] and told["files"] == ["run-lora.gguf"]
-    assert "the run's system prompt is not in the file" in told["notes"][-1]
-    same, _, furthest = counted(told["proof"][0])
+    report = json.loads(done.out)
+    assert report["proven"] and report["files"] == ["run-lora.gguf"]
+    assert "the run's system prompt is not in the file" in report["notes"][-1]
+    same, _, furthest = counted(report["proof"][0])
     assert same >= 11 and furthest < 0.01
     inside = fields(tmp_path / "out" / "run-lora.gguf")
     assert inside["general.type"] == "adapter" and inside["adapter.lora.alpha"] == 6
 
 
 @pytest.mark.parametrize("rope", ["llama3", "linear"])
-def test_rotary_scaling(rope: str, tmp_path: Path) -> None:
+def test_rotary_scaling_is_written_as_llama_cpp_computes_it(rope: str, tmp_path: Path) -> None:
     scaling: dict[str, Any] = {"rope_type": rope, "rope_theta": 500.0, "factor": 4.0}
     if rope == "llama3":
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -134,7 +134,7 @@ def test_rotary_scaling(rope: str, tmp_path: Path) -> None:
     assert same >= 11 and furthest < 0.01
 
 
-# --- proofs that fail -----------------------------------------------------------------------------------------------
+# --- failed verification --------------------------------------------------------------------------------------------
 
 
 def without_adapter(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -142,67 +142,76 @@ def without_adapter(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 FAULTS: dict[str, tuple[object, str, Any, str]] = {
-    "rows in the wrong order": (writer, "reordered", lambda *_: lambda t: t, "behind the likeliest"),
-    "the adapter left out": (formats, "pending_updates", without_adapter, "behind the likeliest"),
-    "a template without the system prompt": (writer, "template_text", lambda v, _: v.tokenizer.chat_template, "writes"),
-    "stops that do not stop": (vocabulary, "write", None, "ends no reply"),
-    "scores of no order": (vocabulary, "read", None, "into other tokens"),
+    "rows in the wrong order": (writer, "reordered", lambda *_: lambda t: t, "below the likeliest one (limit"),
+    "the adapter left out": (formats, "pending_updates", without_adapter, "below the likeliest one (limit"),
+    "a template without the system prompt": (
+        writer,
+        "template_text",
+        lambda v, _: v.tokenizer.chat_template,
+        "its template writes",
+    ),
+    "stop tokens that do not end a reply": (vocabulary, "write", None, "does not end a reply"),
+    "scores in the wrong order": (vocabulary, "read", None, "it tokenises"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_file_that_is_not_the_tuned_model_is_refused_and_removed(
+def test_a_file_that_is_not_the_tuned_model_is_refused_and_deleted(
     fault: str, luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, name, value, words = FAULTS[fault]
-    kept: Any = getattr(owner, name)
-    if fault == "stops that do not stop":
+    original: Any = getattr(owner, name)
+    if fault == "stop tokens that do not end a reply":
 
-        def value(writer: Any, found: Any, stops: Any, *rest: Any) -> None:
-            kept(writer, found, [20, 21, 22], *rest)
+        def value(writer: Any, tokens: Any, stops: Any, *rest: Any) -> None:
+            original(writer, tokens, [20, 21, 22], *rest)
 
-    if fault == "scores of no order":
+    if fault == "scores in the wrong order":
 
         def value(*args: Any) -> Any:
-            found = kept(*args)
-            found.scores.sort()
-            return found
+            tokens = original(*args)
+            tokens.scores.sort()
+            return tokens
 
     monkeypatch.setattr(owner, name, value)
-    # a family whose stops llama.cpp does not know by their names; scores matter to SentencePiece's kind alone
-    adapter = tuned((published.glm4 if "stops" in fault else published.yi)(tmp_path / "base"), tmp_path / "run")
+    # llama.cpp does not know the stop tokens of this family by name; scores matter only to SentencePiece vocabularies
+    adapter = tuned((published.glm4 if "stop tokens" in fault else published.yi)(tmp_path / "base"), tmp_path / "run")
     before = tree(tmp_path)
     done = luthier("export", adapter, "--to", "gguf", "--output-dir", tmp_path / "out")
     assert done.code == 2, done.out
-    assert "llama.cpp does not make of it what the tuned model is, so it was removed" in done.err
+    assert "verification with llama.cpp failed, so the file was deleted" in done.err
     assert words in done.err
     assert tree(tmp_path) == before
 
 
-def test_an_adapter_file_that_is_not_the_adapter(luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_file_with_other_values_is_refused(
+    luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writer, "scaling", lambda _: 0.5)
     adapter = tuned(published.yi(tmp_path / "base"), tmp_path / "run")
     done = luthier("export", adapter, "--to", "gguf-lora", "--output-dir", tmp_path / "out")
-    assert done.code == 2 and "behind the likeliest" in done.err
+    assert done.code == 2 and "below the likeliest one (limit" in done.err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_llama_cpp_does_not_load(luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its process may die of it: ours does not."""
-    right = writer.write_model
+def test_a_file_that_llama_cpp_cannot_load_is_refused(
+    luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process may crash, ours does not."""
+    original = writer.write_model
 
-    def cut(found: Any, voice: Any, pending: Any, file: Path, *rest: Any) -> None:
-        right(found, voice, pending, file, *rest)
+    def cut(model: Any, chat_format: Any, pending: Any, file: Path, *rest: Any) -> None:
+        original(model, chat_format, pending, file, *rest)
         file.write_bytes(file.read_bytes()[:5000])
 
     monkeypatch.setattr(writer, "write_model", cut)
     adapter = tuned(published.yi(tmp_path / "base"), tmp_path / "run")
     done = luthier("export", adapter, "--to", "gguf", "--output-dir", tmp_path / "out")
-    assert done.code == 2 and "llama.cpp does not run it, so it was removed" in done.err
+    assert done.code == 2 and "llama.cpp cannot run this file, so it was deleted" in done.err
     assert not (tmp_path / "out").exists()
 
 
-def test_without_llama_cpp_it_says_that_nothing_was_proven(
+def test_without_llama_cpp_the_report_is_that_nothing_was_verified(
     model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llamacpp, "PACKAGE", "no_such_package")
@@ -210,43 +219,43 @@ def test_without_llama_cpp_it_says_that_nothing_was_proven(
     for to in ("gguf", "gguf-lora"):
         done = luthier("export", adapter, "--to", to, "--output-dir", tmp_path / to)
         assert done.code == 0, done.err
-        assert "not proven: xllamacpp, which runs llama.cpp, is not installed" in done.out
-        assert "pip install 'luthier[export]'" in done.out and "proof:" not in done.out
+        assert "not verified: xllamacpp, which runs llama.cpp, is not installed" in done.out
+        assert "pip install 'luthier[export]'" in done.out and "\nverified:" not in done.out
     done = luthier("export", adapter, "--to", "gguf", "--json", "--output-dir", tmp_path / "json")
     assert json.loads(done.out)["proven"] is False
 
 
-def test_where_it_looks_back_less_than_llama_cpp_does(
+def test_a_sliding_window_is_refused_if_it_changes_replies_and_noted_otherwise(
     model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path
 ) -> None:
-    """A window of 24 tokens, shorter than the prompts: the proof sees it. Phi-3's own is longer, and is noted."""
+    """A window of 24 tokens is shorter than the prompts, so verification fails; that of Phi-3 is longer."""
     adapter = tuned(model_dir("phi3"), tmp_path / "run")
     done = luthier("export", adapter, "--to", "gguf", "--output-dir", tmp_path / "out")
-    assert done.code == 2 and "behind the likeliest" in done.err
+    assert done.code == 2 and "below the likeliest one (limit" in done.err
     done = luthier("export", tuned(published.phi3(tmp_path / "p"), tmp_path / "r"), "--to", "gguf",
                    "--output-dir", tmp_path / "noted")  # fmt: skip
-    assert done.code == 0 and "note: llama.cpp lets this model look back at everything" in done.out
+    assert done.code == 0 and "note: llama.cpp does not limit this model's attention to the last" in done.out
 
 
-# --- what no file is written of -------------------------------------------------------------------------------------
+# --- refused before a file is written -------------------------------------------------------------------------------
 
 
-def test_options_that_make_no_sense(model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path) -> None:
+def test_options_that_make_no_sense_are_refused(model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path) -> None:
     adapter = tuned(model_dir("llama"), tmp_path / "run")
     for argv, words in (
         (["--to", "ggufs"], "--to ggufs: is not a format"),
         (["--to", "gguf", "--layout", "native"], "--layout would be ignored"),
         (["--to", "peft", "--quantization", "q8_0"], "--quantization would be ignored"),
         (["--to", "gguf", "--quantization", "q4_K"], "--quantization q4_K: is not a type that can be written"),
-        (["--to", "hf", "--layout", "original"], "its module names are the native ones already"),
+        (["--to", "hf", "--layout", "original"], "its module names are already the native ones"),
     ):
         done = luthier("export", adapter, *argv, "--output-dir", tmp_path / "out")
         assert done.code == 2 and words in done.err, done.err
         assert not (tmp_path / "out").exists()
 
 
-def test_models_that_llama_cpp_would_compute_differently(model_dir: Callable[[str], Path]) -> None:
-    with pytest.raises(ModelError, match="no GGUF of a gemma2 model can be written"):
+def test_models_that_llama_cpp_would_compute_differently_are_refused(model_dir: Callable[[str], Path]) -> None:
+    with pytest.raises(ModelError, match="a gemma2 model cannot be written as GGUF"):
         architectures.architecture(read_config(model_dir("gemma2")))
     for change, words in (
         ({"hidden_act": "gelu"}, "activation gelu"),
@@ -255,11 +264,11 @@ def test_models_that_llama_cpp_would_compute_differently(model_dir: Callable[[st
         config = read_config(model_dir("llama"))
         for key, value in change.items():
             setattr(config, key, value)
-        with pytest.raises(ModelError, match=f"no GGUF of a llama model with {words}"):
+        with pytest.raises(ModelError, match=f"a llama model with {words} cannot be written as GGUF"):
             architectures.architecture(config)
     config = read_config(model_dir("qwen2"))
     config.use_sliding_window = True
-    with pytest.raises(ModelError, match="with a sliding window can be written"):
+    with pytest.raises(ModelError, match="a qwen2 model with a sliding window cannot be written as GGUF"):
         architectures.architecture(config)
 
 
@@ -272,7 +281,7 @@ def altered(change: Callable[[dict[str, Any]], None]) -> Tokenizer:
     return tokenizer
 
 
-def test_vocabularies_that_llama_cpp_does_not_know() -> None:
+def test_vocabularies_that_llama_cpp_does_not_support_are_refused() -> None:
     def cut_at_commas(whole: dict[str, Any]) -> None:
         comma = {"type": "Split", "pattern": {"Regex": ","}, "behavior": "Isolated", "invert": False}
         whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [comma, whole["pre_tokenizer"]]}
@@ -280,23 +289,23 @@ def test_vocabularies_that_llama_cpp_does_not_know() -> None:
     def words(whole: dict[str, Any]) -> None:
         whole["model"] = {"type": "WordLevel", "vocab": {"a": 3}, "unk_token": "a"}
 
-    with pytest.raises(ModelError, match="no pre-tokenizer that cuts text as this model's tokenizer does"):
+    with pytest.raises(ModelError, match="no pre-tokenizer that splits text as this model's tokenizer does"):
         vocabulary.read(altered(cut_at_commas), 640)
-    with pytest.raises(ModelError, match="no GGUF of a model with a WordLevel vocabulary can be written"):
+    with pytest.raises(ModelError, match="a model with a WordLevel vocabulary cannot be written as GGUF"):
         vocabulary.read(altered(words), 640)
     assert vocabulary.read(load_tokenizer(TOKENIZER), 650).tokens[-1] == "[PAD649]"
 
 
-def test_values_that_sixteen_bits_do_not_hold() -> None:
+def test_values_outside_the_range_of_f16_are_refused() -> None:
     big = torch.full((1, 32), 1e5).numpy()
     kind = writer.kind_of("f16")
-    with pytest.raises(ModelError, match="has values that 16 bits cannot hold"):
+    with pytest.raises(ModelError, match="has values outside the range of f16"):
         writer._encoded("x.weight", big, kind.matrices)
     with pytest.raises(ConfigError, match="is not a type that can be written"):
         writer.kind_of("f8")
 
 
-def test_a_system_prompt_longer_than_llama_cpp_s_usual_context(
+def test_a_system_prompt_may_be_longer_than_llama_cpp_s_default_context(
     model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path
 ) -> None:
     adapter = tuned(model_dir("llama"), tmp_path / "run", "Keep the lamp. " * 120)
@@ -305,15 +314,15 @@ def test_a_system_prompt_longer_than_llama_cpp_s_usual_context(
     assert counted(done.out)[0] >= 11
 
 
-def test_only_a_model_called_so_strips_what_follows_its_markers() -> None:
-    assert writer._name("marlow", True) == "marlow (Phi-3)"
-    assert "phi-3" not in writer._name("my-Phi-3-run", False) and writer._name("marlow", False) == "marlow"
+def test_only_a_model_named_phi_3_strips_white_space_after_control_tokens() -> None:
+    assert writer._model_name("marlow", True) == "marlow (Phi-3)"
+    assert "phi-3" not in writer._model_name("my-Phi-3-run", False) and writer._model_name("marlow", False) == "marlow"
 
 
-def test_the_proof_counts_near_ties(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    """By hand: the likeliest tokens agree; one token moved to the second likeliest is that far behind."""
-    found = locate_tuned(tuned(model_dir("llama"), tmp_path / "run"))
-    model = library.chat(found.adapter.path).generator.model
+def test_near_ties_are_counted(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    """The most likely tokens agree; a reply with the second most likely token is below by their difference."""
+    run = locate_tuned(tuned(model_dir("llama"), tmp_path / "run"))
+    model = library.chat(run.adapter.path).generator.model
     ids = [[5, 6, 7], [8, 9]]
     with torch.no_grad():
         firsts = [model(torch.tensor([row])).logits[0, -1] for row in ids]

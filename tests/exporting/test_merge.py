@@ -1,4 +1,4 @@
-"""A merged model is the tuned one, proven when it is written; what would not be one is refused and leaves nothing."""
+"""A merged model is verified to be the tuned one; any other is refused and nothing is left."""
 
 from __future__ import annotations
 
@@ -37,32 +37,36 @@ IDS = torch.randint(3, 600, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
 def tree(*folders: Path) -> dict[str, str]:
-    """Every file's digest."""
+    """Return the digest of every file."""
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for f in folders for p in f.rglob("*") if p.is_file()}
 
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    found: Tensor = model(input_ids=IDS).logits
-    return found
+    values: Tensor = model(input_ids=IDS).logits
+    return values
 
 
-# --- the proof ------------------------------------------------------------------------------------------------------
+# --- verification ---------------------------------------------------------------------------------------------------
 
 
-def test_the_proof_is_printed_and_tight_in_fp32(model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path) -> None:
+def test_the_verification_is_printed_and_tight_in_fp32(
+    model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path
+) -> None:
     adapter = tuned(model_dir("llama"), tmp_path / "run")
     done = luthier("merge", adapter, "--output-dir", tmp_path / "merged")
     assert done.code == 0, done.err
-    told = re.search(r"proof: .* on 4 prompts \((\d+) tokens, fp32\): maximum difference (\S+), mean (\S+) ", done.out)
-    assert told, done.out
-    assert int(told.group(1)) > 40
-    assert 0 < float(told.group(3)) <= float(told.group(2)) < 1e-4
+    printed = re.search(
+        r"verified: .* on 4 prompts \((\d+) tokens, fp32\): maximum difference (\S+), mean (\S+) ", done.out
+    )
+    assert printed, done.out
+    assert int(printed.group(1)) > 40
+    assert 0 < float(printed.group(3)) <= float(printed.group(2)) < 1e-4
 
 
 @pytest.mark.parametrize("base", ["fp32", "bf16"])
 @pytest.mark.parametrize("factor", [0.0, 0.5, -1.0, 2.0])
-def test_a_merge_with_another_update_is_refused_and_removed(
+def test_a_merge_with_another_update_is_refused_and_deleted(
     base: str,
     factor: float,
     model_dir: Callable[[str], Path],
@@ -71,35 +75,35 @@ def test_a_merge_with_another_update_is_refused_and_removed(
 ) -> None:
     path = model_dir("llama") if base == "fp32" else published.yi(tmp_path / "yi")
     adapter = tuned(path, tmp_path / "run")
-    right = merge.delta
+    original = merge.delta
 
     def wrong(update: Update) -> Tensor:
-        return factor * right(update)
+        return factor * original(update)
 
     monkeypatch.setattr(merge, "delta", wrong)
     before = tree(path, adapter)
-    with pytest.raises(ModelError, match="is not the tuned one, so it was removed") as e:
+    with pytest.raises(ModelError, match="the merged model failed verification and was deleted") as e:
         library.merge(adapter, tmp_path / "merged")
-    assert e.value.fix.startswith("tell us")
+    assert e.value.fix.startswith("report this bug of luthier")
     assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged*"))
     assert tree(path, adapter) == before
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.0])
-def test_what_rounding_swallows_of_a_small_adapter_is_told_and_hides_no_fault(
+def test_a_small_adapter_is_verified_by_what_rounding_leaves_of_it(
     factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Little training changes less than bfloat16's last bit: most of it is lost, and what is left is proven."""
+    """Little training changes weights by less than bfloat16 can store: what is left is verified and reported."""
     path = published.yi(tmp_path / "yi")
     adapter = tuned(path, tmp_path / "run", size=0.003)
-    right = merge.delta
-    monkeypatch.setattr(merge, "delta", lambda update: factor * right(update))
+    original = merge.delta
+    monkeypatch.setattr(merge, "delta", lambda update: factor * original(update))
     if factor == 1:
         done = library.merge(adapter, tmp_path / "merged")
         assert 0.01 < done.proof.left < 0.9
-        assert re.search(r"of which rounding leaves \d+%", done.proof.told())
+        assert re.search(r"of which rounding leaves \d+%", done.proof.summary())
     else:
-        with pytest.raises(ModelError, match="is not the tuned one"):
+        with pytest.raises(ModelError, match="the merged model failed verification"):
             library.merge(adapter, tmp_path / "merged")
 
 
@@ -107,10 +111,10 @@ def test_a_file_that_does_not_read_back_is_refused(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = tuned(model_dir("llama"), tmp_path / "run")
-    right = merge._native_files
+    original = merge._native_files
 
     def cut(folder: Path, *rest: Any) -> None:
-        right(folder, *rest)
+        original(folder, *rest)
         whole = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
 
@@ -136,11 +140,11 @@ def test_stock_transformers_and_peft_give_the_same_logits(
         assert (logits(PeftModel.from_pretrained(base, folder).eval()) - expected).abs().max() < 1e-5
 
 
-# --- files beside the weights ---------------------------------------------------------------------------------------
+# --- other files than weights ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_tokenizer_files_are_the_base_s_own_wherever_stock_transformers_reads_them(name: str, tmp_path: Path) -> None:
+def test_tokenizer_files_are_copied_if_stock_transformers_reads_them(name: str, tmp_path: Path) -> None:
     base, merged = PUBLISHED[name](tmp_path / "base"), tmp_path / "merged"
     adapter = tuned(base, tmp_path / "run", system=None)
     library.merge(adapter, merged)
@@ -151,14 +155,16 @@ def test_tokenizer_files_are_the_base_s_own_wherever_stock_transformers_reads_th
     assert stock(text, add_special_tokens=False).input_ids == list(ours.encode_batch([text])[0].ids)
     copied = {n for n in TOKENIZER_FILES if (base / n).is_file()} - {"chat_template.jinja"}
     same = {n for n in copied if (merged / n).is_file() and (merged / n).read_bytes() == (base / n).read_bytes()}
-    built = {"baichuan2", "glm4"}  # no native class reads what these were published with
+    built = {"baichuan2", "glm4"}  # no native class reads the published files of these
     assert same == (set() if name in built or name == "yi" else copied)
     generation = json.loads((merged / "generation_config.json").read_text())
     assert generation["eos_token_id"] == list(load_chat_format(base).stop_ids)
 
 
 @pytest.mark.parametrize("name", ORIGINAL)
-def test_the_original_layout_is_the_published_checkpoint_tuned(name: str, luthier: Run, tmp_path: Path) -> None:
+def test_the_original_layout_is_the_published_checkpoint_with_updated_weights(
+    name: str, luthier: Run, tmp_path: Path
+) -> None:
     base, merged = PUBLISHED[name](tmp_path / "base"), tmp_path / "merged"
     adapter = tuned(base, tmp_path / "run")
     done = luthier("merge", adapter, "--layout", "original", "--output-dir", merged)
@@ -172,9 +178,9 @@ def test_the_original_layout_is_the_published_checkpoint_tuned(name: str, luthie
     assert not [
         n for n in changed if "norm" in n or "embed" in n or "bias" in n or "lm_head" in n or "output_layer" in n
     ]
-    found = ORIGINAL[name](after, published.read_config(merged), IDS)
+    merged_logits = ORIGINAL[name](after, published.read_config(merged), IDS)
     expected = logits(library.chat(adapter).generator.model)
-    assert (found - expected).norm() / expected.norm() < 2e-2  # one rounding to bfloat16
+    assert (merged_logits - expected).norm() / expected.norm() < 2e-2  # one rounding to bfloat16
     weights = {p.name for p in base.iterdir() if merge._holds_weights(p)}
     for file in {p.name for p in base.iterdir()} - weights - {"generation_config.json"}:
         assert (merged / file).read_bytes() == (base / file).read_bytes(), file
@@ -182,16 +188,16 @@ def test_the_original_layout_is_the_published_checkpoint_tuned(name: str, luthie
     assert stops == list(load_chat_format(base).stop_ids)
 
 
-def test_layouts_that_are_not_there(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_unknown_layouts_are_refused(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     adapter = tuned(model_dir("llama"), tmp_path / "run")
-    with pytest.raises(ConfigError, match="its module names are the native ones already"):
+    with pytest.raises(ConfigError, match="its module names are already the native ones"):
         library.merge(adapter, tmp_path / "merged", layout="original")
     with pytest.raises(ConfigError, match="--layout sideways: is not a layout"):
         library.merge(adapter, tmp_path / "merged", layout="sideways")
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_head_whose_rows_the_published_code_scales_again(tmp_path: Path) -> None:
+def test_an_adapted_head_that_the_published_code_rescales_is_refused(tmp_path: Path) -> None:
     base = published.baichuan2(tmp_path / "base")
     (tmp_path / "peft").mkdir()
     high, wide = read_tensors(base)["lm_head.weight"].shape
@@ -202,31 +208,31 @@ def test_a_head_whose_rows_the_published_code_scales_again(tmp_path: Path) -> No
     )
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["lm_head"], "bias": "none"}
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
-    found = {"model": base, "adapter": tmp_path / "peft"}
-    with pytest.raises(AdapterError, match="whose rows the published code scales again"):
-        library.merge(output_dir=tmp_path / "merged", layout="original", **found)
-    assert library.merge(output_dir=tmp_path / "merged", **found).changed == 1
+    options = {"model": base, "adapter": tmp_path / "peft"}
+    with pytest.raises(AdapterError, match="whose rows the published model code rescales"):
+        library.merge(output_dir=tmp_path / "merged", layout="original", **options)
+    assert library.merge(output_dir=tmp_path / "merged", **options).changed == 1
 
 
-def test_to_hf_the_template_has_the_run_s_system_prompt(luthier: Run, tmp_path: Path) -> None:
-    """In stock transformers too; a conversation's own system prompt takes its place."""
+def test_the_hf_format_has_a_template_with_the_run_s_system_prompt(luthier: Run, tmp_path: Path) -> None:
+    """Also in stock transformers; a system prompt in the conversation replaces it."""
     for name in ("yi", "phi3", "baichuan2", "glm4"):
         adapter = tuned(PUBLISHED[name](tmp_path / name), tmp_path / f"{name}-run")
         done = luthier("export", adapter, "--to", "hf", "--output-dir", tmp_path / f"{name}-hf")
         assert done.code == 0, done.err
-        assert "proof: logits of base+adapter against the merged model" in done.out
+        assert "verified: logits of merged model and base+adapter" in done.out
         stock = AutoTokenizer.from_pretrained(tmp_path / f"{name}-hf", local_files_only=True)
         template = locate_tuned(adapter).chat_format().template
         for system in (None, "Be brief."):
             asked = [Message("user", "a b"), Message("assistant", " c "), Message("user", "d\n")]
-            given = [Message("system", system), *asked] if system else asked
+            messages = [Message("system", system), *asked] if system else asked
             text = stock.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in given], tokenize=False, add_generation_prompt=True
+                [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=True
             )
             assert text == template.prompt([Message("system", system or SYSTEM), *asked])
 
 
-# --- what is refused, outputs untouched -----------------------------------------------------------------------------
+# --- refused, with outputs untouched -----------------------------------------------------------------------------
 
 EXPORTS: list[list[str]] = [["merge"], ["export", "--to", "hf"], ["export", "--to", "gguf"], ["export", "--to", "peft"]]
 DAMAGE: dict[str, tuple[str, str]] = {
@@ -257,7 +263,7 @@ def damage(what: str, base: Path, adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_it_is_refused_and_outputs_are_untouched(what: str, luthier: Run, tmp_path: Path) -> None:
+def test_damaged_inputs_are_refused_and_outputs_are_untouched(what: str, luthier: Run, tmp_path: Path) -> None:
     base = published.yi(tmp_path / "base")
     adapter = tuned(base, tmp_path / "run")
     damage(what, base, adapter)
@@ -267,17 +273,17 @@ def test_it_is_refused_and_outputs_are_untouched(what: str, luthier: Run, tmp_pa
         done = luthier(*argv, adapter, "--output-dir", tmp_path / "out")
         assert done.code == 2, (argv, done.out)
         assert words in done.err and fix in done.err and "Traceback" not in done.err
-    assert tree(tmp_path) == before  # no output, and nothing beside it
+    assert tree(tmp_path) == before  # no output, and no temporary files
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    kept = tree(tmp_path)
+    with_output = tree(tmp_path)
     for argv in EXPORTS:
         done = luthier(*argv, adapter, "--output-dir", tmp_path / "out")
         assert done.code == 2
-    assert tree(tmp_path) == kept
+    assert tree(tmp_path) == with_output
 
 
-def test_a_long_system_prompt_does_not_keep_all_its_logits(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_logits_of_a_long_system_prompt_are_not_all_kept(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     short = library.merge(tuned(model_dir("llama"), tmp_path / "short", "Hi."), tmp_path / "a").proof
     long = library.merge(tuned(model_dir("llama"), tmp_path / "long", "Hi there. " * 60), tmp_path / "b").proof
     assert long.tokens < 4 * 64 + 100 and long.mean < 1e-4 and long.adapter > 0.01 and short.tokens < long.tokens

@@ -1,6 +1,6 @@
-"""Ollama's Modelfile says what luthier says: its template, in Go's template language, writes luthier's prompts.
+"""The template in Ollama's Modelfile, in Go's template language, writes luthier's prompts.
 
-The reader of that language below knows what the templates use of that language: range, if, else if, variables.
+The interpreter below supports what the templates use of that language: range, if, else if, variables.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TALKS = [
 
 
 class Go:
-    """A template with ``.Messages`` and ``.System``, as Ollama gives them."""
+    """An interpreter of a template, with ``.Messages`` and ``.System`` as Ollama provides them."""
 
     def __init__(self, text: str) -> None:
         self.parts = [p for p in re.split(r"(\{\{.*?\}\})", text, flags=re.DOTALL) if p]
@@ -61,14 +61,14 @@ class Go:
                             break
                 at = after
                 continue
-            if found := re.fullmatch(r"(\$\w+) :?= (.+)", action):
-                self.variables[found.group(1)] = self._value(found.group(2), item)
+            if match := re.fullmatch(r"(\$\w+) :?= (.+)", action):
+                self.variables[match.group(1)] = self._value(match.group(2), item)
             else:
                 self.out += str(self._value(action, item))
             at += 1
 
     def _block(self, at: int) -> tuple[list[tuple[int, int, str | None]], int]:
-        """(first part, end, condition) of each branch, and what comes after ``end``."""
+        """Return (first part, end, condition) of each branch, and the index after ``end``."""
         condition: str | None = self.parts[at][2:-2].strip().removeprefix("if ")
         branches, depth, start, i = list[tuple[int, int, str | None]](), 0, at + 1, at
         while True:
@@ -83,8 +83,8 @@ class Go:
             i += 1
 
     def _true(self, condition: str, item: Message | None) -> bool:
-        if found := re.fullmatch(r'eq (\S+) "(.*)"', condition):
-            return self._value(found.group(1), item) == found.group(2)
+        if match := re.fullmatch(r'eq (\S+) "(.*)"', condition):
+            return self._value(match.group(1), item) == match.group(2)
         if condition.startswith("not "):
             return not self._value(condition.removeprefix("not "), item)
         return bool(self._value(condition, item))
@@ -111,25 +111,28 @@ def test_the_template_writes_luthier_s_prompts(name: str) -> None:
                 assert go.render(asked) == one.prompt(asked)
 
 
-def test_the_reader_sees_faults() -> None:
+def test_the_interpreter_detects_a_wrong_template() -> None:
     wrong = ollama.go_template(FORMS["glm4"]).replace("$replied = true", "$replied = false")
     assert Go(wrong).render(TALKS[1]) != FORMS["glm4"].prompt(TALKS[1])
 
 
-def test_the_modelfile(luthier: Run, tmp_path: Path) -> None:
+def test_the_modelfile_has_model_template_stop_tokens_and_system_prompt(luthier: Run, tmp_path: Path) -> None:
     adapter = tuned(published.phi3(tmp_path / "base"), tmp_path / "marlow")
     done = luthier("export", adapter, "--to", "ollama", "--output-dir", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "proof: llama.cpp's greedy replies" in done.out and "run it: ollama create marlow -f" in done.out
+    assert (
+        "verified: llama.cpp's greedy replies equal those of base+adapter in fp32" in done.out
+        and "run it: ollama create marlow -f" in done.out
+    )
     text = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
     assert text.startswith("FROM ./marlow-f16.gguf\n") and (tmp_path / "out" / "marlow-f16.gguf").is_file()
     assert f'SYSTEM """{SYSTEM}"""\n' in text and 'PARAMETER stop "<|end|>"\n' in text
-    found = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)
+    match = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)
     template = locate_tuned(adapter).chat_format().template
-    assert found and Go(found.group(1)).render(TALKS[1]) == template.prompt(TALKS[1])
+    assert match and Go(match.group(1)).render(TALKS[1]) == template.prompt(TALKS[1])
 
 
-def test_the_run_s_sampling_goes_along() -> None:
+def test_the_modelfile_has_the_run_s_sampling_settings() -> None:
     drawn = GenerationSettings.model_validate({"do_sample": True, "temperature": 0.6, "top_p": 0.8, "top_k": 5})
     text = ollama.modelfile("a.gguf", ChatML(), None, drawn)
     lines = ["temperature 0.6", "top_p 0.8", "top_k 5", "repeat_penalty 1.0", "num_predict 512"]
@@ -140,10 +143,10 @@ def test_the_run_s_sampling_goes_along() -> None:
     assert ollama.notes(none) == [] and "no_repeat_ngram_size" in ollama.notes(some)[0]
 
 
-def test_what_ollama_s_language_cannot_say() -> None:
+def test_what_ollama_s_language_cannot_express_is_refused() -> None:
     with pytest.raises(TemplateError, match="which ends it in a Modelfile"):
-        ollama.modelfile("a.gguf", ChatML(), 'say """', None)
+        ollama.modelfile("a.gguf", ChatML(), 'write """', None)
     own = Jinja(lambda *_: "", "{{ messages }}", ("</s>",))
-    with pytest.raises(TemplateError, match="own chat template cannot be said in Ollama's language") as e:
+    with pytest.raises(TemplateError, match="own chat template cannot be translated to Ollama's language") as e:
         ollama.modelfile("a.gguf", own, None, None)
     assert e.value.fix == "use --to gguf, whose template llama.cpp runs"

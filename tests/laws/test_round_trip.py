@@ -102,7 +102,7 @@ def test_a_wrong_base_is_refused_with_every_mismatch(model_dir: Callable[[str], 
     assert "weights differ" in e.value.message
     assert "the tokenizer differs" in e.value.message
     narrow = replace(adapter, modules=adapter.modules[:3])
-    with pytest.raises(AdapterError, match=r"no place for"):
+    with pytest.raises(AdapterError, match=r"which the base model does not have"):
         adapters.apply(load_weights(other, torch.float32), narrow)
 
 

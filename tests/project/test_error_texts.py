@@ -69,7 +69,7 @@ def test_every_fix_that_was_offered_can_be_typed(whole_suite: None) -> None:
         for key, value in SETTING.findall(fix):
             assert key in configs.all_keys(), text
             if value not in ("...", "VALUE", "FILE"):
-                configs.parse_overrides([f"{key}={value}"])
+                configs.build({"model": {"path": "m"}, "data": {"train": "d"}}, settings=[f"{key}={value}"])
         if match := COMMAND.search(fix):
             assert match.group(1) in verbs, text
             words = shlex.split(_STOPS.split(match.group(2).strip(), maxsplit=0)[0]) if match.group(2) else []

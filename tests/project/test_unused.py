@@ -28,9 +28,15 @@ OTHERS = ("self.model", "model", "os", "json", "yaml", "torch", "subprocess")  #
 
 
 def functions(trees: dict[str, ast.Module]) -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Every function and method but special ones and those that a decorator hands on (routes, validators)."""
+    """Every function and method except special ones, routes, validators and the methods of protocols."""
     for name, tree in trees.items():
+        protocols = [
+            n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and "Protocol" in map(ast.unparse, n.bases)
+        ]
+        declared = {id(method) for protocol in protocols for method in protocol.body}
         for node in ast.walk(tree):
+            if id(node) in declared:
+                continue
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("__"):
                 continue
             decorators = [ast.unparse(d) for d in node.decorator_list]

@@ -1,4 +1,4 @@
-"""Recipes: the tutorials' own numbers, what is wrong in them put right and said, and the sampling that chat uses."""
+"""Recipes have the tutorials' settings, explain the corrected mistakes, and set the sampling that chat uses."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ PERSONAS = {
     "baichuan2-7b-chat": "现在你要扮演皇帝身边的女人--甄嬛.",
     "glm-4-9b-chat": "假设你是皇帝身边的女人--甄嬛。",
 }
-# what each page writes wrongly, as it stands there: the recipe's comments must speak of it
-FAULTS = {
+# the mistakes of each page, quoted from it; the recipe's comments must mention them
+MISTAKES = {
     "yi-6b-chat": [
         "q_attn",
         "instrution",
@@ -72,31 +72,31 @@ FAULTS = {
 }
 
 
-def built(name: str, **overrides: Any) -> configs.RunConfig:
+def config_of(name: str, **overrides: Any) -> configs.RunConfig:
     return recipes.recipe(name, "m", "d.json", "r", overrides)
 
 
-def test_every_recipe_is_a_whole_configuration() -> None:
+def test_every_recipe_is_a_complete_configuration() -> None:
     assert recipes.names() == sorted(NAMES)
     for name in NAMES:
-        made = built(name)
-        assert made.lora.target_modules is None  # every linear layer of the blocks
-        assert made.data.system == PERSONAS.get(name, "")
-        assert made.data.template == "auto"
+        config = config_of(name)
+        assert config.lora.target_modules is None  # every linear layer of the blocks
+        assert config.data.system == PERSONAS.get(name, "")
+        assert config.data.template == "auto"
         assert "path" not in recipes.read(name)["model"]
-        assert library.recipe(name, model="m", data="d.json", output_dir="r") == made
-    assert built("yi-6b-chat", **{"train.max_steps": 2}).train.max_steps == 2
+        assert library.recipe(name, model="m", data="d.json", output_dir="r") == config
+    assert config_of("yi-6b-chat", **{"train.max_steps": 2}).train.max_steps == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_numbers_are_the_tutorials(name: str, tutorials: Path) -> None:
+def test_the_settings_are_the_tutorials(name: str, tutorials: Path) -> None:
     page = (tutorials / TUTORIALS[name]).read_text(encoding="utf-8")
-    made = built(name)
+    config = config_of(name)
 
-    def written(pattern: str) -> float:
-        found = re.findall(pattern + r"\s*=\s*([0-9.]+(?:e-?[0-9]+)?)", page)
-        assert found, pattern
-        return float(found[-1])
+    def value_of(pattern: str) -> float:
+        values = re.findall(pattern + r"\s*=\s*([0-9.]+(?:e-?[0-9]+)?)", page)
+        assert values, pattern
+        return float(values[-1])
 
     for key in (
         "per_device_train_batch_size",
@@ -106,57 +106,57 @@ def test_the_numbers_are_the_tutorials(name: str, tutorials: Path) -> None:
         "logging_steps",
         "save_steps",
     ):
-        assert getattr(made.train, key) == written(key), key
-    assert made.data.max_length == written("MAX_LENGTH")
-    assert made.lora.r == float(re.findall(r"r=(\d+), ?# Lora", page)[0])
-    assert made.lora.lora_alpha == written("lora_alpha")
-    assert made.lora.lora_dropout == written("lora_dropout")
-    assert made.train.gradient_checkpointing == bool(re.search(r"gradient_checkpointing=True", page))
+        assert getattr(config.train, key) == value_of(key), key
+    assert config.data.max_length == value_of("MAX_LENGTH")
+    assert config.lora.r == float(re.findall(r"r=(\d+), ?# Lora", page)[0])
+    assert config.lora.lora_alpha == value_of("lora_alpha")
+    assert config.lora.lora_dropout == value_of("lora_dropout")
+    assert config.train.gradient_checkpointing == bool(re.search(r"gradient_checkpointing=True", page))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_sampling_is_the_tutorials(name: str, tutorials: Path) -> None:
     page = (tutorials / TUTORIALS[name]).read_text(encoding="utf-8")
-    chosen = built(name).generation
+    sampling = config_of(name).generation
     call = page[page.rindex('"max_length"' if name.startswith("glm") else ".generate(") :]
-    said = dict(re.findall(r"(?:\b|\")(\w+)(?:=|\": )([0-9.]+|True)\b", call))
+    options = dict(re.findall(r"(?:\b|\")(\w+)(?:=|\": )([0-9.]+|True)\b", call))
     if name in ("yi-6b-chat", "baichuan2-7b-chat"):
-        assert chosen.do_sample
+        assert sampling.do_sample
         for key in ("temperature", "top_p", "top_k", "repetition_penalty", "no_repeat_ngram_size"):
-            assert getattr(chosen, key) == float(said[key]), key
-        assert chosen.max_new_tokens == int(re.findall(r"max_length = (\d+)", page)[-1])
+            assert getattr(sampling, key) == float(options[key]), key
+        assert sampling.max_new_tokens == int(re.findall(r"max_length = (\d+)", page)[-1])
     elif name == "glm-4-9b-chat":
-        said.pop("skip_special_tokens")  # of the decoding after it
-        assert said == {"max_length": str(chosen.max_new_tokens), "do_sample": "True", "top_k": "1"}
-        assert not chosen.do_sample  # the same replies, in plain words
+        options.pop("skip_special_tokens")  # an option of the decoding that follows
+        assert options == {"max_length": str(sampling.max_new_tokens), "do_sample": "True", "top_k": "1"}
+        assert not sampling.do_sample  # gives the same replies
     else:
-        assert chosen.max_new_tokens == int(said["max_new_tokens"])
-        assert "do_sample" not in said
+        assert sampling.max_new_tokens == int(options["max_new_tokens"])
+        assert "do_sample" not in options
 
 
-def test_sampling_that_only_the_published_model_says() -> None:
-    """generation_config.json of deepseek-llm-7b-chat, with transformers' default top_k; Phi-3's draws nothing."""
-    chosen = built("deepseek-7b-chat-qlora").generation
-    assert (chosen.do_sample, chosen.temperature, chosen.top_p, chosen.top_k) == (True, 0.7, 0.95, 50)
-    assert not built("phi-3-mini-4k-instruct").generation.do_sample
+def test_sampling_that_the_tutorial_omits_is_the_published_models() -> None:
+    """From generation_config.json of deepseek-llm-7b-chat, with the default top_k; Phi-3's does not sample."""
+    sampling = config_of("deepseek-7b-chat-qlora").generation
+    assert (sampling.do_sample, sampling.temperature, sampling.top_p, sampling.top_k) == (True, 0.7, 0.95, 50)
+    assert not config_of("phi-3-mini-4k-instruct").generation.do_sample
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_comments_speak_of_the_faults(name: str, tutorials: Path) -> None:
+def test_the_comments_mention_the_mistakes(name: str, tutorials: Path) -> None:
     page = (tutorials / TUTORIALS[name]).read_text(encoding="utf-8")
     comments = " ".join(line.partition("#")[2].strip() for line in recipes.text(name).splitlines())
-    for fault in FAULTS[name]:
-        assert fault in page or fault.replace("=", " = ") in page, f"{fault} is not in the page"
-        assert fault in comments, fault
+    for mistake in MISTAKES[name]:
+        assert mistake in page or mistake.replace("=", " = ") in page, f"{mistake} is not in the page"
+        assert mistake in comments, mistake
 
 
 def test_the_qlora_recipe_loads_four_bits() -> None:
-    read = recipes.read("deepseek-7b-chat-qlora")
-    assert read["model"]["load_in_4bit"] and read["model"]["bnb_4bit_quant_type"] == "nf4"
-    assert read["train"]["optim"] == "paged_adamw_32bit"
+    settings = recipes.read("deepseek-7b-chat-qlora")
+    assert settings["model"]["load_in_4bit"] and settings["model"]["bnb_4bit_quant_type"] == "nf4"
+    assert settings["train"]["optim"] == "paged_adamw_32bit"
 
 
-def test_recipes_are_in_the_package_and_in_the_help() -> None:
+def test_recipes_are_in_the_package_the_help_and_the_readmes() -> None:
     import tomllib
 
     facts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -184,9 +184,9 @@ def test_a_recipe_trains_and_is_recorded(
     done = luthier("train", *argv, "--output-dir", run, "--set", "train.max_steps=2", "--set", "train.seed=7")
     assert done.code == 0, done.err
     recorded = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
-    wanted = built(name, **{"train.max_steps": 2, "train.seed": 7}).dump()
+    expected = config_of(name, **{"train.max_steps": 2, "train.seed": 7}).dump()
     for section in ("lora", "train", "generation"):
-        assert recorded[section] == wanted[section]
+        assert recorded[section] == expected[section]
     assert recorded["data"]["system"] == PERSONAS.get(name, "")
     summary = json.loads((run / "summary.json").read_text())
     assert len(summary["losses"]) == 2
@@ -196,22 +196,22 @@ def test_a_recipe_trains_and_is_recorded(
     assert leaves | {"o_proj", "down_proj"} <= set(summary["target_modules"])
 
 
-def test_init_writes_a_recipe_that_trains_as_written(luthier: Run, model: Path, tmp_path: Path) -> None:
+def test_init_writes_a_recipe_that_trains_without_changes(luthier: Run, model: Path, tmp_path: Path) -> None:
     for name in NAMES:
         file = tmp_path / f"{name}.yaml"
         argv = ["--model", model, "--data", personas.TEAHOUSE, "--output-dir", tmp_path / name, "--to", file]
         assert luthier("init", "--recipe", name, *argv).code == 0
         assert configs.load(file) == recipes.recipe(name, model, personas.TEAHOUSE, tmp_path / name)
         text = file.read_text(encoding="utf-8")
-        assert all(line in text.splitlines() for line in recipes.text(name).splitlines())  # comments too
+        assert all(line in text.splitlines() for line in recipes.text(name).splitlines())  # including comments
     assert luthier("train", tmp_path / f"{NAMES[0]}.yaml", "--set", "train.max_steps=1").code == 0
     assert (tmp_path / NAMES[0] / "adapter" / "luthier.json").is_file()
-    assert "is there already" in luthier("init", "--recipe", name, *argv).err
+    assert "already exists" in luthier("init", "--recipe", name, *argv).err
     library.init(tmp_path / "bare.yaml", recipe=name)
     assert configs.load(tmp_path / "bare.yaml").model.path == Path("MODEL_DIR")
 
 
-def test_what_is_typed_wrongly_is_refused(luthier: Run, model: Path, tmp_path: Path) -> None:
+def test_mistakes_in_the_command_are_refused(luthier: Run, model: Path, tmp_path: Path) -> None:
     argv = ["--model", model, "--data", personas.TEAHOUSE]
     for verb in ("check", "train", "init"):
         done = luthier(verb, "--recipe", "yi-6b", *argv)
@@ -253,30 +253,33 @@ def test_sampling_that_would_be_ignored_is_an_error(
 
 
 def test_a_recipes_sampling_can_be_switched_off() -> None:
-    made = built("yi-6b-chat", **{"generation.do_sample": False}).generation
-    assert (made.do_sample, made.temperature, made.top_p, made.top_k) == (False, 1.0, 1.0, 0)
-    assert made.repetition_penalty == 1.3
+    greedy = config_of("yi-6b-chat", **{"generation.do_sample": False}).generation
+    assert (greedy.do_sample, greedy.temperature, greedy.top_p, greedy.top_k) == (False, 1.0, 1.0, 0)
+    assert greedy.repetition_penalty == 1.3
     with pytest.raises(ConfigError, match="would be ignored"):
-        built("yi-6b-chat", **{"generation.do_sample": False, "generation.top_p": 0.9})
+        config_of("yi-6b-chat", **{"generation.do_sample": False, "generation.top_p": 0.9})
 
 
-def test_options_take_the_place_of_a_runs_sampling() -> None:
-    run = Sampling.of(built("yi-6b-chat").generation, seed=3)
+def test_options_override_the_sampling_of_a_run() -> None:
+    run = Sampling.of(config_of("yi-6b-chat").generation, seed=3)
     assert run == Sampling(512, 0.1, 0.8, 40, 3, repetition_penalty=1.3, no_repeat_ngram_size=5)
     assert run.changed(top_p=None, top_k=7).top_k == 7
     plain = run.changed(temperature=0.0)
     assert (plain.temperature, plain.top_p, plain.top_k, plain.repetition_penalty) == (0.0, 1.0, 0, 1.3)
-    assert Sampling.of(built("glm-4-9b-chat").generation) == Sampling(2500)
-    for given, words in (
-        ({"temperature": 0.0, "top_p": 0.5}, "top_p would be ignored: at temperature 0"),
-        ({"top_k": 1}, "the temperature would be ignored: top_k 1 leaves"),
+    assert Sampling.of(config_of("glm-4-9b-chat").generation) == Sampling(2500)
+    for options, message in (
+        (
+            {"temperature": 0.0, "top_p": 0.5},
+            "top_p would be ignored: temperature 0 always picks",
+        ),
+        ({"top_k": 1}, "the temperature would be ignored: top_k 1 allows only the most likely token"),
     ):
-        with pytest.raises(ConfigError, match=words) as e:
-            run.changed(**given)
+        with pytest.raises(ConfigError, match=message) as e:
+            run.changed(**options)
         assert "--temperature" in e.value.fix
 
 
-def test_chat_uses_the_runs_sampling(luthier: Run, model: Path, tmp_path: Path) -> None:
+def test_chat_uses_the_sampling_of_the_run(luthier: Run, model: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ["train.max_steps=1", "generation.max_new_tokens=9", "generation.temperature=5", "generation.top_p=1"]
     argv = ["--recipe", "yi-6b-chat", "--model", model, "--data", personas.TEAHOUSE, "--output-dir", run]
@@ -287,7 +290,7 @@ def test_chat_uses_the_runs_sampling(luthier: Run, model: Path, tmp_path: Path) 
 
     hot = [ask("--seed", seed)["reply"] for seed in (1, 1, 2, 3)]
     assert hot[0] == hot[1]
-    assert len(set(hot)) > 1  # drawn
+    assert len(set(hot)) > 1  # sampled
     assert len({ask("--temperature", 0, "--seed", seed)["reply"] for seed in (1, 2, 3)}) == 1
     assert ask("--temperature", 0, "--max-new-tokens", 4)["reply_tokens"] <= 4
     assert ask()["reply_tokens"] <= 9
@@ -301,12 +304,12 @@ def test_chat_uses_the_runs_sampling(luthier: Run, model: Path, tmp_path: Path) 
     compared = library.eval(run, [personas.HELD_OUT])
     talk.reset()
     greedy = talk.send(compared.prompts[0], Sampling(200)).text
-    assert compared.tuned.replies[0].text == greedy  # evaluation draws nothing
+    assert compared.tuned.replies[0].text == greedy  # evaluation does not sample
 
 
 @pytest.mark.parametrize(("penalty", "ngram"), [(4.0, 0), (1.0, 2), (1.3, 3)])
-def test_penalties_are_transformers_own(penalty: float, ngram: int, model: Path) -> None:
-    """Token by token with transformers' processors, over prompt and reply; together or alone the same."""
+def test_penalties_equal_those_of_transformers(penalty: float, ngram: int, model: Path) -> None:
+    """Compared token by token with transformers' logits processors, for single replies and for a batch."""
     generator = library.chat(model).generator
     prompts = [[Message("user", "a" * n)] for n in (2, 9)]
     sampling = Sampling(24, repetition_penalty=penalty, no_repeat_ngram_size=ngram)
@@ -324,7 +327,7 @@ def test_penalties_are_transformers_own(penalty: float, ngram: int, model: Path)
             ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
             if int(ids[0, -1]) in generator.stop_ids:
                 break
-        kept = [t for t in ids[0, start:].tolist() if t not in generator.stop_ids]
-        assert reply.text == generator.tokenizer.decode(kept)
+        text_ids = [t for t in ids[0, start:].tolist() if t not in generator.stop_ids]
+        assert reply.text == generator.tokenizer.decode(text_ids)
     assert [r.text for r in generator.replies(prompts, sampling)] == [r.text for r in replies]
     assert replies[1].text != generator.reply(prompts[1], Sampling(24)).text

@@ -1,4 +1,4 @@
-"""What ``luthier serve`` is given: which directories go together, under which names, and vLLM's command for them."""
+"""The models of ``luthier serve``: which directories can be served together, their names, and vLLM's command."""
 
 from __future__ import annotations
 
@@ -45,47 +45,47 @@ def names(*paths: Path, **named: Path) -> list[str]:
     return [p.name for p in places(paths, **named)]
 
 
-def test_names_are_those_of_directories(run: Path, model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_models_are_named_after_their_directories(run: Path, model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     base = model_dir("llama")
     assert names(run) == names(base, run) == names(run / "adapter") == ["marlow", "llama"]
     assert names(base) == ["llama"]
     stock = tmp_path / "stock"
     shutil.copytree(run / "adapter", stock)
-    (stock / "luthier.json").unlink()  # as PEFT writes it: knows no base
+    (stock / "luthier.json").unlink()  # as PEFT writes it, without a record of the base model
     assert names(model=base, adapter=stock) == ["stock", "llama"]
     assert names(run, model=base, adapter=stock) == ["marlow", "stock", "llama"]
     copy = tmp_path / "copy-of-llama"
     shutil.copytree(base, copy)
-    assert names(copy, run) == ["marlow", "llama"]  # the same weights at another place
+    assert names(copy, run) == ["marlow", "llama"]  # the same weights in another directory
 
 
-def test_what_does_not_go_together_is_refused(
+def test_models_that_cannot_share_a_server_are_refused(
     run: Path, other: Path, model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="no directory was given"):
         places([])
     with pytest.raises(
-        ConfigError, match=r"tea and marlow do not share a base: .*llama and .*qwen2 are different models"
+        ConfigError, match=r"tea and marlow do not share a base model: .*llama and .*qwen2 are different models"
     ):
         places([run, other])
-    with pytest.raises(ConfigError, match="do not share a base"):
+    with pytest.raises(ConfigError, match="do not share a base model"):
         places([model_dir("qwen2"), run])
-    with pytest.raises(ConfigError, match="two models would be called marlow"):
+    with pytest.raises(ConfigError, match="two models would have the name marlow"):
         places([run, run])
     settings: list[tuple[dict[str, Any], str]] = [
         ({"load_in_4bit": True}, "they were trained on differently quantised weights"),
         ({"rope_theta": 5e4}, "their rope_theta is None and 50000"),
     ]
-    for change, told in settings:
+    for change, message in settings:
         path = model_dir("llama")
         tuned = train(path, tmp_path / next(iter(change)), "", model={"path": str(path), **change})
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             places([run, tuned])
         if "rope_theta" in change:
-            with pytest.raises(ConfigError, match="vLLM would not use its rope_theta 50000"):
+            with pytest.raises(ConfigError, match="vLLM would ignore its rope_theta 50000"):
                 vllm.command(places([tuned]), "127.0.0.1", 1, "auto")
         else:
-            assert "vLLM computes with its whole weights" in vllm.notes(places([tuned]))[-1]
+            assert "vLLM uses its unquantised weights" in vllm.notes(places([tuned]))[-1]
 
 
 def test_a_quantised_base_is_served_quantised(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
@@ -93,17 +93,17 @@ def test_a_quantised_base_is_served_quantised(model_dir: Callable[[str], Path], 
     tuned = train(path, tmp_path / "small", "", model={"path": str(path), "load_in_4bit": True})
     model, routes, models = open_models(places([tuned]))
     ids = models[0].generator.chat_format.prompt_ids(library.chat(tuned).messages() or _hello())
-    alone = library.chat(tuned).generator.reply(_hello(), Sampling(max_new_tokens=9))
+    expected = library.chat(tuned).generator.reply(_hello(), Sampling(max_new_tokens=9))
     request = Request(ids, models[0].generator.stop_ids, Sampling(max_new_tokens=9), "small")
     tokens = generate(Engine(model, routes), [request])[0]
-    assert models[0].generator.tokenizer.decode(tokens).startswith(alone.text)
+    assert models[0].generator.tokenizer.decode(tokens).startswith(expected.text)
 
 
 def _hello() -> list[Any]:
     return [Message("user", "Hello")]
 
 
-def test_a_merged_model_and_an_adapter_directory_answer_as_the_run(run: Path, tmp_path: Path) -> None:
+def test_a_merged_model_and_an_adapter_directory_reply_like_the_run(run: Path, tmp_path: Path) -> None:
     library.merge(run, tmp_path / "merged")
     ids = library.chat(run).generator.chat_format.prompt_ids(_hello())
     replies = []
@@ -114,7 +114,7 @@ def test_a_merged_model_and_an_adapter_directory_answer_as_the_run(run: Path, tm
     assert replies[0] == replies[1] == replies[2]
 
 
-def test_a_base_without_a_template_is_spoken_to_as_in_training(
+def test_a_base_without_a_template_uses_the_template_of_the_training(
     model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     bare = tmp_path / "bare"
@@ -131,12 +131,12 @@ def test_a_base_without_a_template_is_spoken_to_as_in_training(
     with pytest.raises(library.UserError, match="the model has no chat template"):
         open_models(places([bare]))
     argv = vllm.command(places([tuned]), "127.0.0.1", 1, "auto")
-    spoken = models[0].generator.chat_format.template
-    if isinstance(spoken, Turns):
-        assert argv[argv.index("--chat-template") + 1] == spoken.jinja()
+    template = models[0].generator.chat_format.template
+    if isinstance(template, Turns):
+        assert argv[argv.index("--chat-template") + 1] == template.jinja()
 
 
-def test_vllms_command_names_base_and_adapters(luthier: Run, run: Path, model_dir: Callable[[str], Path]) -> None:
+def test_the_vllm_command_names_base_and_adapters(luthier: Run, run: Path, model_dir: Callable[[str], Path]) -> None:
     done = luthier("serve", run, "--engine", "vllm", "--print", "--port", 9000, "--api-key", "a b")
     assert done.code == 0
     words = shlex.split(done.out)
@@ -151,25 +151,25 @@ def test_vllms_command_names_base_and_adapters(luthier: Run, run: Path, model_di
     assert plain[0] == "VLLM_API_KEY=KEY" and "--enable-lora" not in plain
 
 
-def test_vllm_takes_over_where_it_is_installed(
+def test_vllm_replaces_the_process_if_it_is_installed(
     run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, luthier: Run
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     done = luthier("serve", run, "--engine", "vllm")
-    assert done.code == 2 and "vLLM is not installed here" in done.err
+    assert done.code == 2 and "the program vllm is not installed" in done.err
     program = tmp_path / "vllm"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     called: list[Any] = []
-    monkeypatch.setattr(os, "execve", lambda *given: called.append(given))
-    said: list[str] = []
-    vllm.hand_over([run], "127.0.0.1", 8000, None, "auto", None, None, False, said.append)
+    monkeypatch.setattr(os, "execve", lambda *args: called.append(args))
+    messages: list[str] = []
+    vllm.hand_over([run], "127.0.0.1", 8000, None, "auto", None, None, False, messages.append)
     path, argv, environment = called[0]
     assert path == str(program) and argv[:2] == ["vllm", "serve"]
-    assert said[-1] == f"API key: {environment['VLLM_API_KEY']}" and environment["VLLM_API_KEY"] not in argv
+    assert messages[-1] == f"API key: {environment['VLLM_API_KEY']}" and environment["VLLM_API_KEY"] not in argv
 
 
-def test_vllm_is_not_given_a_layout_that_needs_its_own_code(
+def test_a_layout_that_needs_the_models_own_code_is_refused_for_vllm(
     run: Path, model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Published:
@@ -180,18 +180,18 @@ def test_vllm_is_not_given_a_layout_that_needs_its_own_code(
         vllm.command(places([run]), "127.0.0.1", 8000, "auto")
 
 
-def test_options_that_cannot_be_meant_are_refused(luthier: Run, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for argv, told in (
+def test_wrong_options_are_refused(luthier: Run, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for argv, message in (
         (("--dtype", "int3"), "--dtype int3: is not a type"),
         (("--engine", "magic"), "--engine magic: is not an engine"),
         (("--print",), "--print would be ignored: luthier's engine has no command to print"),
     ):
         done = luthier("serve", run, *argv)
-        assert done.code == 2 and told in done.err
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+        assert done.code == 2 and message in done.err
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = occupied.getsockname()[1]
         done = luthier("serve", run, "--port", port)
-    assert done.code == 2 and f"127.0.0.1:{port}: cannot be listened on" in done.err
+    assert done.code == 2 and f"127.0.0.1:{port}: cannot listen on this address" in done.err
     monkeypatch.setattr(app, "_INSTALLED", False)
     with pytest.raises(MissingPackageError, match="serving needs FastAPI and uvicorn") as e:
         library.serve([run])
@@ -200,7 +200,7 @@ def test_options_that_cannot_be_meant_are_refused(luthier: Run, run: Path, monke
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2, 8, 100])
-def test_a_head_in_slices_gives_the_same_logits(rows: int) -> None:
+def test_a_sliced_head_computes_the_same_logits(rows: int) -> None:
     head = torch.nn.Linear(24, 4000)
     x = torch.randn(rows, 1, 24)
     torch.testing.assert_close(SlicedHead(head)(x), head(x), rtol=1e-5, atol=1e-6)

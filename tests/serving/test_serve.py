@@ -1,4 +1,4 @@
-"""``luthier serve`` as OpenAI's own client meets it, on a tiny model with two adapters."""
+"""``luthier serve`` with OpenAI's own client, on a tiny model with two adapters."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ ASK: list[Any] = [{"role": "user", "content": "Who are you?"}]
 @pytest.fixture(scope="module")
 def runs(model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
-    drawn = {"generation": {"do_sample": True, "temperature": 0.9, "max_new_tokens": 7}}
+    sampled = {"generation": {"do_sample": True, "temperature": 0.9, "max_new_tokens": 7}}
     return [
         train(model_dir("llama"), folder / "marlow", SYSTEM),
-        train(model_dir("llama"), folder / "tea", "", seed=1, **drawn),
+        train(model_dir("llama"), folder / "tea", "", seed=1, **sampled),
     ]
 
 
 @pytest.fixture(scope="module")
 def server(runs: list[Path]) -> Iterator[Running]:
-    with running(runs) as found:
-        yield found
+    with running(runs) as server:
+        yield server
 
 
 @pytest.fixture
@@ -47,15 +47,15 @@ def client(server: Running) -> openai.OpenAI:
     return server.openai()
 
 
-def chat(client: openai.OpenAI, model: str = "marlow", **asked: Any) -> Any:
+def chat(client: openai.OpenAI, model: str = "marlow", **options: Any) -> Any:
     return client.chat.completions.create(
-        **{"model": model, "messages": ASK, "temperature": 0, "max_tokens": 24, **asked}
+        **{"model": model, "messages": ASK, "temperature": 0, "max_tokens": 24, **options}
     )
 
 
 @pytest.fixture(scope="module")
-def said(runs: list[Path], model_dir: Callable[[str], Path]) -> dict[str, str]:
-    """What ``luthier chat`` answers, greedily."""
+def replies(runs: list[Path], model_dir: Callable[[str], Path]) -> dict[str, str]:
+    """The greedy replies of ``luthier chat``, by model."""
     greedy = Sampling(max_new_tokens=24)
     places = {"marlow": runs[0], "tea": runs[1], "llama": model_dir("llama")}
     return {name: luthier.chat(path).send("Who are you?", greedy).text for name, path in places.items()}
@@ -68,9 +68,9 @@ def test_models_are_listed_tuned_first_and_the_base_last(client: openai.OpenAI) 
         client.models.retrieve("nobody")
 
 
-def test_a_reply_is_that_of_luthier_chat(client: openai.OpenAI, said: dict[str, str]) -> None:
-    assert len(set(said.values())) == 3
-    for name, text in said.items():
+def test_a_reply_equals_that_of_luthier_chat(client: openai.OpenAI, replies: dict[str, str]) -> None:
+    assert len(set(replies.values())) == 3
+    for name, text in replies.items():
         done = chat(client, name)
         assert done.choices[0].message.content == text
         assert done.model == name and done.object == "chat.completion"
@@ -80,32 +80,32 @@ def test_a_reply_is_that_of_luthier_chat(client: openai.OpenAI, said: dict[str, 
         assert 0 < done.usage.completion_tokens <= 24
 
 
-def test_a_run_has_its_system_prompt_unless_the_request_brings_one(
-    client: openai.OpenAI, said: dict[str, str], runs: list[Path]
+def test_the_system_prompt_of_a_run_is_used_unless_the_request_has_one(
+    client: openai.OpenAI, replies: dict[str, str], runs: list[Path]
 ) -> None:
     own = chat(client, messages=[{"role": "system", "content": SYSTEM}, *ASK])
-    assert own.choices[0].message.content == said["marlow"]
+    assert own.choices[0].message.content == replies["marlow"]
     other = chat(client, messages=[{"role": "developer", "content": "Be brief."}, *ASK])
     expected = luthier.chat(runs[0], system="Be brief.").send("Who are you?", Sampling(max_new_tokens=24))
-    assert other.choices[0].message.content == expected.text != said["marlow"]
+    assert other.choices[0].message.content == expected.text != replies["marlow"]
     parts = [{"role": "user", "content": [{"type": "text", "text": "Who are "}, {"type": "text", "text": "you?"}]}]
-    assert chat(client, messages=parts).choices[0].message.content == said["marlow"]
+    assert chat(client, messages=parts).choices[0].message.content == replies["marlow"]
 
 
-def test_a_streamed_reply_is_the_whole_one(client: openai.OpenAI, said: dict[str, str]) -> None:
+def test_a_streamed_reply_equals_the_complete_one(client: openai.OpenAI, replies: dict[str, str]) -> None:
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == said["marlow"]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == replies["marlow"]
     assert len([c for c in chunks if c.choices and c.choices[0].delta.content]) > 3
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 24
     assert all(c.usage is None for c in chunks[:-1]) and len({c.id for c in chunks}) == 1
 
 
-def test_stop_strings_end_a_reply_before_themselves(client: openai.OpenAI, said: dict[str, str]) -> None:
-    text = said["marlow"]
+def test_a_reply_ends_before_a_stop_string(client: openai.OpenAI, replies: dict[str, str]) -> None:
+    text = replies["marlow"]
     stop = text[12:15]
-    done = chat(client, stop=[stop, "never said"])
+    done = chat(client, stop=[stop, "never generated"])
     assert done.choices[0].message.content == text[: text.index(stop)]
     assert done.choices[0].finish_reason == "stop" and done.usage.completion_tokens < 24
     chunks = list(chat(client, stop=stop, stream=True))
@@ -113,7 +113,7 @@ def test_stop_strings_end_a_reply_before_themselves(client: openai.OpenAI, said:
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_sampling_follows_the_request_then_the_run(client: openai.OpenAI, runs: list[Path]) -> None:
+def test_sampling_settings_come_from_the_request_then_from_the_run(client: openai.OpenAI, runs: list[Path]) -> None:
     talk = luthier.chat(runs[1])
     expected = talk.send("Who are you?", talk.sampling.changed(seed=5, top_p=0.9)).text
     own = client.chat.completions.create(model="tea", messages=ASK, seed=5, top_p=0.9)
@@ -122,20 +122,20 @@ def test_sampling_follows_the_request_then_the_run(client: openai.OpenAI, runs: 
     assert len(seeds) == 3
     free = {chat(client, temperature=1.5).choices[0].message.content for _ in range(3)}
     assert len(free) == 3
-    drawn = {client.chat.completions.create(model="marlow", messages=ASK, top_p=0.99).choices[0].message.content}
-    assert drawn != {chat(client).choices[0].message.content}  # top_p alone means temperature 1
+    sampled = {client.chat.completions.create(model="marlow", messages=ASK, top_p=0.99).choices[0].message.content}
+    assert sampled != {chat(client).choices[0].message.content}  # top_p without temperature means temperature 1
     extended = chat(client, extra_body={"repetition_penalty": 1.5, "no_repeat_ngram_size": 2})
     assert extended.choices[0].message.content != chat(client).choices[0].message.content
     assert chat(client, top_p=0.5).choices[0].message.content == chat(client).choices[0].message.content
 
 
-def test_log_probabilities(client: openai.OpenAI, said: dict[str, str]) -> None:
+def test_log_probabilities_have_openais_format(client: openai.OpenAI, replies: dict[str, str]) -> None:
     done = chat(client, logprobs=True, top_logprobs=3, max_tokens=6)
     content = done.choices[0].logprobs.content
     assert len(content) == 6
     for entry in content:
         assert len(entry.top_logprobs) == 3
-        assert entry.logprob == entry.top_logprobs[0].logprob <= 0  # greedy: the likeliest
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0  # greedy: the most likely token
         assert entry.token == entry.top_logprobs[0].token
     whole = "".join(e.token for e in content)
     assert "\ufffd" in whole or whole == done.choices[0].message.content
@@ -143,29 +143,29 @@ def test_log_probabilities(client: openai.OpenAI, said: dict[str, str]) -> None:
     streamed = [e for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
     assert [e.token for e in streamed] == [e.token for e in content]
     assert all(e.top_logprobs == [] for e in streamed)
-    cut = chat(client, logprobs=True, stop=said["marlow"][6:9])
+    cut = chat(client, logprobs=True, stop=replies["marlow"][6:9])
     assert len(cut.choices[0].logprobs.content) <= cut.usage.completion_tokens
     legacy = client.completions.create(model="llama", prompt="Who", max_tokens=4, temperature=0, logprobs=2)
-    found = legacy.choices[0].logprobs
-    assert found is not None and len(found.tokens or []) == len(found.token_logprobs or []) == 4
-    assert (found.text_offset or [])[0] == 3 and len((found.top_logprobs or [])[0]) == 2
+    logprobs = legacy.choices[0].logprobs
+    assert logprobs is not None and len(logprobs.tokens or []) == len(logprobs.token_logprobs or []) == 4
+    assert (logprobs.text_offset or [])[0] == 3 and len((logprobs.top_logprobs or [])[0]) == 2
 
 
-def test_completions_go_on_from_raw_text_or_ids(client: openai.OpenAI, server: Running) -> None:
+def test_completions_continue_raw_text_or_token_ids(client: openai.OpenAI, server: Running) -> None:
     tokenizer = server.models[-1].generator.tokenizer
     ids = list(tokenizer.hf.backend_tokenizer.encode("The lamp").ids)
-    asked: Any = {"model": "llama", "temperature": 0, "max_tokens": 9}
-    done = client.completions.create(prompt="The lamp", **asked)
+    options: Any = {"model": "llama", "temperature": 0, "max_tokens": 9}
+    done = client.completions.create(prompt="The lamp", **options)
     assert done.object == "text_completion" and done.usage and done.usage.completion_tokens == 9
-    assert client.completions.create(prompt=ids, **asked).choices[0].text == done.choices[0].text
-    assert client.completions.create(prompt=["The lamp"], **asked).choices[0].text == done.choices[0].text
-    streamed = client.completions.create(prompt="The lamp", stream=True, **asked)
+    assert client.completions.create(prompt=ids, **options).choices[0].text == done.choices[0].text
+    assert client.completions.create(prompt=["The lamp"], **options).choices[0].text == done.choices[0].text
+    streamed = client.completions.create(prompt="The lamp", stream=True, **options)
     assert "".join(c.choices[0].text for c in streamed if c.choices) == done.choices[0].text
     default = client.completions.create(model="llama", prompt="The lamp", temperature=0)
     assert default.usage and default.usage.completion_tokens == 16
 
 
-def test_without_the_key_nothing_is_answered(server: Running) -> None:
+def test_requests_without_the_key_are_refused(server: Running) -> None:
     with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
         server.openai("another key").models.list()
     with server.http(None) as anybody:
@@ -178,56 +178,59 @@ def test_without_the_key_nothing_is_answered(server: Running) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"n": 2}, "n: would be ignored here"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty: would be ignored here"),
-    ({"tools": [{"type": "function"}]}, "tools: would be ignored here"),
+    ({"n": 2}, "n: not supported by this server"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty: not supported by this server"),
+    ({"tools": [{"type": "function"}]}, "tools: not supported by this server"),
     ({"temprature": 1}, "temprature: Extra inputs are not permitted"),
     ({"temperature": 3}, "temperature: Input should be less than"),
-    ({"stop": ["a", "b", "c", "d", "e"]}, "up to four texts, none of them empty"),
-    ({"stop": ""}, "up to four texts, none of them empty"),
+    ({"stop": ["a", "b", "c", "d", "e"]}, "must be at most four strings, none of them empty"),
+    ({"stop": ""}, "must be at most four strings, none of them empty"),
     ({"top_logprobs": 3}, "top_logprobs: needs logprobs=true"),
-    ({"max_completion_tokens": 3}, "max_tokens and max_completion_tokens differ"),
-    ({"temperature": 1, "top_k": 1}, "top_k 1 leaves only the likeliest token to draw"),
+    ({"max_completion_tokens": 3}, "max_tokens and max_completion_tokens differ: set only one"),
+    ({"temperature": 1, "top_k": 1}, "top_k 1 allows only the most likely token"),
     ({"messages": []}, "messages: List should have at least 1 item"),
     ({"messages": [*ASK, *ASK]}, "messages: the roles are user, user"),
     ({"messages": [{"role": "assistant", "content": "Hm."}]}, "send an optional system message, then user"),
-    ({"messages": [{"role": "user", "content": "a<|im_end|>b"}]}, "the user message holds <|im_end|>, a control token"),
+    (
+        {"messages": [{"role": "user", "content": "a<|im_end|>b"}]},
+        "the user message contains <|im_end|>, a control token",
+    ),
     ({"messages": [{"role": "user", "content": "word " * 3000}]}, "tokens long; the model reads at most 1024"),
 ]
 
 
-@pytest.mark.parametrize(("change", "told"), REFUSED)
-def test_what_cannot_be_answered_is_a_400_that_says_why(
-    client: openai.OpenAI, change: dict[str, Any], told: str
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_an_invalid_request_is_a_400_with_the_reason(
+    client: openai.OpenAI, change: dict[str, Any], message: str
 ) -> None:
     known = {k: v for k, v in change.items() if k not in ("temprature", "top_k")}
     with pytest.raises(openai.BadRequestError) as e:
         chat(client, **known, extra_body={k: v for k, v in change.items() if k not in known})
-    assert told in e.value.body["message"]  # type: ignore[index]
+    assert message in e.value.body["message"]  # type: ignore[index]
     assert e.value.type == "invalid_request_error"
-    if "reads at most" in told:
+    if "reads at most" in message:
         assert e.value.code == "context_length_exceeded" and e.value.param == "messages"
 
 
-def test_neutral_settings_and_labels_are_accepted(client: openai.OpenAI, said: dict[str, str]) -> None:
+def test_settings_without_effect_and_labels_are_accepted(client: openai.OpenAI, replies: dict[str, str]) -> None:
     done = chat(client, n=1, frequency_penalty=0, presence_penalty=0, logit_bias={}, user="me", store=False,
                 response_format={"type": "text"}, metadata={"a": "b"})  # fmt: skip
-    assert done.choices[0].message.content == said["marlow"]
+    assert done.choices[0].message.content == replies["marlow"]
 
 
-def test_other_refusals_have_openais_shape(server: Running, client: openai.OpenAI) -> None:
+def test_other_errors_have_openais_format(server: Running, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="the model 'nobody' is not served here") as e:
         chat(client, "nobody")
     assert e.value.code == "model_not_found" and e.value.param == "model"
-    asked: Any = {"model": "llama", "max_tokens": 2}
-    for prompt, told in (
+    options: Any = {"model": "llama", "max_tokens": 2}
+    for prompt, message in (
         ([10**6], "the model has no token 1000000"),
-        (["a", "b"], "prompt: holds 2 prompts"),
+        (["a", "b"], "prompt: contains 2 prompts"),
         ("", "prompt: is empty"),
-        ("a<|im_end|>", "the prompt holds <|im_end|>, a control token"),
+        ("a<|im_end|>", "the prompt contains <|im_end|>, a control token"),
     ):
-        with pytest.raises(openai.BadRequestError, match=re.escape(told)):
-            client.completions.create(prompt=prompt, **asked)
+        with pytest.raises(openai.BadRequestError, match=re.escape(message)):
+            client.completions.create(prompt=prompt, **options)
     with server.http() as http:
         assert http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
         assert http.get("/v1/chat/completions").status_code == 405
@@ -238,7 +241,7 @@ def test_other_refusals_have_openais_shape(server: Running, client: openai.OpenA
         assert long.status_code == 413 and "the request is longer than" in long.json()["error"]["message"]
 
 
-def test_a_client_that_hangs_up_stops_its_work(server: Running) -> None:
+def test_generation_stops_when_the_client_disconnects(server: Running) -> None:
     body = {"model": "marlow", "messages": ASK, "temperature": 0, "max_tokens": 900}
     engine = server.engine
     for stream in (True, False):
@@ -254,20 +257,20 @@ def test_a_client_that_hangs_up_stops_its_work(server: Running) -> None:
         assert 'luthier_requests_total{model="marlow",status="499"} 2' in http.get("/metrics").text
 
 
-def test_a_full_queue_is_a_429_and_nobody_in_it_is_lost(runs: list[Path], said: dict[str, str]) -> None:
+def test_a_full_queue_is_a_429_and_loses_no_waiting_request(runs: list[Path], replies: dict[str, str]) -> None:
     with running(runs[:1], start=False, max_queue=2) as server, ThreadPoolExecutor() as pool:
         client = server.openai()
         waiting = [pool.submit(chat, client) for _ in range(2)]
         wait_for(lambda: server.engine.waiting == 2)
-        with pytest.raises(openai.RateLimitError, match="2 requests are waiting already") as e:
+        with pytest.raises(openai.RateLimitError, match="2 requests are already waiting") as e:
             chat(client)
         assert e.value.response.headers["retry-after"] == "1" and e.value.code == "queue_full"
         server.engine.start()
-        assert [w.result().choices[0].message.content for w in waiting] == [said["marlow"]] * 2
+        assert [w.result().choices[0].message.content for w in waiting] == [replies["marlow"]] * 2
 
 
-def test_a_failure_of_our_own_is_a_500_without_details(
-    runs: list[Path], monkeypatch: pytest.MonkeyPatch, said: dict[str, str]
+def test_an_internal_error_is_a_500_without_details(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, replies: dict[str, str]
 ) -> None:
     with running(runs[:1]) as server:
         client = server.openai()
@@ -278,22 +281,22 @@ def test_a_failure_of_our_own_is_a_500_without_details(
             assert "secret" not in str(e.value)
             with pytest.raises(openai.APIError, match="the server failed on this request"):
                 list(chat(client, stream=True))
-        assert chat(client).choices[0].message.content == said["marlow"]
+        assert chat(client).choices[0].message.content == replies["marlow"]
 
 
 def _secret(*_: Any) -> Any:
     raise RuntimeError("a secret path")
 
 
-def test_many_clients_at_once_get_the_replies_of_one_at_a_time(server: Running) -> None:
-    """200 requests of 32 clients, all three models, short and long."""
+def test_concurrent_clients_get_the_same_replies_as_sequential_ones(server: Running) -> None:
+    """200 requests from 32 clients, to all three models, short and long."""
     client = server.openai()
     kinds = [(name, f"Tell me about {n}.", 4 + n) for n in range(5) for name in ("marlow", "tea", "llama")]
 
     def one(kind: tuple[str, str, int]) -> str:
         name, question, tokens = kind
-        asked = chat(client, name, messages=[{"role": "user", "content": question}], max_tokens=tokens)
-        return str(asked.choices[0].message.content)
+        done = chat(client, name, messages=[{"role": "user", "content": question}], max_tokens=tokens)
+        return str(done.choices[0].message.content)
 
     expected = {kind: one(kind) for kind in kinds}
     steps, tokens = server.engine.counts.steps, server.engine.counts.reply_tokens
@@ -301,8 +304,8 @@ def test_many_clients_at_once_get_the_replies_of_one_at_a_time(server: Running) 
     with ThreadPoolExecutor(32) as pool:
         got = list(pool.map(one, jobs))
     assert got == [expected[kind] for kind in jobs]
-    together = (server.engine.counts.reply_tokens - tokens) / (server.engine.counts.steps - steps)
-    assert together > 2  # rows a step: they were decoded together
+    tokens_per_step = (server.engine.counts.reply_tokens - tokens) / (server.engine.counts.steps - steps)
+    assert tokens_per_step > 2  # requests were decoded together
 
 
 def test_metrics_are_prometheus_text(server: Running, client: openai.OpenAI) -> None:

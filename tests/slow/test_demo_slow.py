@@ -1,4 +1,4 @@
-"""The demo for real, and the same rows and steps with ``transformers`` + ``peft``: minutes on two cores."""
+"""The real demo compared with ``transformers`` + ``peft`` on the same rows and steps: minutes on two cores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
 
 
 def peft_on_the_same_steps(base: Path, config: configs.RunConfig, rows: list[Example]) -> Any:
-    """Stock parts alone: padded batches, their loss, their LoRA, torch's AdamW."""
+    """Train with stock parts only: padded batches, the loss of transformers, the LoRA of PEFT, AdamW of torch."""
     dtype = pick_dtype("auto", torch.device("cpu"))
     torch.manual_seed(config.train.seed)
     model = get_peft_model(
@@ -55,7 +55,7 @@ def peft_on_the_same_steps(base: Path, config: configs.RunConfig, rows: list[Exa
     return model
 
 
-def test_the_demo_teaches_the_persona_as_well_as_the_reference(smollm2: Path, tmp_path: Path) -> None:
+def test_the_demo_trains_the_persona_as_well_as_peft_does(smollm2: Path, tmp_path: Path) -> None:
     result = luthier.demo(tmp_path / "run")
     print(json.dumps({"base": result.base_loss, "tuned": result.tuned_loss, "stop_rate": result.stop_rate}))
     assert len(result.prompts) == 24

@@ -1,4 +1,4 @@
-"""The embedded model tuned, handed over at its real size: stock libraries and llama.cpp agree with luthier."""
+"""Merged and exported models at their real size: stock libraries and llama.cpp agree with luthier."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
 
 @pytest.fixture(scope="module")
 def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve steps under a system prompt: enough to change every reply."""
+    """A run of twelve steps with a system prompt: enough to change every reply."""
     path = tmp_path_factory.mktemp("run") / "marlow"
     train: dict[str, Any] = {"max_steps": 12, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     luthier.train(
@@ -45,15 +45,15 @@ def logits(model: Any, rows: list[list[int]]) -> torch.Tensor:
     return torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
 
 
-def test_merged_and_adapter_in_stock_libraries(run: Path, smollm2: Path, tmp_path: Path) -> None:
+def test_stock_libraries_compute_the_same_logits_as_luthier(run: Path, smollm2: Path, tmp_path: Path) -> None:
     done = luthier.merge(run, tmp_path / "merged")
     print(json.dumps({"maximum": done.proof.largest, "mean": done.proof.mean, "adapter": done.proof.adapter}))
     assert done.proof.largest < 1e-3 and done.proof.adapter > 0.1
     for name in TOKENIZER_FILES:
         if (smollm2 / name).is_file():
             assert (tmp_path / "merged" / name).read_bytes() == (smollm2 / name).read_bytes()
-    found = locate_tuned(run)
-    rows = [found.chat_format().prompt_ids(chat) for chat in chats(found.system)[:4]]
+    tuned = locate_tuned(run)
+    rows = [tuned.chat_format().prompt_ids(chat) for chat in chats(tuned.system)[:4]]
     expected = logits(luthier.chat(run).generator.model, rows)
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     adapted = logits(PeftModel.from_pretrained(base, run / "adapter").eval(), rows)
@@ -64,7 +64,7 @@ def test_merged_and_adapter_in_stock_libraries(run: Path, smollm2: Path, tmp_pat
         assert error < 1e-5
 
 
-def test_llama_cpp_replies_as_the_tuned_model(run: Path, tmp_path: Path) -> None:
+def test_llama_cpp_gives_the_replies_of_the_tuned_model(run: Path, tmp_path: Path) -> None:
     for to in ("gguf", "gguf-lora"):
         done = luthier.export(run, to, tmp_path / to)
         print(json.dumps(done.as_dict()))

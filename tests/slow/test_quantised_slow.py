@@ -1,4 +1,4 @@
-"""What a base in 4 bits costs in quality, on the demo's own run: minutes on two cores."""
+"""How much quality a 4-bit base model costs, on the run of the demo: minutes on two cores."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
 CPU = torch.device("cpu")
 
 
-def test_four_bits_learn_what_sixteen_learn(smollm2: Path, tmp_path: Path) -> None:
-    """Held-out loss of the demo's run over a base in nf4 and in bf16, before and after, in fp32 on the same rows."""
+def test_a_4_bit_base_learns_as_well_as_a_16_bit_one(smollm2: Path, tmp_path: Path) -> None:
+    """Compare held-out losses with a base in nf4 and in bf16, before and after training, in fp32 on the same rows."""
     before, after = {}, {}
     for kind, settings in {"bf16": {"dtype": "bfloat16"}, "nf4": {"load_in_4bit": True}}.items():
         run = personas.config(smollm2, tmp_path / kind)

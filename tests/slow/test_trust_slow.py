@@ -1,4 +1,4 @@
-"""The minutes-long ones: a million rows in constant memory, and twenty kills of a real model's run."""
+"""Long tests of robustness: a million rows in constant memory, and a real model's run killed twenty times."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_a_million_rows_are_checked_in_under_a_gigabyte(smollm2: Path, tmp_path:
     with path.open("w", encoding="utf-8") as f:
         for i in range(1_000_000):
             f.write(json.dumps({**rows[i % len(rows)], "index": i}, ensure_ascii=False) + "\n")
-    found, seconds, peak = checked(smollm2, path)
+    result, seconds, peak = checked(smollm2, path)
     print(json.dumps({"peak_rss_bytes": peak, "rows_per_s": round(1_000_000 / seconds)}))
-    assert found["rows"] == {"read": 1_000_000, "kept": 1_000_000, "dropped": 0, "changed": found["rows"]["changed"]}
-    assert found["notes"] == [{"note": "key 'index' is not used", "rows": 1_000_000}]
+    assert result["rows"] == {"read": 1_000_000, "kept": 1_000_000, "dropped": 0, "changed": result["rows"]["changed"]}
+    assert result["notes"] == [{"note": "key 'index' is not used", "rows": 1_000_000}]
     assert peak < 1e9
 
 
-def test_twenty_kills_of_a_real_run_give_the_same_bytes(smollm2: Path, tmp_path: Path) -> None:
+def test_a_run_killed_twenty_times_writes_the_same_bytes(smollm2: Path, tmp_path: Path) -> None:
     def config(run: Path) -> configs.RunConfig:
         return configs.build(
             {
@@ -67,11 +67,11 @@ def test_twenty_kills_of_a_real_run_give_the_same_bytes(smollm2: Path, tmp_path:
         "luthier.train(config.load(sys.argv[1]), on_step=lambda r: print(r.step, flush=True))\n"
     )
     generator = random.Random(0)
-    kills = behind = 0
+    kills = with_checkpoint = 0
     while True:
         with subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout
-            if kills < 20:  # after two steps, when the second is being saved, or a little later: some is always won
+            if kills < 20:  # after two steps, while the second is saved or a little later: every session makes progress
                 child.stdout.readline()
                 start = time.monotonic()
                 child.stdout.readline()
@@ -79,14 +79,14 @@ def test_twenty_kills_of_a_real_run_give_the_same_bytes(smollm2: Path, tmp_path:
                 if child.poll() is None:
                     os.kill(child.pid, signal.SIGKILL)
                     kills += 1
-                    behind += any((run / "checkpoints").glob("step-*"))
+                    with_checkpoint += any((run / "checkpoints").glob("step-*"))
             child.stdout.read()
         if child.returncode == 0:
             break
         assert child.returncode == -signal.SIGKILL
     assert kills == 20
-    print(json.dumps({"kills": kills, "with_a_checkpoint_behind_it": behind}))
-    assert behind >= 10
+    print(json.dumps({"kills": kills, "with_checkpoint": with_checkpoint}))
+    assert with_checkpoint >= 10
     name = "adapter/adapter_model.safetensors"
     assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     losses = [json.loads((p / "summary.json").read_text())["losses"] for p in (run, tmp_path / "whole")]

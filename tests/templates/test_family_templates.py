@@ -1,4 +1,4 @@
-"""Native templates write what the models' own write; what a reply opens with is unseen, and back in history."""
+"""Native templates write the same text as the published ones; a reply's prefix is hidden, but occurs in the history."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def pick(name: str, source: str | None, choice: str = "auto", **kwargs: Any) -> 
     tokenizer.hf.chat_template = source
     try:
         render = Tokenizer(tokenizer.hf).render if source else None
-        found = templates.pick(choice, render, source, ("<|endoftext|>",), **kwargs)
-        if isinstance(found, Jinja):
-            found.prompt(TURNS[:1])
+        template = templates.pick(choice, render, source, ("<|endoftext|>",), **kwargs)
+        if isinstance(template, Jinja):
+            template.prompt(TURNS[:1])
     finally:
         tokenizer.hf.chat_template = None
-    return found
+    return template
 
 
-def whole(template: Template, messages: Sequence[Message]) -> str:
+def rendered(template: Template, messages: Sequence[Message]) -> str:
     return "".join(s.text for s in template.spans(messages))
 
 
@@ -64,29 +64,29 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_conversation_is_written_as_the_model_was_taught(name: str) -> None:
-    """What stands in [] is trained."""
+def test_a_conversation_is_rendered_in_the_format_that_the_model_was_trained_with(name: str) -> None:
+    """The text in [] is trained."""
     spans = FORMS[name].spans(TURNS if name in NO_SYSTEM else SYSTEM)
     assert "".join(f"[{s.text}]" if s.written else s.text for s in spans) == EXPECTED[name]
     last = FORMS[name].spans(TURNS, "last_reply")
-    assert "".join(s.text for s in last) == whole(FORMS[name], TURNS)
+    assert "".join(s.text for s in last) == rendered(FORMS[name], TURNS)
     assert [s.text for s in last if s.written] == [s.text for s in spans if s.written][-1:]
 
 
 @pytest.mark.parametrize("name", ["phi3", "phi3-2024-04", "phi3-medium", "glm4", "deepseek", "llama3"])
-def test_auto_finds_each_published_template(name: str) -> None:
+def test_auto_recognises_every_published_template(name: str) -> None:
     assert pick(name, published(name)) == FORMS[name]
     assert pick(name, published(name), FORMS[name].name) == FORMS[name]
 
 
-def test_auto_finds_yis_template() -> None:
+def test_auto_recognises_yis_template() -> None:
     assert pick("chatml", published("yi")) == ChatML()
 
 
 @pytest.mark.parametrize("name", ["phi3", "phi3-2024-04", "glm4", "deepseek", "llama3"])
 @settings(max_examples=60, deadline=None)
 @given(chat=chats())
-def test_native_and_published_agree_on_drawn_conversations(name: str, chat: Conversation) -> None:
+def test_native_and_published_templates_agree_on_random_conversations(name: str, chat: Conversation) -> None:
     native, tokenizer = FORMS[name], tiny(name)
     tokenizer.hf.chat_template = published(name)
     messages = [m for m in chat.messages if m.role != "system" or name not in NO_SYSTEM]
@@ -94,8 +94,8 @@ def test_native_and_published_agree_on_drawn_conversations(name: str, chat: Conv
         if m.role == "assistant":
             assert native.prompt(messages[:i]) == tokenizer.render(messages[:i], True)
     ending = {"phi3": "<|endoftext|>"}.get(name, "")
-    theirs = tokenizer.render(messages, False) + ("<|user|>" if name == "glm4" else "")
-    assert whole(native, messages) + ending == theirs
+    published_text = tokenizer.render(messages, False) + ("<|user|>" if name == "glm4" else "")
+    assert rendered(native, messages) + ending == published_text
 
 
 @pytest.mark.parametrize(
@@ -104,35 +104,35 @@ def test_native_and_published_agree_on_drawn_conversations(name: str, chat: Conv
         ("phi3-2024-04", "{{ bos_token }}", "{{ eos_token }}"),  # another BOS
         ("phi3", "'<|assistant|>\\n' }}", "'<|assistant|>' }}"),  # no newline in the prompt
         ("phi3", "{{ eos_token }}", "{{ eos_token }}\n\n"),
-        ("glm4", "<|assistant|>{%", "<|assistant|>\n\n{%"),  # the prompt opens the reply
+        ("glm4", "<|assistant|>{%", "<|assistant|>\n\n{%"),  # the prompt contains the reply's prefix
         ("glm4", "[gMASK]<sop>", "[gMASK]"),
         ("deepseek", "{{ bos_token }}", ""),
         ("deepseek", "'Assistant:' }}", "'Assistant: ' }}"),  # xtuner's space
         ("deepseek", "'Assistant: ' + message", "'Assistant:' + message"),  # ms-swift's missing space
         ("llama3", " | trim", ""),
         ("llama3", "bos_token + content", "content"),
-        ("llama3", "{% set loop_messages", "{{ 'Be nice.' }}{% set loop_messages"),  # a system default
+        ("llama3", "{% set loop_messages", "{{ 'Be nice.' }}{% set loop_messages"),  # a default system prompt
     ],
 )
-def test_a_template_that_differs_anywhere_is_not_taken_for_a_native_one(name: str, old: str, new: str) -> None:
+def test_a_template_that_differs_in_any_text_is_not_replaced_by_a_native_one(name: str, old: str, new: str) -> None:
     source = published(name)
     assert old in source
     assert isinstance(pick(name, source.replace(old, new)), Jinja)
 
 
-def test_a_model_without_a_template_speaks_its_familys() -> None:
+def test_a_model_without_a_template_uses_that_of_its_family() -> None:
     assert pick("baichuan2", None, family="baichuan2") == NATIVE["baichuan2"][0]
     assert pick("glm4", None, family="glm4") == NATIVE["glm4"][0]
     assert pick("chatml", None, family="chatml") == ChatML()
     assert isinstance(
         pick("glm4", published("glm4").replace("[gMASK]", ""), family="glm4"), Jinja
-    )  # its own goes first
+    )  # its own template has precedence
     with pytest.raises(TemplateError, match="the model has no chat template"):
         pick("glm4", None)
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_an_adapters_template_is_read_back(name: str) -> None:
+def test_a_template_is_rebuilt_from_its_record(name: str) -> None:
     for template in (FORMS[name], MergedSystem(FORMS[name])):
         described = json.loads(json.dumps(template.describe()))
         again = templates.from_description(described, None, None, ())
@@ -149,7 +149,7 @@ def test_a_record_from_another_version_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", NO_SYSTEM)
-def test_a_system_prompt_without_a_place_is_refused_or_merged(name: str) -> None:
+def test_a_system_prompt_without_a_system_role_is_refused_or_merged(name: str) -> None:
     for call in (FORMS[name].spans, FORMS[name].prompt):
         with pytest.raises(TemplateError, match="has no system role, so the model") as e:
             call(SYSTEM[:4])
@@ -161,24 +161,24 @@ def test_a_system_prompt_without_a_place_is_refused_or_merged(name: str) -> None
     assert template.spans(TURNS) == FORMS[name].spans(TURNS)
 
 
-def test_a_jinja_that_would_swallow_the_system_prompt_is_refused() -> None:
+def test_a_jinja_template_that_omits_the_system_prompt_is_refused() -> None:
     asked = (Message("system", "Be brief."), Message("user", "a"))
-    swallows = published("phi3-medium").replace("'<|end|>' + '\\n'}}{% endif", "'<|end|>' + '\\n\\n'}}{% endif")
-    found = pick("phi3-medium", swallows)
-    assert isinstance(found, Jinja)
-    tiny("phi3-medium").hf.chat_template = swallows
-    with pytest.raises(TemplateError, match="leaves the system prompt out"):
-        found.prompt(asked)
-    assert MergedSystem(found).prompt(asked) == "<|user|>\nBe brief.\n\na<|end|>\n<|assistant|>\n"
+    omits = published("phi3-medium").replace("'<|end|>' + '\\n'}}{% endif", "'<|end|>' + '\\n\\n'}}{% endif")
+    template = pick("phi3-medium", omits)
+    assert isinstance(template, Jinja)
+    tiny("phi3-medium").hf.chat_template = omits
+    with pytest.raises(TemplateError, match="omits the system prompt"):
+        template.prompt(asked)
+    assert MergedSystem(template).prompt(asked) == "<|user|>\nBe brief.\n\na<|end|>\n<|assistant|>\n"
 
 
 class Scripted:
-    """A model that says what the script says; ``seen`` are the ids it was given."""
+    """A model that generates prepared replies; ``prompts`` are the ids that it was called with."""
 
     device = torch.device("cpu")
 
     def __init__(self, replies: list[list[int]]) -> None:
-        self.replies, self.seen = replies, list[list[int]]()
+        self.replies, self.prompts = replies, list[list[int]]()
         self.config: Any = self
         self.generation_config: Any = None
 
@@ -189,7 +189,7 @@ class Scripted:
         pass
 
     def generate(self, ids: torch.Tensor, streamer: Any, **_: Any) -> torch.Tensor:
-        self.seen.append(ids[0].tolist())
+        self.prompts.append(ids[0].tolist())
         reply = self.replies.pop(0)
         if streamer:
             streamer.put(ids)
@@ -207,8 +207,8 @@ def talk(template: Template, tokenizer: Tokenizer, replies: list[list[int]]) -> 
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("rstrip", [False, True])
-def test_history_repeats_exactly_what_the_model_wrote(name: str, rstrip: bool) -> None:
-    """Two replies, as ids; the third prompt begins with the second prompt and the second reply, and so on."""
+def test_the_history_contains_exactly_what_the_model_wrote(name: str, rstrip: bool) -> None:
+    """Compared as ids: every prompt starts with the prompt before it and the reply to that."""
     template, tokenizer = FORMS[name], tiny(name, rstrip)
     answers = ("Aye, 茶还热着。", "Two\n lines ")
     if name == "llama3":
@@ -218,9 +218,9 @@ def test_history_repeats_exactly_what_the_model_wrote(name: str, rstrip: bool) -
     for i, answer in enumerate(answers):
         messages.append(Message("user", f"q{i}"))
         spans = template.spans([*messages, Message("assistant", answer)])
-        seen = template.prompt(messages)
-        ids = tokenizer.encode_batch([seen + spans[-2].text])[0].ids
-        script.append(ids[len(tokenizer.encode_batch([seen])[0].ids) :])
+        prompt = template.prompt(messages)
+        ids = tokenizer.encode_batch([prompt + spans[-2].text])[0].ids
+        script.append(ids[len(tokenizer.encode_batch([prompt])[0].ids) :])
         messages.append(Message("assistant", answer))
     chat, model = talk(template, tokenizer, [*script, script[0]])
     for i, answer in enumerate(answers):
@@ -230,33 +230,33 @@ def test_history_repeats_exactly_what_the_model_wrote(name: str, rstrip: bool) -
         assert reply.stopped
     chat.send("end")
     for i in (0, 1):
-        before = model.seen[i] + script[i]
-        assert model.seen[i + 1][: len(before)] == before
+        before = model.prompts[i] + script[i]
+        assert model.prompts[i + 1][: len(before)] == before
 
 
-def test_a_reply_without_the_prefix_is_shown_as_it_is() -> None:
-    """A model may leave the newline out; nothing of the answer is lost, streamed or not."""
+def test_a_reply_without_the_prefix_is_returned_unchanged() -> None:
+    """A model may omit the newline; no part of the answer is lost, streamed or not."""
     tokenizer = tiny("glm4")
     ids = [*tokenizer.encode_batch(["No\n."])[0].ids, tokenizer.token_id("<|user|>") or 0]
     newline = tokenizer.encode_batch(["\n"])[0].ids
-    for said, shown in ((ids, "No\n."), (newline + ids, "No\n."), (newline, ""), ([*newline * 2, *ids], "\nNo\n.")):
-        chat, _ = talk(FORMS["glm4"], tokenizer, [said, said])
+    for written, answer in ((ids, "No\n."), (newline + ids, "No\n."), (newline, ""), ([*newline * 2, *ids], "\nNo\n.")):
+        chat, _ = talk(FORMS["glm4"], tokenizer, [written, written])
         streamed: list[str] = []
-        assert chat.send("q", on_text=streamed.append).text == shown == "".join(streamed)
+        assert chat.send("q", on_text=streamed.append).text == answer == "".join(streamed)
 
 
-def test_a_jinjas_prefix_is_told_from_a_probe() -> None:
+def test_the_reply_prefix_of_a_jinja_template_is_detected() -> None:
     tokenizer = tiny("deepseek")
     tokenizer.hf.chat_template = published("deepseek")
     jinja = Jinja(tokenizer.render, published("deepseek"), FORMS["deepseek"].stop)
     assert jinja.reply_prefix == " "
     assert [s for s in jinja.spans(TURNS) if s.text] == [s for s in FORMS["deepseek"].spans(TURNS) if s.text]
-    odd = "{{ raise_exception('no') }}"
-    tokenizer.hf.chat_template = odd
-    assert Jinja(tokenizer.render, odd, ()).reply_prefix == ""
+    refusing = "{{ raise_exception('no') }}"
+    tokenizer.hf.chat_template = refusing
+    assert Jinja(tokenizer.render, refusing, ()).reply_prefix == ""
 
 
-def test_a_refused_conversation_in_chat_is_the_users_to_mend() -> None:
+def test_a_conversation_refused_in_chat_is_a_user_error() -> None:
     tokenizer = tiny("deepseek")
     source = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}" + published("deepseek")
     tokenizer.hf.chat_template = source
@@ -273,10 +273,10 @@ def test_every_marker_must_be_one_token() -> None:
         vocabulary.token_id("</s>"),
         vocabulary.token_id("<reserved_106>"),
     )
-    odd = replace(NATIVE["baichuan2"][0], markers=("<reserved_106>", "<reserved_9999>"))
-    with pytest.raises(TemplateError, match="would read markers as ordinary text"):
-        templates.stop_ids(odd, vocabulary)
-    assert isinstance(odd, Turns)
+    wrong = replace(NATIVE["baichuan2"][0], markers=("<reserved_106>", "<reserved_9999>"))
+    with pytest.raises(TemplateError, match="the model would read its markers as ordinary text"):
+        templates.stop_ids(wrong, vocabulary)
+    assert isinstance(wrong, Turns)
 
 
 @pytest.fixture
@@ -298,22 +298,22 @@ def baichuan(model_dir: Callable[[str], Path], tmp_path: Path) -> Path:
 def test_chatml_on_another_vocabulary_is_refused_and_the_fix_works(
     luthier: Callable[..., Result], baichuan: Path, tmp_path: Path
 ) -> None:
-    """The Baichuan2 tutorial's fault: its ChatML markers were seven ordinary tokens each."""
+    """The mistake of the Baichuan2 tutorial: its ChatML markers were seven ordinary tokens each."""
     rows = tmp_path / "rows.json"
     rows.write_text('[{"instruction": "a", "output": "b"}]')
     base = ("check", "--model", baichuan, "--data", rows)
-    said = luthier(*base, "--set", "data.template=chatml")
-    assert said.code == 2
-    assert "<|im_end|> is not one token of this model's tokenizer" in said.err
-    assert "--set data.template=baichuan2" in said.err
+    refused = luthier(*base, "--set", "data.template=chatml")
+    assert refused.code == 2
+    assert "<|im_end|> is not one token of this model's tokenizer" in refused.err
+    assert "--set data.template=baichuan2" in refused.err
     assert luthier(*base, "--set", "data.template=baichuan2").code == 0
-    rows.write_text('[{"instruction": "say <reserved_107>", "output": "b"}]')  # a marker that is no stop
-    said = luthier(*base, "--set", "data.template=baichuan2")
-    assert said.code == 2
-    assert "a control token of this model" in said.err
+    rows.write_text('[{"instruction": "say <reserved_107>", "output": "b"}]')  # a marker that is not a stop token
+    refused = luthier(*base, "--set", "data.template=baichuan2")
+    assert refused.code == 2
+    assert "a control token of this model" in refused.err
 
 
-def test_merging_is_a_setting_that_training_records_and_chat_repeats(
+def test_merging_the_system_prompt_is_recorded_in_training_and_repeated_in_chat(
     luthier: Callable[..., Result], model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "deepseek"
@@ -330,9 +330,9 @@ def test_merging_is_a_setting_that_training_records_and_chat_repeats(
     rows = tmp_path / "rows.json"
     rows.write_text('[{"instruction": "a", "output": "b"}]')
     system = ("--set", "data.system=Be brief.")
-    said = luthier("check", "--model", path, "--data", rows, *system)
-    assert said.code == 2
-    assert "the deepseek template has no system role" in said.err
+    refused = luthier("check", "--model", path, "--data", rows, *system)
+    assert refused.code == 2
+    assert "the deepseek template has no system role" in refused.err
     run = tmp_path / "run"
     done = luthier(
         "train", "--model", path, "--data", rows, "--output-dir", run, *system,
@@ -349,8 +349,8 @@ def test_merging_is_a_setting_that_training_records_and_chat_repeats(
     assert speaks_to_all("deepseek") == chat.generator.chat_format.template
 
 
-def test_every_native_template_is_a_choice() -> None:
-    with pytest.raises(TemplateError, match="'deepsek' is not a template; they are auto, jinja, chatml") as e:
+def test_every_native_template_can_be_chosen() -> None:
+    with pytest.raises(TemplateError, match="'deepsek' is not a template; choose one of auto, jinja, chatml") as e:
         pick("deepseek", None, "deepsek")
     assert all(f", {name}" in e.value.message for name in NATIVE)
     assert e.value.fix == "--set data.template=deepseek"

@@ -1,4 +1,4 @@
-"""Choosing a template, and refusing those whose mask would be a guess."""
+"""A model's template is chosen, and refused if its loss mask would be a guess."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
 HEAD = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
-def test_auto_takes_chatml_natively_where_both_give_the_same_text() -> None:
+def test_auto_uses_native_chatml_if_both_write_the_same_text() -> None:
     assert pick(LOOP + HEAD) == ChatML()
 
 
-def test_auto_finds_the_default_system_prompt() -> None:
+def test_auto_detects_the_default_system_prompt() -> None:
     opening = "{% if messages[0].role != 'system' %}<|im_start|>system\nHi, SmolLM.<|im_end|>\n{% endif %}"
     assert pick(opening + LOOP + HEAD) == ChatML("Hi, SmolLM.")
 
 
-def test_auto_runs_a_template_that_differs_anywhere_as_it_is() -> None:
+def test_auto_runs_a_template_that_differs_in_any_text() -> None:
     trimmed = LOOP.replace("m.content", "m.content | trim")
-    found = pick(trimmed + HEAD)
-    assert isinstance(found, Jinja)
-    spans = found.spans((Message("user", " a "), Message("assistant", " b ")))
+    template = pick(trimmed + HEAD)
+    assert isinstance(template, Jinja)
+    spans = template.spans((Message("user", " a "), Message("assistant", " b ")))
     assert spans == [
         Span("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", False),
         Span("b<|im_end|>", True),
@@ -56,47 +56,47 @@ def test_auto_runs_a_template_that_differs_anywhere_as_it_is() -> None:
     ]
 
 
-def test_no_template_says_what_to_choose() -> None:
+def test_a_model_without_a_template_is_refused_with_a_template_to_choose() -> None:
     with pytest.raises(TemplateError) as e:
         templates.pick("auto", None, None, ())
     assert e.value.fix.endswith("--set data.template=chatml")
     assert templates.pick("chatml", None, None, ()) == ChatML()
 
 
-def test_a_template_that_rewrites_history_is_refused_with_a_way_out() -> None:
-    """Like thinking models' templates: only the last reply is written in full."""
+def test_a_template_that_rewrites_history_is_refused_unless_only_the_last_reply_is_trained() -> None:
+    """As in the templates of thinking models, only the last reply is written in full."""
     source = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' and not loop.last %}...{% else %}{{ m.content }}{% endif %}"
         "<|im_end|>\n{% endfor %}"
     )
-    found = pick(source + HEAD)
-    with pytest.raises(TemplateError, match="alters the text of reply|differently from the prompt") as e:
-        found.spans(TWO)
+    template = pick(source + HEAD)
+    with pytest.raises(TemplateError, match="changes the text of reply|differently from the prompt") as e:
+        template.spans(TWO)
     assert e.value.fix
-    last = found.spans(TWO, "last_reply")
+    last = template.spans(TWO, "last_reply")
     assert [s.text for s in last if s.written] == ["d<|im_end|>"]
 
 
-def test_a_prompt_that_is_no_prefix_is_refused() -> None:
-    found = pick(LOOP + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
+def test_a_prompt_that_is_not_a_prefix_is_refused() -> None:
+    template = pick(LOOP + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
     with pytest.raises(TemplateError, match="differently from the prompt") as e:
-        found.spans(TWO)
-    assert "they part at character" in e.value.message
+        template.spans(TWO)
+    assert "they differ from character" in e.value.message
     assert "last_reply" in e.value.fix
 
 
 def test_a_template_without_stop_tokens_is_refused() -> None:
-    found = pick("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + "assistant:")
+    template = pick("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + "assistant:")
     with pytest.raises(TemplateError):
-        found.spans(TWO)
+        template.spans(TWO)
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     plain += "{% if add_generation_prompt %}assistant:{% endif %}"
     with pytest.raises(TemplateError, match="would never stop"):
         pick(plain).spans(TWO)
 
 
-def test_a_conversation_that_the_template_refuses_is_a_dropped_row(tokenizer: Tokenizer) -> None:
+def test_a_row_that_the_template_refuses_is_dropped(tokenizer: Tokenizer) -> None:
     source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LOOP + HEAD
     template = pick(source)
     rows = [
@@ -104,13 +104,13 @@ def test_a_conversation_that_the_template_refuses_is_a_dropped_row(tokenizer: To
         Conversation((Message("user", "a"), Message("assistant", "b")), RowRef("f", 2)),
     ]
     report = DataReport(read=2)
-    found = encode(encoder(tokenizer, template=template), rows, report)
-    assert [e.source.row for e in found] == [2]
+    examples = encode(encoder(tokenizer, template=template), rows, report)
+    assert [e.source.row for e in examples] == [2]
     assert report.rows() == {"read": 2, "kept": 1, "dropped": 1, "changed": 0}
     assert "no system role" in report.problems[0].reason
 
 
-def test_a_stop_that_is_not_one_token_is_refused(tokenizer: Tokenizer) -> None:
+def test_a_stop_token_that_is_not_one_token_is_refused(tokenizer: Tokenizer) -> None:
     class Odd(ChatML):
         def spans(self, messages: Sequence[Message], train_on: Any = "all_replies") -> list[Span]:
             raise AssertionError
@@ -120,7 +120,7 @@ def test_a_stop_that_is_not_one_token_is_refused(tokenizer: Tokenizer) -> None:
         templates.stop_ids(Odd(stop=("<|eot_id|>",)), tokenizer)
 
 
-def test_an_adapters_template_is_found_again() -> None:
+def test_an_adapters_template_is_rebuilt_from_its_record() -> None:
     tokenizer = with_template(LOOP + HEAD)
     for template in (ChatML(), ChatML("x"), Jinja(tokenizer.render, LOOP + HEAD, ("<|im_end|>",))):
         again = templates.from_description(dict(template.describe()), tokenizer.render, LOOP + HEAD, template.stop)
@@ -136,19 +136,19 @@ def test_an_adapters_template_that_has_changed_is_refused() -> None:
             templates.from_description(described, tokenizer.render if source else None, source, ("<|im_end|>",))
 
 
-def test_a_short_reply_is_never_found_in_a_later_turn() -> None:
-    """A trimmed ' ok' also occurs in the next user's message; the span must not reach it."""
-    found = pick(LOOP.replace("m.content", "m.content | trim") + HEAD)
+def test_a_short_reply_is_not_confused_with_a_later_turn() -> None:
+    """A trimmed ' ok' also occurs in the next user message; the span must not extend to it."""
+    template = pick(LOOP.replace("m.content", "m.content | trim") + HEAD)
     chat = (
         Message("user", "hi"),
         Message("assistant", " ok"),
         Message("user", "is it ok"),
         Message("assistant", "yes"),
     )
-    assert [s.text for s in found.spans(chat) if s.written] == ["ok<|im_end|>", "yes<|im_end|>"]
+    assert [s.text for s in template.spans(chat) if s.written] == ["ok<|im_end|>", "yes<|im_end|>"]
 
 
-def test_what_a_template_opens_a_reply_with_is_trained_too() -> None:
+def test_text_that_a_template_puts_before_a_reply_is_trained() -> None:
     source = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
@@ -158,7 +158,7 @@ def test_what_a_template_opens_a_reply_with_is_trained_too() -> None:
     assert [s.text for s in spans if s.written] == ["<think>\n\n</think>\n\nthink<|im_end|>"]
 
 
-def test_todays_date_never_gets_into_a_prompt() -> None:
+def test_todays_date_never_occurs_in_a_prompt() -> None:
     dated = (
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}\n"
     )

@@ -129,7 +129,7 @@ def test_the_dictionary_is_read_from_no_shared_cache(tmp_path: Path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "jieba.cache").write_bytes(b"planted")
     text_metrics._segmenter.cache_clear()
-    assert text_metrics._segmenter().lcut("我在茶馆喝茶") == ["我", "在", "茶馆", "喝茶"]
+    assert text_metrics._segmenter()("我在茶馆喝茶") == ["我", "在", "茶馆", "喝茶"]
     assert [p.name for p in tmp_path.iterdir()] == ["jieba.cache"]
     assert (tmp_path / "jieba.cache").read_bytes() == b"planted"
 
@@ -192,7 +192,7 @@ def test_the_end_of_a_run_has_them_and_its_page_shows_them(run: Path) -> None:
         assert {k: stored[side][k] for k in expected} == pytest.approx(expected)
     for key, name, form in (("bleu", "BLEU", ".1f"), ("chrf", "chrF", ".1f"), ("rouge_l", "ROUGE-L", ".3f")):
         shown = [format(stored[side][key], form) for side in ("base", "tuned")]
-        assert f"<b>{shown[0]} &rarr; {shown[1]}</b>{name}, base and tuned" in page
+        assert f"<b>{shown[0]} &rarr; {shown[1]}</b>{name}, base to tuned" in page
 
 
 @pytest.mark.parametrize("package", ["sacrebleu", "rouge_score", "jieba"])

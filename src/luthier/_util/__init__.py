@@ -1,1 +1,1 @@
-"""Small parts that know nothing of models: files that are whole or absent."""
+"""Provide helpers that know nothing about models, such as writing files and directories atomically."""

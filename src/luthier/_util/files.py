@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside, synced, then renamed into place."""
+"""Write files and directories atomically: under a temporary name beside the target, synced, then renamed into place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from luthier.errors import UserError
 
@@ -19,17 +18,17 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def mishap(path: Path, error: OSError) -> UserError:
-    """What an operating system's error on ``path`` means for the user."""
+    """Return the UserError that explains an operating system's error on ``path``."""
     if error.errno in NO_ROOM:
         return UserError(
-            f"{path}: the disk has no room for it ({error.strerror}); nothing half-written was left",
-            "free some room, then run the same command again",
+            f"{path}: there is not enough disk space ({error.strerror}); no partial file was left",
+            "free some disk space, then run the same command again",
         )
-    return UserError(f"{path}: {error.strerror or error}", "choose a place that can be written")
+    return UserError(f"{path}: {error.strerror or error}", "choose a path that can be written")
 
 
 def ensure_dir(path: Path) -> Path:
-    """Make a directory and its parents; a path that cannot be one is the user's to mend."""
+    """Create a directory and its parents. Raises UserError if it cannot be created or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -42,7 +41,7 @@ def ensure_dir(path: Path) -> Path:
 
 
 def sync_dir(path: Path) -> None:
-    """Flush a directory's entries, so that a rename survives a power cut (no-op where unsupported)."""
+    """Flush a directory's entries, so that a rename survives a power cut. Does nothing on systems without support."""
     if os.name != "posix":
         return
     fd = os.open(path, os.O_RDONLY)
@@ -53,7 +52,7 @@ def sync_dir(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` atomically. Raises UserError where the disk does not take it."""
+    """Write ``data`` to ``path`` atomically. Raises UserError if it cannot be written."""
     ensure_dir(path.parent)
     sweep(path)
     temp = _beside(path, "new")
@@ -76,16 +75,17 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
 def new_dir(path: Path) -> Iterator[Path]:
-    """A directory that appears at ``path`` only when the block ends well; replaces what was there.
+    """Yield a temporary directory that replaces ``path`` when the block ends without an exception.
 
-    A kill at any moment leaves the old directory, the new one, or (between two renames) the old one beside, which the
-    next call on the same path puts back.
+    If the process is killed, ``path`` is the old directory or the new one. Between two renames it is missing, and the
+    old one has a temporary name; the next call on the same path restores it. Raises UserError if a file cannot be
+    written.
     """
     ensure_dir(path.parent)
     sweep(path)
@@ -104,7 +104,7 @@ def new_dir(path: Path) -> Iterator[Path]:
 
 
 def replace_dir(new: Path, path: Path) -> None:
-    """Rename a directory, whose files are on the disk already, to ``path``, in the place of what was there."""
+    """Rename a directory, whose files must already be synced, to ``path``, and delete what was there before."""
     if path.exists():
         old = _beside(path, "old")
         path.rename(old)
@@ -116,7 +116,7 @@ def replace_dir(new: Path, path: Path) -> None:
 
 
 def sweep(path: Path) -> None:
-    """Clean up after processes that were killed while writing ``path``; put back what they had moved aside."""
+    """Delete temporary files of processes that were killed while writing ``path``; restore what they moved aside."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(new|old)")
     for entry in list(path.parent.iterdir()):
         match = pattern.fullmatch(entry.name)
@@ -131,13 +131,13 @@ def sweep(path: Path) -> None:
 
 
 def cache_root() -> Path:
-    """The user's cache: ``$XDG_CACHE_HOME/luthier``, ``~/.cache/luthier`` where that is not set."""
+    """Return the user's cache directory: ``$XDG_CACHE_HOME/luthier``, or ``~/.cache/luthier`` if that is not set."""
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
     return Path(base or Path.home() / ".cache") / "luthier"
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks."""
+    """Return the hex SHA-256 of a file, which is read in blocks."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -147,7 +147,7 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 def _alive(pid: int) -> bool:
-    """Whether another process may still be writing; where that cannot be asked safely, yes."""
+    """Whether another process with this id may still be writing; true if that cannot be determined safely."""
     if pid == os.getpid():
         return False
     if os.name != "posix":
@@ -162,7 +162,7 @@ def _alive(pid: int) -> bool:
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file that another writer has closed."""
+    """Flush a closed file to the disk."""
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
 

@@ -1,1 +1,1 @@
-"""The adapter directory, run directories, and finding which one is meant."""
+"""The files of an adapter and of a run, and how a path is resolved to a base model and an adapter."""

@@ -1,8 +1,8 @@
-"""The adapter directory: PEFT's layout, plus ``luthier.json`` for what PEFT does not keep.
+"""Read and write adapter directories: PEFT's layout plus ``luthier.json`` for what PEFT does not store.
 
 adapter_config.json         PEFT's own, so stock peft (and vLLM) load the directory
 adapter_model.safetensors   base_model.model.<module>.lora_A.weight, .lora_B.weight
-luthier.json                system prompt, template, stop ids, the base's fingerprint, digests, versions
+luthier.json                system prompt, template, stop ids, fingerprint of the base model, digests, versions
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from luthier.errors import AdapterError
 from luthier.lora.layers import LoraLinear, Targets, attach
 from luthier.models.directory import Fingerprint
 from luthier.models.families import Modules
+from luthier.models.protocols import ModuleTree
 from luthier.models.quantization import QuantLinear
 
 FORMAT = 1
@@ -38,10 +39,10 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What an adapter needs to be run as it was trained."""
+    """What is needed to run an adapter as it was trained."""
 
     system: str | None
-    template: dict[str, Any]
+    template: dict[str, object]
     template_sha256: str
     stop_ids: tuple[int, ...]
     base: Fingerprint
@@ -52,9 +53,9 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A directory that was read and found whole.
+    """An adapter directory that was read and checked.
 
-    tensors: named as in the file. configs: rank and alpha of modules that differ from ``lora``.
+    tensors: named as in the file. configs: for modules whose rank or alpha differs from ``lora``.
     """
 
     path: Path
@@ -69,7 +70,7 @@ class Adapter:
 def save(
     path: Path, layers: Mapping[str, LoraLinear], lora: LoraConfig, targets: Targets, facts: Facts, base: Path
 ) -> None:
-    """Write the directory atomically; tensors in fp32."""
+    """Write an adapter directory atomically; tensors in fp32."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
@@ -97,7 +98,7 @@ def save(
 
 
 def save_plain(path: Path, updates: Mapping[str, Update], base: Path) -> None:
-    """A stock PEFT directory of any updates; ranks and alphas of their own become PEFT's patterns."""
+    """Write updates as a stock PEFT directory; ranks and alphas that differ become PEFT's patterns."""
     tensors, ranks, alphas = dict[str, Tensor](), dict[str, int](), dict[str, float]()
     configs = [u.config for u in updates.values()]
     lora = max(configs, key=configs.count)
@@ -116,7 +117,7 @@ def save_plain(path: Path, updates: Mapping[str, Update], base: Path) -> None:
 
 
 def load(path: Path) -> Adapter:
-    """Read and check a directory; without ``luthier.json`` as a stock PEFT one. Raises AdapterError."""
+    """Read and check an adapter directory; one without ``luthier.json`` is a stock PEFT one. Raises AdapterError."""
     config = _json(path / CONFIG)
     facts: Facts | None = None
     weights = path / WEIGHTS
@@ -135,31 +136,32 @@ def load(path: Path) -> Adapter:
             target_modules=modules,
             use_rslora=config.get("use_rslora", False),
         )
-        configs = _patterns(config, lora, modules)
+        configs = _own_configs(config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}, lora, modules)
         base = str(config.get("base_model_name_or_path"))
     except (KeyError, TypeError, ValueError, SafetensorError) as e:
         raise AdapterError(f"{path}: is incomplete or damaged ({e})", "copy the adapter directory again") from None
     return Adapter(path, lora, modules, tensors, facts, base, configs)
 
 
-def _patterns(config: Mapping[str, Any], lora: LoraConfig, modules: Sequence[str]) -> dict[str, LoraConfig]:
-    """PEFT's ``rank_pattern`` and ``alpha_pattern``: regular expressions of module names, ends suffice."""
+def _own_configs(
+    rank_pattern: Mapping[str, float], alpha_pattern: Mapping[str, float], lora: LoraConfig, modules: Sequence[str]
+) -> dict[str, LoraConfig]:
+    """Apply PEFT's patterns, regular expressions that match a module name or its end after a dot."""
 
-    def of(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-        hit = next((k for k in patterns if re.fullmatch(rf"(.*\.)?({k})", module)), None)
-        return default if hit is None else patterns[hit]
+    def of(patterns: Mapping[str, float], module: str, default: float) -> float:
+        match = next((k for k in patterns if re.fullmatch(rf"(.*\.)?({k})", module)), None)
+        return default if match is None else patterns[match]
 
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    found = {}
+    configs = {}
     for module in modules:
-        update = {"r": int(of(ranks, module, lora.r)), "lora_alpha": float(of(alphas, module, lora.lora_alpha))}
-        if update != {"r": lora.r, "lora_alpha": lora.lora_alpha}:
-            found[module] = lora.model_copy(update=update)
-    return found
+        rank, alpha = int(of(rank_pattern, module, lora.r)), float(of(alpha_pattern, module, lora.lora_alpha))
+        if (rank, alpha) != (lora.r, lora.lora_alpha):
+            configs[module] = lora.model_copy(update={"r": rank, "lora_alpha": alpha})
+    return configs
 
 
 def _facts(path: Path) -> Facts:
-    """``luthier.json``, after the tensors were found to be those it was written with."""
+    """Read ``luthier.json``. Raises AdapterError if the tensors are not those it was written with."""
     meta = _json(path / META)
     if meta.get("format") != FORMAT:
         raise AdapterError(
@@ -167,7 +169,7 @@ def _facts(path: Path) -> Facts:
         )
     if files.sha256(path / WEIGHTS) != meta["files"][WEIGHTS]:
         raise AdapterError(
-            f"{path / WEIGHTS}: is damaged or was altered (its SHA-256 is not the recorded one)",
+            f"{path / WEIGHTS}: is damaged or was altered (its SHA-256 differs from the recorded one)",
             "train again, or copy the adapter directory again",
         )
     template = dict(meta["template"])
@@ -185,15 +187,15 @@ def _facts(path: Path) -> Facts:
     )
 
 
-def _only_plain_lora(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what PEFT can write and luthier would read wrongly, all at once."""
-    found = [f"{k} {config[k]!r}" for k in _FOREIGN if config.get(k) not in (None, False, "none", {}, [])]
+def _only_plain_lora(path: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError for features of PEFT that luthier does not support, listing all of them."""
+    foreign = [f"{k} {config[k]!r}" for k in _FOREIGN if config.get(k) not in (None, False, "none", {}, [])]
     if config.get("peft_type") != "LORA":
-        found.append(f"peft_type {config.get('peft_type')!r}")
+        foreign.append(f"peft_type {config.get('peft_type')!r}")
     known = (".lora_A.weight", ".lora_B.weight")
-    found += [f"tensor {n}" for n in tensors if not n.startswith(_PREFIX) or not n.endswith(known)]
-    if found:
-        raise AdapterError(f"{path}: is not a plain LoRA adapter: {', '.join(found[:8])}", "use it with peft itself")
+    foreign += [f"tensor {n}" for n in tensors if not n.startswith(_PREFIX) or not n.endswith(known)]
+    if foreign:
+        raise AdapterError(f"{path}: is not a plain LoRA adapter: {', '.join(foreign[:8])}", "use it with peft itself")
 
 
 _FOREIGN = (
@@ -202,35 +204,36 @@ _FOREIGN = (
 )  # fmt: skip
 
 
-def verify(adapter: Adapter, base: Path, found: Fingerprint, tokenizer_sha256: str) -> None:
-    """Raise AdapterError, every mismatch listed, unless ``base`` is the model that the adapter was trained on."""
+def verify(adapter: Adapter, base: Path, fingerprint: Fingerprint, tokenizer_sha256: str) -> None:
+    """Raise AdapterError, listing every mismatch, unless ``base`` is the model that the adapter was trained on."""
     assert adapter.facts
-    wrong = found.mismatches(adapter.facts.base)
+    wrong = fingerprint.mismatches(adapter.facts.base)
     if tokenizer_sha256 != adapter.facts.tokenizer_sha256:
         wrong.append("the tokenizer differs")
     if wrong:
         raise AdapterError(
-            f"{base}: is not the base of {adapter.path}: {'; '.join(wrong)}",
+            f"{base}: is not the base model of {adapter.path}: {'; '.join(wrong)}",
             f"use the base model it was trained on (then: {adapter.base_path})",
         )
 
 
-def apply(model: nn.Module, adapter: Adapter, modules: Modules | None = None) -> dict[str, LoraLinear]:
-    """Attach the adapter to its base model, in place, and return its layers.
+def apply(model: ModuleTree, adapter: Adapter, modules: Modules | None = None) -> dict[str, LoraLinear]:
+    """Attach the adapter to its base model in place, and return the new layers by module name.
 
-    modules: the base family's published module names, for adapters that were trained on those.
+    modules: published module names of the base model's family, for adapters that use them. Raises AdapterError.
     """
-    found = to_native(updates(adapter), modules or {})
+    native = to_native(updates(adapter), modules or {})
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
-    unknown = [n for n in found if n not in linear]
+    unknown = [n for n in native if n not in linear]
     if unknown:
         shown = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
         raise AdapterError(
-            f"{adapter.path}: has adapters of {shown}, which the base has no place for", "use the base it belongs to"
+            f"{adapter.path}: adapts {shown}, which the base model does not have",
+            "use the base model it was trained on",
         )
     wrong = [
         f"{name}.{part} is {list(tensor.shape)}, the base needs {list(needed)}"
-        for name, u in found.items()
+        for name, u in native.items()
         for part, tensor, needed in (
             ("lora_A", u.a, (u.config.r, linear[name].in_features)),
             ("lora_B", u.b, (linear[name].out_features, u.config.r)),
@@ -241,33 +244,34 @@ def apply(model: nn.Module, adapter: Adapter, modules: Modules | None = None) ->
         raise AdapterError(
             f"{adapter.path}: does not fit the base: {'; '.join(wrong[:20])}", "use the right base model"
         )
-    names = tuple(found)
-    layers = attach(model, adapter.lora, Targets(names, names), seed=0, configs={n: u.config for n, u in found.items()})
+    names, configs = tuple(native), {n: u.config for n, u in native.items()}
+    layers = attach(model, adapter.lora, Targets(names, names), seed=0, configs=configs)
     with torch.no_grad():
-        for name, u in found.items():
+        for name, u in native.items():
             layers[name].lora_A.copy_(u.a)
             layers[name].lora_B.copy_(u.b)
     return layers
 
 
 def updates(adapter: Adapter) -> dict[str, Update]:
-    """Each module's A and B, named as in the file. Raises AdapterError where one is missing."""
-    found, lost = {}, []
+    """Return A and B of each module, named as in the file. Raises AdapterError if one is missing."""
+    complete, missing = {}, []
     for module in adapter.modules:
         names = [f"{_PREFIX}{module}.{part}.weight" for part in _AB]
-        lost += [n for n in names if n not in adapter.tensors]
-        if not lost:
+        missing += [n for n in names if n not in adapter.tensors]
+        if not missing:
             a, b = (adapter.tensors[n] for n in names)
-            found[module] = Update(a, b, adapter.configs.get(module, adapter.lora))
-    if lost:
-        raise AdapterError(f"{adapter.path}: does not fit the base: lacks {', '.join(lost[:8])}", "copy it again")
-    return found
+            complete[module] = Update(a, b, adapter.configs.get(module, adapter.lora))
+    if missing:
+        raise AdapterError(f"{adapter.path}: does not fit the base: lacks {', '.join(missing[:8])}", "copy it again")
+    return complete
 
 
 _AB = ("lora_A", "lora_B")
 
 
-def _peft_config(lora: LoraConfig, targets: Targets, base: Path) -> dict[str, Any]:
+def _peft_config(lora: LoraConfig, targets: Targets, base: Path) -> dict[str, object]:
+    """Build the content of ``adapter_config.json``."""
     alpha = int(lora.lora_alpha) if lora.lora_alpha == int(lora.lora_alpha) else lora.lora_alpha
     return {
         "peft_type": "LORA",
@@ -288,6 +292,7 @@ def _peft_config(lora: LoraConfig, targets: Targets, base: Path) -> dict[str, An
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises AdapterError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Which base model and which adapter a path means: a run, an adapter directory, a base model, or both named."""
+"""Resolve paths to a base model and an adapter: a run, an adapter directory, a base model, or both named."""
 
 from __future__ import annotations
 
@@ -16,50 +16,52 @@ from luthier.models.directory import fingerprint
 
 @dataclass(frozen=True, slots=True)
 class TunedModel:
-    """An adapter that was read and found whole, its base's directory, and its run's configuration if it has one."""
+    """A checked adapter, the directory of its base model, and the configuration of its run, if it has one."""
 
     adapter: Adapter
     base: Path
     config: RunConfig | None = None
 
     def chat_format(self) -> ChatFormat:
-        """The base's chat format in training. Raises AdapterError if it is not the adapter's base."""
+        """Read the chat format used in training. Raises AdapterError if ``base`` is not the adapter's base model."""
         facts = self.adapter.facts
         if facts is None:
             return load_chat_format(self.base)
-        base = load_chat_format(self.base, described=facts.template, rope_theta=facts.rope_theta)
-        adapters.verify(self.adapter, self.base, fingerprint(self.base, base.config), base.tokenizer.digest())
-        return replace(base, stop_ids=facts.stop_ids)
+        chat_format = load_chat_format(self.base, described=facts.template, rope_theta=facts.rope_theta)
+        base = fingerprint(self.base, chat_format.config)
+        adapters.verify(self.adapter, self.base, base, chat_format.tokenizer.digest())
+        return replace(chat_format, stop_ids=facts.stop_ids)
 
     @property
     def model_settings(self) -> ModelConfig:
-        """How the base is opened: as in training, if the run is known."""
+        """How to open the base model: as in training, if the run is known."""
         return self.config.model if self.config else ModelConfig.model_validate({"path": self.base})
 
     @property
     def system(self) -> str | None:
-        """The system prompt of its training."""
+        """The system prompt of the training."""
         return self.adapter.facts.system if self.adapter.facts else None
 
     @property
     def rope_theta(self) -> float | None:
+        """The rotary base of the training, if it differs from the published one."""
         return self.adapter.facts.rope_theta if self.adapter.facts else None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """What a path means. base: the base model's directory. tuned: its adapter, None for a base model by itself."""
+    """A resolved path. base: directory of the base model. tuned: the adapter, None for a base model without one."""
 
     base: Path
     tuned: TunedModel | None = None
 
 
 def locate(path: Path | str | None, model: Path | str | None = None, adapter: Path | str | None = None) -> ModelSource:
-    """Read which model is meant; a directory without an adapter is a base model. Raises UserError."""
+    """Resolve a path, or ``model`` with ``adapter``, to a base model and its adapter, if any. Raises UserError."""
     if model is not None or adapter is not None:
         if path is not None or model is None or adapter is None:
             raise ConfigError(
-                "--model and --adapter go together, without another directory", "give both, or a RUN alone"
+                "--model and --adapter must be given together, without another directory", "give both, or only a RUN"
             )
         return _source(TunedModel(adapters.load(Path(adapter)), Path(model)))
     if path is None:
@@ -73,7 +75,7 @@ def locate(path: Path | str | None, model: Path | str | None = None, adapter: Pa
         return ModelSource(path)
     if not (directory / adapters.META).is_file():
         raise AdapterError(
-            f"{directory}: does not say which base model it belongs to (no {adapters.META})",
+            f"{directory}: does not name its base model (no {adapters.META})",
             f"--model BASE --adapter {directory}",
         )
     loaded = adapters.load(directory)
@@ -81,8 +83,8 @@ def locate(path: Path | str | None, model: Path | str | None = None, adapter: Pa
     base = config.model.path if config else Path(loaded.base_path)
     if not base.is_dir():
         raise ModelError(
-            f"{base}: the base model of {directory} is not there",
-            f"put it back at that place, or use --model BASE --adapter {directory}",
+            f"{base}: the base model of {directory} does not exist",
+            f"move it back to this path, or use --model BASE --adapter {directory}",
         )
     return _source(TunedModel(loaded, base, config))
 
@@ -90,7 +92,7 @@ def locate(path: Path | str | None, model: Path | str | None = None, adapter: Pa
 def locate_tuned(
     path: Path | str | None, model: Path | str | None = None, adapter: Path | str | None = None
 ) -> TunedModel:
-    """As ``locate``, for verbs that need an adapter. Raises ConfigError for a base model."""
+    """Resolve a path to an adapter as ``locate`` does. Raises ConfigError for a base model without one."""
     source = locate(path, model, adapter)
     if source.tuned is None:
         raise ConfigError(f"{source.base}: holds no adapter", "give a run, or --model BASE --adapter DIR")

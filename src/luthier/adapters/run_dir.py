@@ -1,11 +1,11 @@
-"""A run's directory.
+"""The directory of a run.
 
 run.yaml            the resolved configuration
 data-report.json    what became of every row
-metrics.jsonl       a line a step
-checkpoints/        what an interrupted run goes on from
+metrics.jsonl       one line per logged step
+checkpoints/        from which an interrupted run resumes
 adapter/            written once, at the end
-summary.json        written last: its presence means that the run is finished
+summary.json        written last; a run with it is finished
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import yaml
 
@@ -26,8 +26,32 @@ from luthier.config import load as load_config
 from luthier.errors import ConfigError, UserError
 
 
+class Summary(TypedDict):
+    """The content of ``summary.json``. losses: per step, in nats per trained token. held_out: scores by model."""
+
+    steps: int
+    rows: Mapping[str, int]
+    tokens: int
+    supervised_tokens: int
+    train_seconds: float
+    tokens_per_s: float
+    peak_rss_bytes: int
+    losses: list[float]
+    trainable_parameters: int
+    parameters: int
+    dtype: str
+    quantised: str | None
+    device: str
+    target_modules: list[str]
+    template: str
+    identity: NotRequired[dict[str, str]]
+    held_out: NotRequired[dict[str, dict[str, object]]]
+
+
 @dataclass(frozen=True, slots=True)
 class RunDir:
+    """The paths of a run's files, and the rules for writing them."""
+
     path: Path
 
     @property
@@ -52,20 +76,23 @@ class RunDir:
 
     @property
     def finished(self) -> bool:
+        """Whether the run has both a summary and an adapter."""
         return self.summary_file.is_file() and self.adapter.is_dir()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
+        """Read ``summary.json``. Raises UserError if it cannot be read."""
         try:
-            value = json.loads(self.summary_file.read_text(encoding="utf-8"))
+            summary: Summary = json.loads(self.summary_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
             raise UserError(f"{self.summary_file}: cannot be read ({e})", f"delete {self.path} and run again") from None
-        return dict(value)
+        return summary
 
     def config(self) -> RunConfig:
+        """Read ``run.yaml``. Raises ConfigError."""
         return load_config(self.config_file)
 
     def claim(self, config: RunConfig) -> None:
-        """Raise ConfigError where the directory holds another run (with the differences), or other people's files."""
+        """Raise ConfigError if the directory holds a run with other settings, or files that luthier did not write."""
         if self.path.exists():
             files.ensure_dir(self.path)
         if self.adapter.exists() and not (self.adapter / adapters.META).is_file():
@@ -75,25 +102,25 @@ class RunDir:
         try:
             old = self.config()
         except ConfigError as e:
-            raise ConfigError(f"{e.message}: not a run of luthier's", "choose another --output-dir") from None
+            raise ConfigError(f"{e.message}: this is not a run of luthier", "choose another --output-dir") from None
         if not self.adapter.exists() and not self.checkpoints.exists():
-            return  # it never came to anything worth keeping
-        self._refuse(differences(_what_matters(old), _what_matters(config)))
+            return  # it failed before the first checkpoint, so nothing is lost
+        self._refuse(differences(_comparable(old), _comparable(config)))
 
     def same_identity(self, old: Mapping[str, str], new: Mapping[str, str]) -> None:
-        """Raise ConfigError where data or base model, which a configuration only names, are not what they were."""
+        """Raise ConfigError if the content of the data or the base model has changed since the run started."""
         self._refuse([f"{k}: the content has changed" for k, v in new.items() if old.get(k) != v])
 
     def _refuse(self, differences: list[str]) -> None:
         if differences:
-            what = "a finished" if self.finished else "an unfinished"
+            kind = "a finished" if self.finished else "an unfinished"
             raise ConfigError(
-                f"{self.path}: holds {what} run with other settings: {'; '.join(differences)}",
+                f"{self.path}: holds {kind} run with other settings: {'; '.join(differences)}",
                 "choose another --output-dir, or delete that one",
             )
 
-    def start(self, config: RunConfig, report: dict[str, Any]) -> None:
-        """Write what is known before the first step; an adapter of an earlier, unfinished try is removed."""
+    def start(self, config: RunConfig, report: Mapping[str, object]) -> None:
+        """Write ``run.yaml`` and the data report; delete the adapter of an earlier, unfinished attempt."""
         files.ensure_dir(self.path)
         self.summary_file.unlink(missing_ok=True)
         shutil.rmtree(self.adapter, ignore_errors=True)
@@ -101,24 +128,23 @@ class RunDir:
         files.write_text(self.config_file, text)
         files.write_json(self.path / "data-report.json", report)
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary, the sign of a finished run."""
+    def finish(self, summary: Summary) -> None:
+        """Write the summary, which marks the run as finished."""
         files.write_json(self.summary_file, summary)
 
 
-def _what_matters(config: RunConfig) -> dict[str, Any]:
-    values = config.dump()
-    values.pop("output_dir")
-    return values
+def _comparable(config: RunConfig) -> dict[str, object]:
+    """Return the settings that decide the result of a run: all but its directory."""
+    return {key: value for key, value in config.dump().items() if key != "output_dir"}
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """``train.seed: 1 -> 2`` for every key that differs."""
-    found: list[str] = []
+def differences(old: Mapping[str, object], new: Mapping[str, object], prefix: str = "") -> list[str]:
+    """List every key that differs, such as ``train.seed: 1 -> 2``."""
+    lines: list[str] = []
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{key}.")
+            lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return found
+            lines.append(f"{prefix}{key}: {a} -> {b}")
+    return lines

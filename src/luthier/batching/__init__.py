@@ -1,1 +1,1 @@
-"""Examples -> flat micro-batches: the plan of a run's steps, shared prefixes, collation."""
+"""Plan which rows each step sees, group them into micro-batches, and share common prefixes."""

@@ -1,11 +1,11 @@
-"""Examples -> one flat batch, on the host and on a device; prefixes that rows share are computed once.
+"""Collate examples into one flat batch in which shared prefixes are computed once, and copy it to a device.
 
-Rows of one optimizer step often begin alike (the system prompt, a shared first turn). Their common beginnings form a
-tree: every node is a run of tokens that is computed once, and attends to the nodes above it and to itself.
+Rows of one optimizer step often start with the same tokens (the system prompt, a shared first turn). The prefixes form
+a tree: every node is a run of tokens that is computed once, and attends to its ancestors and to itself.
 
-    rows           s s s a b        nodes    0  s s s            seen by 1 and 2
-                   s s s c d e               1  a b    above: 0
-                                             2  c d e  above: 0
+    rows           s s s a b        nodes    0  s s s
+                   s s s c d e               1  a b    parent: 0
+                                             2  c d e  parent: 0
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from torch import Tensor
 from luthier.encoding.store import common_prefix
 from luthier.types import Batch, Example, Ids, Mask
 
-SHORTEST_SHARED = 8  # fewer tokens in common are not worth a node of their own
+SHORTEST_SHARED = 8  # a shorter shared prefix does not pay for a node of its own
 
 
 @dataclass(slots=True)
 class Node:
-    """tokens of row ``row`` from ``start`` to ``end``; ``parent`` indexes the list of nodes, -1 at the top."""
+    """The tokens of row ``row`` from ``start`` to ``end``.
+
+    parent: index in the list of nodes, -1 for a root. inner: whether the node is a prefix that rows share.
+    """
 
     row: int
     start: int
@@ -38,36 +41,39 @@ class Node:
 
 @dataclass(slots=True)
 class Tree:
-    """nodes: parents first, inner ones before leaves. last: of each row the node that it ends in, -1 for no tokens."""
+    """A prefix tree of rows.
+
+    nodes: parents before children, inner nodes before leaves. last: the node in which each row ends, -1 if it is empty.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
 
     def chain(self, node: int) -> list[int]:
-        """The node and those above it, from the top."""
-        found = []
+        """Return the path from the root to the node."""
+        path = []
         while node >= 0:
-            found.append(node)
+            path.append(node)
             node = self.nodes[node].parent
-        return found[::-1]
+        return path[::-1]
 
 
 def flat(examples: Sequence[Example]) -> Tree:
-    """Nothing shared: one node a row. The last token of a row is a target only and is never computed."""
+    """Return the tree without sharing: one node per row, without its last token, which is only a target."""
     nodes = [Node(i, 0, len(e) - 1, -1, inner=False) for i, e in enumerate(examples)]
     return Tree(nodes, list(range(len(nodes))))
 
 
 def prefix_tree(examples: Sequence[Example]) -> Tree:
-    """Common beginnings of at least SHORTEST_SHARED tokens become nodes of their own."""
+    """Return the tree in which shared prefixes of at least SHORTEST_SHARED tokens are nodes of their own."""
     rows = [e.ids[:-1] for e in examples]
     order = in_order(rows)
-    common = [0, *(common_prefix(rows[a], rows[b]) for a, b in pairwise(order)), 0]
+    common = [0, *(common_prefix(rows[a], rows[b]) for a, b in pairwise(order)), 0]  # of each row with the one before
     nodes: list[Node] = []
     last = [-1] * len(rows)
 
     def grow(low: int, high: int, depth: int, parent: int) -> None:
-        """Nodes of the rows order[low:high], which are equal up to ``depth``."""
+        """Add the nodes of the rows order[low:high], whose first ``depth`` tokens are equal and already in the tree."""
         row = order[low]
         if high - low == 1:
             if len(rows[row]) > depth:
@@ -79,58 +85,58 @@ def prefix_tree(examples: Sequence[Example]) -> Tree:
         if shared - depth >= SHORTEST_SHARED:
             nodes.append(Node(row, depth, shared, parent, inner=True))
             parent, depth = len(nodes) - 1, shared
-        begin = low
+        start = low
         for i in range(low + 1, high + 1):
             if i == high or common[i] - depth < SHORTEST_SHARED:
-                grow(begin, i, depth, parent)
-                begin = i
+                grow(start, i, depth, parent)
+                start = i
 
-    begin = 0
+    start = 0
     for i in range(1, len(order) + 1):
         if i == len(order) or common[i] < SHORTEST_SHARED:
-            grow(begin, i, 0, -1)
-            begin = i
+            grow(start, i, 0, -1)
+            start = i
     return _inner_first(Tree(nodes, last))
 
 
 def _inner_first(tree: Tree) -> Tree:
     order = sorted(range(len(tree.nodes)), key=lambda i: not tree.nodes[i].inner)
-    moved = {-1: -1, **{old: new for new, old in enumerate(order)}}
+    new_index = {-1: -1, **{old: new for new, old in enumerate(order)}}
     nodes = [tree.nodes[i] for i in order]
     for node in nodes:
-        node.parent = moved[node.parent]
-    return Tree(nodes, [moved[i] for i in tree.last])
+        node.parent = new_index[node.parent]
+    return Tree(nodes, [new_index[i] for i in tree.last])
 
 
 def in_order(rows: Sequence[Ids]) -> list[int]:
-    """Indices of the rows in the order of their tokens, so that rows that begin alike are neighbours."""
+    """Return the indices of the rows in lexicographic order, so that rows with shared prefixes are neighbours."""
     keys = [row.astype(">u4").tobytes() for row in rows]
     return sorted(range(len(rows)), key=lambda i: (keys[i], i))
 
 
 def collate(examples: Sequence[Example], share: bool = False) -> Batch:
-    """Concatenate rows into one stream. The last token of a row predicts nothing and is a target only.
+    """Concatenate rows into one flat batch. The last token of a row predicts nothing and is only a target.
 
     row        p  p  r  r  stop          trained on r r stop
-    stream     p  p  r  r                the only shift: position t predicts token t + 1
+    stream     p  p  r  r                position t predicts token t + 1; nothing else shifts the targets
     targets       r  r  stop
 
-    share: tokens that rows have in common at their beginning stand in the stream once (``packing.prefix_tree``).
+    share: a prefix that rows share occurs once in the stream (see ``prefix_tree``).
     """
     assert examples
     tree = prefix_tree(examples) if share and len(examples) > 1 else flat(examples)
     nodes = tree.nodes
     lengths = np.asarray([n.end - n.start for n in nodes])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    above = [_places(tree, i, offsets) for i in range(len(nodes))]
-    queries, inside = _rows([np.arange(a, b) for a, b in pairwise(offsets)])
-    keys, _ = _rows(above)
+    visible = [_positions(tree, i, offsets) for i in range(len(nodes))]
+    queries, inside = _padded([np.arange(a, b) for a, b in pairwise(offsets)])
+    keys, _ = _padded(visible)
     return Batch(
         input_ids=np.concatenate([examples[n.row].ids[n.start : n.end] for n in nodes]),
         position_ids=np.concatenate([np.arange(n.start, n.end, dtype=np.int64) for n in nodes]),
         offsets=tuple(int(b) for b in offsets),
         parents=tuple(n.parent for n in nodes),
-        target_index=np.concatenate([above[i][e.trained[1:]] for e, i in zip(examples, tree.last, strict=True)]),
+        target_index=np.concatenate([visible[i][e.trained[1:]] for e, i in zip(examples, tree.last, strict=True)]),
         target_ids=np.concatenate([e.ids[1:][e.trained[1:]] for e in examples]),
         query_index=queries.reshape(-1),
         key_index=keys.reshape(-1),
@@ -140,28 +146,30 @@ def collate(examples: Sequence[Example], share: bool = False) -> Batch:
     )
 
 
-def _places(tree: Tree, node: int, offsets: Ids) -> Ids:
-    """Where the tokens of a node and of those above it stand in the stream."""
+def _positions(tree: Tree, node: int, offsets: Ids) -> Ids:
+    """Return the positions in the stream of the tokens of a node's ancestors and of the node itself."""
     chain = tree.chain(node)
     return np.concatenate([np.arange(offsets[c], offsets[c + 1]) for c in chain]).astype(np.int64)
 
 
-def _rows(ragged: list[Ids]) -> tuple[Ids, Mask]:
-    """[n, longest] with 0 past the end of each, and where it is not past."""
-    longest = max(map(len, ragged))
-    found = np.zeros((len(ragged), longest), dtype=np.int64)
-    inside = np.zeros(found.shape, dtype=bool)
-    for i, row in enumerate(ragged):
-        found[i, : len(row)] = row
+def _padded(rows: list[Ids]) -> tuple[Ids, Mask]:
+    """Return rows padded with 0 to the longest one, and a mask that is true outside the padding: [n, longest] both."""
+    longest = max(map(len, rows))
+    padded = np.zeros((len(rows), longest), dtype=np.int64)
+    inside = np.zeros(padded.shape, dtype=bool)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
         inside[i, : len(row)] = True
-    return found, inside
+    return padded, inside
 
 
 @dataclass(frozen=True, slots=True)
 class Varlen:
-    """What variable-length attention asks for: each segment's queries, and one after the other all keys that it sees.
+    """The index arrays of variable-length attention, where each segment has queries and all keys that they attend to.
 
-    starts: [S + 1] int32, of queries and of keys. longest: the same. keys: [K] places in the stream; None: the stream.
+    starts:  cumulative lengths of the segments' queries and of their keys, [S + 1] int32 each.
+    longest: the largest number of queries and of keys of a segment.
+    keys:    [K] positions of the keys in the stream; None if the keys are the stream itself.
     """
 
     starts: tuple[Tensor, Tensor]
@@ -171,7 +179,10 @@ class Varlen:
 
 @dataclass(frozen=True)
 class Segments:
-    """Boundaries and parents of a flat stream (host integers), and the gathers to and from a padded row a segment."""
+    """The segments of a flat stream: boundaries and parents on the host, index arrays on the device.
+
+    The fields are those of ``Batch``.
+    """
 
     offsets: tuple[int, ...]
     parents: tuple[int, ...]
@@ -184,41 +195,41 @@ class Segments:
         return tuple(b - a for a, b in pairwise(self.offsets))
 
     def above(self, segment: int) -> tuple[int, ...]:
-        """The segments that this one sees besides itself, from the top."""
-        found: list[int] = []
+        """Return the ancestors of a segment, from the root: the other segments that it attends to."""
+        ancestors: list[int] = []
         parent = self.parents[segment]
         while parent >= 0:
-            found.append(parent)
+            ancestors.append(parent)
             parent = self.parents[parent]
-        return tuple(found[::-1])
+        return tuple(ancestors[::-1])
 
     def before(self) -> tuple[int, ...]:
-        """How many tokens of other segments each one sees."""
+        """Return for each segment the number of tokens in its ancestors."""
         sizes = self.lengths
-        found: list[int] = []
+        counts: list[int] = []
         for parent in self.parents:
-            found.append(found[parent] + sizes[parent] if parent >= 0 else 0)
-        return tuple(found)
+            counts.append(counts[parent] + sizes[parent] if parent >= 0 else 0)
+        return tuple(counts)
 
     @cached_property
     def varlen(self) -> Varlen:
-        """Made once a batch, used by every layer."""
-        device, own = self.query_index.device, self.lengths
-        seen = [before + size for before, size in zip(self.before(), own, strict=True)]
+        """The index arrays of variable-length attention, computed once per batch and used by every layer."""
+        device, query_lengths = self.query_index.device, self.lengths
+        key_lengths = [before + size for before, size in zip(self.before(), query_lengths, strict=True)]
 
         def starts(sizes: Sequence[int]) -> Tensor:
             return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True)
 
         keys = None
         if any(parent >= 0 for parent in self.parents):
-            rows = self.key_index.view(len(own), -1)
-            keys = torch.cat([row[:size] for row, size in zip(rows, seen, strict=True)])
-        return Varlen((starts(own), starts(seen)), (max(own), max(seen)), keys)
+            rows = self.key_index.view(len(query_lengths), -1)
+            keys = torch.cat([row[:size] for row, size in zip(rows, key_lengths, strict=True)])
+        return Varlen((starts(query_lengths), starts(key_lengths)), (max(query_lengths), max(key_lengths)), keys)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceBatch:
-    """``Batch`` as tensors: input_ids and position_ids [1, T], target_index and target_ids [N]."""
+    """A ``Batch`` as tensors on a device: input_ids and position_ids [1, T], target_index and target_ids [N]."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -228,7 +239,9 @@ class DeviceBatch:
 
 
 def to_device(batch: Batch, device: torch.device | str) -> DeviceBatch:
-    def put(array: object) -> Tensor:
+    """Copy a batch to a device."""
+
+    def put(array: Ids) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     return DeviceBatch(

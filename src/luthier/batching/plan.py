@@ -1,6 +1,6 @@
-"""Examples -> flat batches, and the reproducible order in which rows are visited.
+"""Plan which rows each optimizer step sees, and group them into micro-batches.
 
-A step's rows follow from (seed, step) alone, so a run can start again anywhere without replaying anything.
+The rows of a step depend only on (seed, step), so a run can resume at any step without replaying earlier ones.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from luthier.config import TrainConfig
 from luthier.encoding.store import common_prefix
 from luthier.types import Batch, Example, Ids
 
-AUTO_TOKENS = 2048  # enough for the machine's GEMM rate, few enough for a small machine's memory
+AUTO_TOKENS = 2048  # enough for full GEMM throughput, few enough for the memory of a small machine
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a step's rows become micro-batches.
+    """How the rows of a step are grouped into micro-batches.
 
-    tokens: computed together, rows regrouped to fill it; 0: so many rows as the plan says, in its order.
-    share:  common beginnings are computed once.
+    tokens: regroup the rows into micro-batches of at most this many computed tokens; 0: the micro-batches of the plan.
+    share:  compute shared prefixes once.
     """
 
     tokens: int = 0
@@ -32,20 +32,21 @@ class Packing:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Packing:
+        """Return the packing that the settings ask for."""
         tokens = AUTO_TOKENS if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
         return cls(tokens, config.shared_prefix)
 
     def cut(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """The rows of a step, in micro-batches of at most ``tokens`` (which must not be 0) computed tokens."""
+        """Group the rows of a step into micro-batches of at most ``tokens`` computed tokens. Not for ``tokens`` 0."""
         return [[examples[i] for i in rows] for rows in by_tokens(examples, self.tokens, self.share)]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which rows each optimizer step sees.
+    """The rows that each optimizer step sees.
 
-    The effective batch is ``micro_rows * accumulation`` rows; the last step of an epoch takes what is left, so every
-    row is visited exactly once an epoch.
+    The effective batch is ``micro_rows * accumulation`` rows. The last step of an epoch gets the remaining rows, so
+    every row is used exactly once per epoch.
     """
 
     rows: int
@@ -57,7 +58,7 @@ class Plan:
 
     @classmethod
     def of(cls, rows: int, config: TrainConfig) -> Plan:
-        """The order of ``rows`` rows that ``config`` asks for."""
+        """Return the plan for ``rows`` rows that the settings ask for."""
         return cls(
             rows=rows,
             micro_rows=config.per_device_train_batch_size,
@@ -80,41 +81,42 @@ class Plan:
         return self.max_steps or math.ceil(self.steps_per_epoch * self.epochs - 1e-9)
 
     def step(self, index: int) -> list[list[int]]:
-        """Micro-batches of row indices of step ``index`` (from 0)."""
-        epoch, within = divmod(index, self.steps_per_epoch)
+        """Return the micro-batches of step ``index`` (from 0), as row indices."""
+        epoch, step_in_epoch = divmod(index, self.steps_per_epoch)
         order = _order(self.rows, self.seed, epoch)
-        start = within * self.rows_per_step
-        chosen = order[start : start + self.rows_per_step].tolist()
-        return [chosen[i : i + self.micro_rows] for i in range(0, len(chosen), self.micro_rows)]
+        start = step_in_epoch * self.rows_per_step
+        rows = order[start : start + self.rows_per_step].tolist()
+        return [rows[i : i + self.micro_rows] for i in range(0, len(rows), self.micro_rows)]
 
     def batches(
         self, examples: Sequence[Example], first: int = 0, packing: Packing = Packing()
     ) -> Iterator[tuple[int, list[Batch]]]:
-        """(step, its micro-batches) from step ``first`` on."""
+        """Yield every step from ``first`` on, with its micro-batches."""
         for index in range(first, self.steps):
-            cut = [[examples[i] for i in rows] for rows in self.step(index)]
+            micro_batches = [[examples[i] for i in rows] for rows in self.step(index)]
             if packing.tokens:
-                cut = packing.cut([e for micro in cut for e in micro])
-            yield index, [collate(rows, packing.share) for rows in cut]
+                micro_batches = packing.cut([e for micro_batch in micro_batches for e in micro_batch])
+            yield index, [collate(rows, packing.share) for rows in micro_batches]
 
 
-_last: dict[tuple[int, int, int], Ids] = {}
+_latest: dict[tuple[int, int, int], Ids] = {}
 
 
 def _order(rows: int, seed: int, epoch: int) -> Ids:
-    """The epoch's permutation; the latest one is kept, since steps of an epoch come in turn."""
+    """Return the epoch's permutation of the rows; the latest one is cached, since steps of an epoch are consecutive."""
     key = (rows, seed, epoch)
-    if key not in _last:
-        _last.clear()
-        _last[key] = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
-    return _last[key]
+    if key not in _latest:
+        _latest.clear()
+        _latest[key] = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+    return _latest[key]
 
 
 def by_tokens(examples: Sequence[Example], budget: int, share: bool) -> list[list[int]]:
-    """Cut rows into micro-batches of at most ``budget`` computed tokens (one row alone may be longer), evenly filled.
+    """Group rows into evenly filled micro-batches of at most ``budget`` computed tokens; return row indices.
 
-    Rows that begin alike, or without sharing those of like length, come together. What neighbours share is counted
-    whole, of which ``prefix_tree`` leaves less than SHORTEST_SHARED tokens a row apart: so much more may be computed.
+    A row longer than the budget gets a micro-batch of its own. With ``share``, rows with long shared prefixes are
+    grouped, otherwise rows of similar length. The shared prefix of two neighbours is counted once, but ``prefix_tree``
+    may compute up to SHORTEST_SHARED - 1 of its tokens again per row: a micro-batch may exceed the budget by that much.
     """
     rows = [e.ids[:-1] for e in examples]
     order = in_order(rows) if share else sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
@@ -122,15 +124,15 @@ def by_tokens(examples: Sequence[Example], budget: int, share: bool) -> list[lis
     for at in range(1, len(order) if share else 0):
         common = common_prefix(rows[order[at - 1]], rows[order[at]])
         costs[at] -= common if common >= SHORTEST_SHARED else 0
-    fill = sum(costs) / -(-sum(costs) // budget)
+    fill = sum(costs) / -(-sum(costs) // budget)  # tokens per micro-batch, if all are equally full
     batches: list[list[int]] = []
-    spent, whole = 0.0, 0
+    in_batch, in_total = 0.0, 0
     for i, cost in zip(order, costs, strict=True):
         size = cost if batches and batches[-1] else len(rows[i])
-        if not batches or spent + size > budget or whole >= fill * len(batches):
+        if not batches or in_batch + size > budget or in_total >= fill * len(batches):
             batches.append([])
-            spent, size = 0.0, len(rows[i])
+            in_batch, size = 0.0, len(rows[i])
         batches[-1].append(i)
-        spent += size
-        whole += cost
+        in_batch += size
+        in_total += cost
     return batches

@@ -1,11 +1,11 @@
-"""``luthier chat``"""
+"""The options and output of ``luthier chat``."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,60 +18,72 @@ if TYPE_CHECKING:
 
 
 def run(
-    path: Annotated[
-        Path | None, typer.Argument(metavar="RUN|DIR", help="A run, an adapter or a model directory.")
-    ] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="RUN|DIR", help="A run, adapter or model directory.")] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Ask once and stop; - reads it from stdin.")
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Send one message and exit; - reads it from stdin.")
     ] = None,
     system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="System prompt; default: the training's.")
+        str | None, typer.Option("--system", metavar="TEXT", help="System prompt; default: the one used in training.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest reply.")
+        int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest reply in tokens.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", metavar="T", min=0.0, help="0: always the likeliest token.")
+        float | None,
+        typer.Option(
+            "--temperature", metavar="T", min=0.0, help="Sampling temperature; 0: always the most likely token."
+        ),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", metavar="P", min=0.01, max=1.0, help="Nucleus sampling.")
+        float | None,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            min=0.01,
+            max=1.0,
+            help="Sample from the likeliest tokens with this total probability.",
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", metavar="K", min=0, help="Draw from the k likeliest tokens; 0: all.")
+        int | None, typer.Option("--top-k", metavar="K", min=0, help="Sample from the K likeliest tokens; 0: all.")
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option("--repetition-penalty", metavar="X", min=0.01, help="Above 1: said once, less likely again."),
+        typer.Option("--repetition-penalty", metavar="X", min=0.01, help="Penalise tokens already used; 1 disables."),
     ] = None,
     no_repeat_ngram_size: Annotated[
         int | None,
-        typer.Option("--no-repeat-ngram-size", metavar="N", min=0, help="Never N tokens in a row twice; 0: off."),
+        typer.Option(
+            "--no-repeat-ngram-size", metavar="N", min=0, help="Never repeat a sequence of N tokens; 0 disables."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Random seed of the sampling.")] = 0,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="auto (fp32 on CPU), float32, bfloat16 or float16.")
     ] = "auto",
     model: Model = None,
     adapter: Adapter = None,
     checkpoint: Checkpoint = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Show the base model's replies beside the tuned.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show the replies of the base model and the tuned model side by side.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Talk to a run, an adapter or a base model, with the very prompt format of its training.
+    """Chat with a run, an adapter or a base model in the prompt format of its training.
 
-    How replies are drawn: as the run's generation settings say, else the likeliest token, at most 512 of them; an
-    option takes the place of its setting. /help lists the commands of a conversation.
+    Replies follow the run's generation settings; without a run, the most likely token is always taken and a reply has
+    at most 512 tokens. Options override these settings. /help lists the commands of a conversation.
     """
     if as_json and prompt is None:
         raise ConfigError("--json prints one reply, so it needs a prompt", "add --prompt TEXT")
     with importing():
-        from luthier.verbs.chat import chat
+        from luthier.verbs.chat import chat as open_chat
 
     if prompt == "-":
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty", "give --prompt TEXT")
-    given = {
+    sampling = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
@@ -80,20 +92,20 @@ def run(
         "repetition_penalty": repetition_penalty,
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
-    talk = chat(path, system, dtype, model, adapter, checkpoint, given, with_adapter=compare)
-    beside = talk.beside() if compare else None
+    chat = open_chat(path, system, dtype, model, adapter, checkpoint, sampling, with_adapter=compare)
+    base = chat.beside() if compare else None
     if prompt is None:
-        Conversation(talk, beside).run()
+        Conversation(chat, base).run()
     elif not as_json:
-        ask(talk, prompt, beside)
-    elif beside is None:
-        print(json.dumps(_as_dict(talk.send(prompt))))
+        ask(chat, prompt, base)
+    elif base is None:
+        print(json.dumps(_as_dict(chat.send(prompt))))
     else:
-        replies = zip(("base", "tuned"), ask_both(talk, beside, prompt), strict=True)
+        replies = zip(("base", "tuned"), ask_both(chat, base, prompt), strict=True)
         print(json.dumps({name: _as_dict(reply) for name, reply in replies}))
 
 
-def _as_dict(reply: Reply) -> dict[str, Any]:
+def _as_dict(reply: Reply) -> dict[str, object]:
     return {
         "reply": reply.text,
         "stopped": reply.stopped,

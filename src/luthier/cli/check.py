@@ -1,9 +1,9 @@
-"""``luthier check``"""
+"""The options and output of ``luthier check``."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,31 +27,31 @@ def run(
     settings: Set = None,
     rename: Rename = None,
     recipe: Recipe = None,
-    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print so many rows token by token.")] = 0,
+    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print N rows token by token.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Prove data, template, stop tokens and target modules before anything is trained. Reads no weights."""
+    """Check data, template, stop tokens and target modules before training. Reads no weights."""
     try:
-        wanted = config(model, data, None, settings, rename, file, recipe)
+        run_config = config(model, data, None, settings, rename, file, recipe)
     except UserError as e:
         if as_json:
-            print(json.dumps(_nothing(e)))
+            print(json.dumps(_without_rows(e)))
         raise
     with importing():
         from luthier.verbs.check import check
 
-    found = check(wanted, show)
+    inspection = check(run_config, show)
     if as_json:
-        print(json.dumps(found.as_dict()))
+        print(json.dumps(inspection.as_dict()))
     else:
-        _print(found, show)
-    if found.error:
-        fail(found.error)
+        _print(inspection, show)
+    if inspection.error:
+        fail(inspection.error)
         raise typer.Exit(2)
 
 
-def _nothing(error: UserError) -> dict[str, Any]:
-    """The report when not even a row could be read."""
+def _without_rows(error: UserError) -> dict[str, object]:
+    """The report if no row could be read."""
     return {
         "ok": False,
         "rows": {"read": 0, "kept": 0, "dropped": 0, "changed": 0},
@@ -61,12 +61,12 @@ def _nothing(error: UserError) -> dict[str, Any]:
     }
 
 
-def _print(found: Inspection, show: int) -> None:
+def _print(inspection: Inspection, show: int) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    report, tokens = found.rows.account.report, found.rows.train.stats()
-    rows, chat_format = report.rows(), found.chat_format
+    report, tokens = inspection.rows.account.report, inspection.rows.train.stats()
+    rows, chat_format = report.rows(), inspection.chat_format
     for file, fmt in report.formats.items():
         console.print(f"{file}: {fmt} rows", markup=False)
     console.print(
@@ -74,16 +74,16 @@ def _print(found: Inspection, show: int) -> None:
     )
     if tokens["total"]:
         console.print(
-            f"tokens   {tokens['total']:,} in all, {tokens['supervised']:,} trained "
-            f"({tokens['supervised_share']:.0%}); a row has {tokens['shortest']} to {tokens['longest']}, "
-            f"half at most {tokens['median']}"
+            f"tokens   {tokens['total']:,} in total, {tokens['supervised']:,} trained "
+            f"({tokens['supervised_share']:.0%}); rows have {tokens['shortest']} to {tokens['longest']}, "
+            f"median {tokens['median']}"
         )
     if chat_format:
-        ends = " ".join(chat_format.template.stop)
-        console.print(f"template {chat_format.template.name}; replies end by {ends}", markup=False)
-    if found.targets:
-        console.print(f"LoRA on  {', '.join(found.targets.leaves)}", markup=False)
-    for note in found.model_notes():
+        stop = " ".join(chat_format.template.stop)
+        console.print(f"template {chat_format.template.name}; replies end with {stop}", markup=False)
+    if inspection.targets:
+        console.print(f"LoRA on  {', '.join(inspection.targets.leaves)}", markup=False)
+    for note in inspection.model_notes():
         console.print(f"  note: {note}", markup=False)
     for problem in report.problems[:20]:
         console.print(f"  {problem.source}: {problem.outcome}: {problem.reason}", markup=False)
@@ -92,17 +92,18 @@ def _print(found: Inspection, show: int) -> None:
     for note, count in report.notes.items():
         console.print(f"  note: {note} ({count} rows)", markup=False)
     if chat_format and show:
-        _show(found.rows.account.first, chat_format, console)
-    if not found.error:
+        _show(inspection.rows.account.first, chat_format, console)
+    if not inspection.error:
         console.print(
-            f"ready    every prompt is a prefix of its row, every reply ends by a stop token ({found.seconds:.1f} s)"
+            "ready    every prompt is a prefix of its row, every reply ends with a stop token "
+            f"({inspection.seconds:.1f} s)"
         )
 
 
 def _show(examples: Sequence[Example], chat_format: ChatFormat, console: Console) -> None:
     from rich.text import Text
 
-    console.print("\ntrained tokens are green, what the model only sees is grey; | parts tokens")
+    console.print("\ntrained tokens are green, the other tokens grey; | separates tokens")
     for example in examples:
         console.print(f"\n{example.source}  ({len(example)} tokens, {example.supervised} trained)", markup=False)
         line = Text()

@@ -1,4 +1,4 @@
-"""What the verbs' modules share: options and how they become a configuration, printing, progress, Ctrl-C.
+"""Shared by the modules of the verbs: options and the configuration they make, printing, progress, Ctrl-C.
 
 Results go to stdout, progress and errors to stderr.
 """
@@ -8,29 +8,33 @@ from __future__ import annotations
 import gc
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from luthier.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from luthier.config import RunConfig
     from luthier.training.metrics import StepRecord
 
-File = Annotated[Path | None, typer.Argument(metavar="FILE", help="A run.yaml, as luthier init writes it.")]
+File = Annotated[Path | None, typer.Argument(metavar="FILE", help="A run.yaml, as written by luthier init.")]
 Model = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="Directory of the base model.")]
 Data = Annotated[
     list[Path] | None,
     typer.Option(
-        "--data", metavar="FILE", help="A data file (JSON, JSONL, CSV, Parquet; *.jsonl too); may be repeated."
+        "--data",
+        metavar="FILE",
+        help="A data file (JSON, JSONL, CSV or Parquet) or a pattern such as *.jsonl; may be repeated.",
     ),
 ]
 OutputDir = Annotated[Path | None, typer.Option("--output-dir", metavar="RUN", help="The run's directory.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, as train.learning_rate=1e-4.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as train.learning_rate=1e-4."),
 ]
 Recipe = Annotated[
     str | None,
@@ -42,10 +46,14 @@ Recipe = Annotated[
     ),
 ]
 Rename = Annotated[
-    list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="Read a key of the rows under another name.")
+    list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="Read the key OLD of the rows as NEW.")
 ]
-Adapter = Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter for --model; PEFT's too.")]
-Checkpoint = Annotated[int | None, typer.Option("--checkpoint", metavar="N", help="A step of the run's.")]
+Adapter = Annotated[
+    Path | None, typer.Option("--adapter", metavar="DIR", help="Adapter for --model, written by luthier or PEFT.")
+]
+Checkpoint = Annotated[
+    int | None, typer.Option("--checkpoint", metavar="N", help="Use the run's checkpoint of step N.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -57,50 +65,50 @@ def config(
     rename: list[str] | None = None,
     file: Path | None = None,
     recipe: str | None = None,
-) -> Any:
-    """A validated RunConfig: recipe or file, then options, then --set. Raises ConfigError with every mistake."""
-    from luthier.config import build, parse_overrides
+) -> RunConfig:
+    """Build the configuration from recipe or file, then options, then --set. Raises ConfigError with every mistake."""
+    from luthier.config import build
     from luthier.config import read as read_file
     from luthier.recipes import read as read_recipe
 
     if recipe is not None and file is not None:
         raise ConfigError(
             f"{file} and --recipe {recipe} both give the settings",
-            f"give one: luthier init --recipe {recipe} --to FILE writes the recipe as a file that you can change",
+            f"give one: luthier init --recipe {recipe} --to FILE writes the recipe to a file that you can edit",
         )
-    values: dict[str, Any] = read_file(file) if file else read_recipe(recipe) if recipe is not None else {}
+    values: dict[str, object] = read_file(file) if file else read_recipe(recipe) if recipe is not None else {}
     if model is not None:
-        values["model"] = {**values.get("model", {}), "path": str(model)}
+        values["model"] = _with(values.get("model", {}), "path", str(model))
     if data:
-        values["data"] = {**values.get("data", {}), "train": [str(p) for p in data]}
+        values["data"] = _with(values.get("data", {}), "train", [str(p) for p in data])
     if output_dir is not None:
         values["output_dir"] = str(output_dir)
-    overrides = parse_overrides(settings or [])
-    for pair in rename or []:
-        old, equals, new = pair.partition("=")
-        if not (old and equals and new):
-            raise ConfigError(f"--rename {pair}: is not OLD=NEW", "write --rename OLD=NEW")
-        overrides.setdefault("data.rename", {})[old] = new
-    return build(values, overrides)
+    return build(values, settings=settings or [], rename=rename or [])
+
+
+def _with(section: object, key: str, value: object) -> object:
+    """Add a key to a section; anything but a mapping is returned unchanged, for ``build`` to refuse."""
+    return {**section, key: value} if isinstance(section, Mapping) else section
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------
 
 
 def fail(error: UserError) -> None:
-    """``error: ...`` and ``  fix: ...`` on stderr."""
+    """Print ``error: ...`` and ``  fix: ...`` on stderr."""
     for line in error.message.splitlines():
         print(f"error: {line}", file=sys.stderr)
     print(f"  fix: {error.fix}", file=sys.stderr)
 
 
 def say(text: str) -> None:
+    """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around a verb's imports: the collector would look through their objects again and again (a fifth of the time)."""
+    """Pause garbage collection while a verb's modules are imported: it would take a fifth of the time."""
     gc.disable()
     try:
         yield
@@ -109,7 +117,7 @@ def importing() -> Iterator[None]:
 
 
 class StepLines:
-    """Progress where no terminal shows a bar (a log file, CI): a line now and then."""
+    """Progress in lines, at most one every 5 seconds, for output that is not a terminal (a log file, CI)."""
 
     def __init__(self) -> None:
         self._last = 0.0
@@ -125,14 +133,14 @@ class StepLines:
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C lets the step in progress end and be saved; a second one stops at once."""
+    """Finish and save the step in progress at the first Ctrl-C; stop at once at the second."""
     asked = False
 
-    def ask(*_: Any) -> None:
+    def ask(*_: object) -> None:
         nonlocal asked
         asked = True
         signal.signal(signal.SIGINT, before)
-        say("\nstopping after this step (Ctrl-C again: at once) ...")
+        say("\nstopping after this step (press Ctrl-C again to stop at once) ...")
 
     before = signal.signal(signal.SIGINT, ask)
     try:
@@ -142,8 +150,8 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def step_progress() -> Iterator[Any]:
-    """A function to call with every ``StepRecord``: a bar with loss, tokens/s and the time left."""
+def step_progress() -> Iterator[Callable[[StepRecord], None]]:
+    """Yield a function that shows every ``StepRecord``: a bar with loss, tokens/s and the time left, or lines."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""A conversation typed by hand: messages, and commands that begin with ``/``."""
+"""An interactive conversation: messages, and commands that start with ``/``."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ if TYPE_CHECKING:
     from luthier.inference.generation import Reply
 
 HELP = {
-    "/system": "shows the system prompt; /system TEXT sets it and starts anew, /system \"\" goes without one",
-    "/base": "switches the adapter off, so that the base model answers, or on again",
-    "/save": "/save FILE writes the conversation as a row that luthier train --data reads",
-    "/reset": "starts anew",
-    "/help": "shows this list; a message that begins with / is typed with //",
-    "/quit": "ends (Ctrl-D too)",
+    "/system": "show the system prompt; /system TEXT sets it and starts a new conversation, /system \"\" removes it",
+    "/base": "switch the adapter off, so that the base model answers, or on again",
+    "/save": "/save FILE writes the conversation as a row for luthier train --data",
+    "/reset": "start a new conversation",
+    "/help": "show this list; to send a message that starts with /, type // instead",
+    "/quit": "end the program (Ctrl-D works too)",
 }  # fmt: skip
-_TAKES_TEXT = ("/system", "/save")
+_WITH_TEXT = ("/system", "/save")
 
 
-class _Ended(Exception):
-    """The user wants no more."""
+class _Quit(Exception):
+    """The user ended the conversation."""
 
 
 @dataclass(slots=True)
 class Conversation:
-    """What is typed goes to ``talk``; where ``beside`` is given (``Chat.beside``), to the base model too."""
+    """Send messages to ``chat``, and to ``base`` too if both models are compared (see ``Chat.beside``)."""
 
-    talk: Chat
-    beside: Chat | None = None
+    chat: Chat
+    base: Chat | None = None
     saved: set[Path] = field(default_factory=set)
 
     def run(self) -> None:
-        """Ask and answer until the user ends it."""
-        say("Type a message; /help lists the commands, /quit ends (Ctrl-D too).")
+        """Read and answer lines until the user ends the conversation."""
+        say("Type a message; /help lists the commands, /quit or Ctrl-D ends.")
         while True:
             try:
-                text = input("base> " if self.talk.base else "> ").strip()
+                text = input("base> " if self.chat.base else "> ").strip()
             except EOFError:
                 print()
                 return
             try:
-                self.take(text)
-            except _Ended:
+                self.handle(text)
+            except _Quit:
                 return
             except UserError as e:
                 fail(e)
             except KeyboardInterrupt:
                 print()
 
-    def take(self, text: str) -> None:
-        """One line: a command, a message, or nothing. Raises UserError."""
+    def handle(self, text: str) -> None:
+        """Run a command or send a message; an empty line does nothing. Raises UserError."""
         if command := re.match(r"(/[\w-]*)(?:\s+(.*)|$)", text, re.DOTALL):
-            self._command(command[1].lower(), command[2] or "")
+            self._run(command[1].lower(), command[2] or "")
         elif text:
-            ask(self.talk, text.removeprefix("/") if text.startswith("//") else text, self.beside)
+            ask(self.chat, text.removeprefix("/") if text.startswith("//") else text, self.base)
 
-    def _command(self, name: str, rest: str) -> None:
-        does: dict[str, Callable[[str], None]] = {
+    def _run(self, name: str, rest: str) -> None:
+        actions: dict[str, Callable[[str], None]] = {
             "/system": self._system,
             "/base": self._base,
             "/save": self._save,
@@ -75,41 +75,43 @@ class Conversation:
             "/quit": self._quit,
             "/exit": self._quit,
         }
-        if name not in does:
+        if name not in actions:
             guess = nearest(name, HELP, cutoff=0.4)
             raise ConfigError(
                 f"{name} is not a command" + (f"; did you mean {guess}?" if guess else ""),
-                "/help lists them; to send it as a message, type / twice",
+                "/help lists the commands; to send this as a message, type // instead of /",
             )
-        if rest and name not in _TAKES_TEXT:
-            raise ConfigError(f"{name} takes nothing after it, got {rest!r}", f"type {name} alone")
-        does[name](rest)
+        if rest and name not in _WITH_TEXT:
+            raise ConfigError(f"{name} accepts no text after it, got {rest!r}", f"type only {name}")
+        actions[name](rest)
 
     def _system(self, text: str) -> None:
         if text:
-            wanted = None if text in ('""', "''") else text
+            system = None if text in ('""', "''") else text
             for chat in self._chats():
-                chat.instruct(wanted)
+                chat.instruct(system)
             self.saved.clear()
-        system = self.talk.system
-        shown = f"system prompt: {system}" if system else "no system prompt but the template's own, if it has one"
+        current = self.chat.system
+        shown = (
+            f"system prompt: {current}" if current else "no system prompt, except the template's default if it has one"
+        )
         say(f"({'a new conversation, ' if text else ''}{shown})")
 
     def _base(self, _: str) -> None:
-        if self.beside:
+        if self.base:
             raise ConfigError("both models answer here, so there is nothing to switch", "start without --compare")
-        self.talk.toggle()
-        say(f"(the {'base model' if self.talk.base else 'tuned model'} answers)")
+        self.chat.toggle()
+        say(f"(the {'base model' if self.chat.base else 'tuned model'} answers)")
 
     def _save(self, name: str) -> None:
         if not name:
-            raise ConfigError("/save needs the name of a file", "type /save talk.jsonl")
+            raise ConfigError("/save needs a file name", "type /save talk.jsonl")
         path = Path(name).expanduser().absolute()
-        again = path in self.saved
-        self.talk.save(path, over=again)
+        overwrite = path in self.saved
+        self.chat.save(path, over=overwrite)
         self.saved.add(path)
-        which = ", the tuned model's side" if self.beside else ""
-        say(f"({'saved again, over what this conversation saved there' if again else 'saved'}{which}: {path})")
+        side = ", the tuned model's replies" if self.base else ""
+        say(f"({'saved, replacing the earlier save of this conversation' if overwrite else 'saved'}{side}: {path})")
 
     def _reset(self, _: str) -> None:
         for chat in self._chats():
@@ -118,45 +120,45 @@ class Conversation:
         say("(a new conversation)")
 
     def _help(self, _: str) -> None:
-        for name, does in HELP.items():
-            say(f"  {name:8} {does}")
+        for name, description in HELP.items():
+            say(f"  {name:8} {description}")
 
     def _quit(self, _: str) -> None:
-        raise _Ended
+        raise _Quit
 
     def _chats(self) -> list[Chat]:
-        return [self.talk, self.beside] if self.beside else [self.talk]
+        return [self.chat, self.base] if self.base else [self.chat]
 
 
-def ask(talk: Chat, text: str, beside: Chat | None = None) -> None:
-    """Print the reply as it is written; those of two models in columns on a terminal, one after the other elsewhere."""
+def ask(chat: Chat, text: str, base: Chat | None = None) -> None:
+    """Print the reply while it is generated; two models in columns on a terminal, else one after the other."""
     from rich.console import Console
 
-    if beside is None:
-        reply = talk.send(text, on_text=lambda part: print(part, end="", flush=True))
+    if base is None:
+        reply = chat.send(text, on_text=lambda part: print(part, end="", flush=True))
         print()
-        _cut(reply, "")
+        _warn_if_cut(reply, "")
         return
     console = Console(highlight=False)
     if console.is_terminal:
-        with console.status("both models write"):
-            replies = ask_both(talk, beside, text)
+        with console.status("both models are generating"):
+            replies = ask_both(chat, base, text)
         _columns(console, *replies)
     else:
-        replies = ask_both(talk, beside, text)
+        replies = ask_both(chat, base, text)
         print(f"base:\n{replies[0].text}\n\ntuned:\n{replies[1].text}")
     for name, reply in zip(("base: ", "tuned: "), replies, strict=True):
-        _cut(reply, name)
+        _warn_if_cut(reply, name)
 
 
-def ask_both(talk: Chat, beside: Chat, text: str) -> tuple[Reply, Reply]:
-    """The base model's reply and the tuned one's; where either is broken off, neither conversation has changed."""
-    turns = len(beside.history)
+def ask_both(chat: Chat, base: Chat, text: str) -> tuple[Reply, Reply]:
+    """Return the replies of the base model and the tuned model; if either is interrupted, both histories stay."""
+    turns = len(base.history)
     try:
-        base = beside.send(text)
-        return base, talk.send(text)
+        base_reply = base.send(text)
+        return base_reply, chat.send(text)
     except BaseException:
-        del beside.history[turns:]
+        del base.history[turns:]
         raise
 
 
@@ -171,6 +173,6 @@ def _columns(console: Console, base: Reply, tuned: Reply) -> None:
     console.print(table)
 
 
-def _cut(reply: Reply, name: str) -> None:
+def _warn_if_cut(reply: Reply, name: str) -> None:
     if not reply.stopped:
         say(f"({name}cut at {reply.reply_tokens} tokens; --max-new-tokens allows more)")

@@ -1,4 +1,4 @@
-"""``luthier doctor``"""
+"""The options and output of ``luthier doctor``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ def run(as_json: Json = False) -> None:
     """Show versions, devices and extras, and try one training step of a tiny model."""
     from luthier.verbs.doctor import doctor
 
-    found = doctor()
+    machine = doctor()
+    smoke = machine["smoke"]
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(machine))
     else:
-        memory = f", {found['memory_bytes'] / 1e9:.0f} GB" if found["memory_bytes"] else ""
-        print(f"luthier   {found['luthier']}, Python {found['python']}, {found['system']}")
-        print(f"device    {found['device']}, {found['cores']} cores ({found['threads']} threads){memory}")
-        print(f"trains in {found['trains_in']}")
-        for name, version in found["packages"].items():
+        memory = f", {machine['memory_bytes'] / 1e9:.0f} GB" if machine["memory_bytes"] else ""
+        print(f"luthier   {machine['luthier']}, Python {machine['python']}, {machine['system']}")
+        print(f"device    {machine['device']}, {machine['cores']} cores ({machine['threads']} threads){memory}")
+        print(f"trains in {machine['trains_in']}")
+        for name, version in machine["packages"].items():
             print(f"  {name:14}{version or 'missing'}")
-        for name, there in found["extras"].items():
-            print(f"  extra {name:11}{'there' if there else f'not installed (pip install luthier[{name}])'}")
-        smoke = found["smoke"]
+        for name, installed in machine["extras"].items():
+            print(f"  extra {name:11}{'installed' if installed else f'not installed (pip install luthier[{name}])'}")
         print(f"one step  {'works' if smoke['ok'] else 'FAILS: ' + smoke['error']}")
-    if not found["smoke"]["ok"]:
+    if not smoke["ok"]:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""``luthier estimate``"""
+"""The options and output of ``luthier estimate``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from luthier.cli.common import Data, File, Json, Model, Recipe, Rename, Set, config, importing
 
-_NO_ROWS = Path("rows.jsonl")  # stands for a file that is not read
+_NO_ROWS = Path("rows.jsonl")  # a placeholder, never read
 
 
 def run(
@@ -21,26 +21,27 @@ def run(
     rename: Rename = None,
     recipe: Recipe = None,
     length: Annotated[
-        int | None, typer.Option("--length", metavar="N", min=2, help="Tokens of a row, where there is no --data.")
+        int | None, typer.Option("--length", metavar="N", min=2, help="Tokens per row, if --data is not given.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Memory and time of a run before it starts, at every precision; reads no weights."""
+    """Estimate memory and time of a run at every precision, before it starts. Reads no weights."""
     with_rows = bool(data or file)
-    wanted = config(model, data if with_rows else [_NO_ROWS], None, settings, rename, file, recipe)
+    run_config = config(model, data if with_rows else [_NO_ROWS], None, settings, rename, file, recipe)
     with importing():
         from luthier.verbs.estimate import estimate
 
-    found = estimate(wanted, with_rows=with_rows, length=length)
+    result = estimate(run_config, with_rows=with_rows, length=length)
     if as_json:
-        print(json.dumps(found.as_dict()))
+        print(json.dumps(result.as_dict()))
         return
     from luthier.training.resources import table
 
     print(
-        f"{found.parameters:,} parameters, {found.trainable:,} of them train; {found.available / 1e9:.1f} GB are free"
+        f"{result.parameters:,} parameters, {result.trainable:,} of them trainable; "
+        f"{result.available / 1e9:.1f} GB of memory available"
     )
-    print("\n".join(table(found.rows)))
-    print(found.line())
-    for fix in found.fixes:
+    print("\n".join(table(result.rows)))
+    print(result.line())
+    for fix in result.fixes:
         print(f"to make it fit: {fix}")

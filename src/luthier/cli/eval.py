@@ -1,4 +1,4 @@
-"""``luthier eval``"""
+"""The options and output of ``luthier eval``."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ if TYPE_CHECKING:
 
 
 def run(
-    path: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run or adapter directory.")] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run or an adapter directory.")] = None,
     data: Data = None,
     model: Model = None,
     adapter: Adapter = None,
     checkpoint: Checkpoint = None,
-    dtype: Annotated[str, typer.Option("--dtype", metavar="TYPE", help="auto is fp32 on the CPU.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="auto (fp32 on CPU), float32, bfloat16 or float16.")
+    ] = "auto",
     samples: Annotated[
-        int, typer.Option("--samples", metavar="N", min=0, help="How many of the rows' prompts are answered.")
+        int, typer.Option("--samples", metavar="N", min=0, help="Number of prompts that both models answer.")
     ] = 24,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest reply in tokens.")
     ] = 200,
     as_json: Json = False,
 ) -> None:
-    """Compare base and tuned model on held-out rows: the run's own, or those of --data.
+    """Compare base and tuned model on held-out rows: those of the run, or those of --data.
 
-    Loss and perplexity are over all rows. Both models then answer some of the prompts, always with the likeliest
-    token, and the replies are held against the rows' own (BLEU, chrF, ROUGE-L; Chinese is cut into words by jieba).
+    Loss and perplexity are computed on all rows. Both models then answer some of the prompts, always with the most
+    likely token, and the replies are compared with those of the rows (BLEU, chrF, ROUGE-L; jieba segments Chinese).
     """
     from luthier.evaluation import text_metrics
 
@@ -59,14 +61,14 @@ def _print(result: Comparison) -> None:
         table.add_column(name, justify="left" if not name else "right")
 
     def row(name: str, values: Iterable[float | None], form: str) -> None:
-        shown = list(values)
-        if shown != [None, None]:
-            table.add_row(name, *("-" if v is None else format(v, form) for v in shown))
+        pair = list(values)
+        if pair != [None, None]:
+            table.add_row(name, *("-" if v is None else format(v, form) for v in pair))
 
-    row("loss (nats a token)", (s.held_out.loss for s in both), ".4f")
+    row("loss (nats per token)", (s.held_out.loss for s in both), ".4f")
     row("perplexity", (s.held_out.perplexity for s in both), ".2f")
-    row("replies that end by themselves", (s.stop_rate for s in both), ".0%")
-    row("length of replies to references", (s.text.length_ratio for s in both), ".2f")
+    row("replies that end with a stop token", (s.stop_rate for s in both), ".0%")
+    row("length of replies / references", (s.text.length_ratio for s in both), ".2f")
     row("BLEU (0 to 100)", (s.text.bleu for s in both), ".2f")
     row("chrF (0 to 100)", (s.text.chrf for s in both), ".2f")
     row("ROUGE-L (0 to 1)", (s.text.rouge_l for s in both), ".4f")

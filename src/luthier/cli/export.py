@@ -1,4 +1,4 @@
-"""``luthier export``"""
+"""The options and output of ``luthier export``."""
 
 from __future__ import annotations
 
@@ -12,38 +12,42 @@ from luthier.cli.common import Adapter, Json, Model, say
 
 
 def run(
-    output_dir: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where it goes.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Directory to write.")],
     path: Annotated[Path | None, typer.Argument(metavar="RUN|DIR", help="A run or an adapter directory.")] = None,
     to: Annotated[
         str,
-        typer.Option("--to", metavar="FORMAT", help="peft, hf, gguf, gguf-lora (the adapter alone) or ollama."),
+        typer.Option("--to", metavar="FORMAT", help="peft, hf, gguf, gguf-lora (adapter only) or ollama."),
     ] = "peft",
     quantization: Annotated[
         str | None,
-        typer.Option("--quantization", metavar="TYPE", help="Of gguf and ollama: f16 (as if left out), q8_0 or q4_0."),
+        typer.Option("--quantization", metavar="TYPE", help="For gguf and ollama: f16 (the default), q8_0 or q4_0."),
     ] = None,
     layout: Annotated[
         str | None,
-        typer.Option("--layout", metavar="LAYOUT", help="Of peft and hf: native names, or original (the base's own)."),
+        typer.Option(
+            "--layout",
+            metavar="LAYOUT",
+            help="For peft and hf: native, or original (the names of the base model's checkpoint).",
+        ),
     ] = None,
     model: Model = None,
     adapter: Adapter = None,
     as_json: Json = False,
 ) -> None:
-    """Write the tuned model in another tool's format, proven before it is called done."""
+    """Write the tuned model in another tool's format and verify the result before reporting success."""
     from luthier.verbs.export import export
 
-    done = export(path, to, output_dir, layout, model, adapter, quantization, say)
+    exported = export(path, to, output_dir, layout, model, adapter, quantization, say)
     if as_json:
-        print(json.dumps(done.as_dict(), ensure_ascii=False))
+        print(json.dumps(exported.as_dict(), ensure_ascii=False))
         return
-    print(f"{done.path}: {', '.join(done.files)}")
-    for line in done.proof:
-        print(f"proof: {line}")
-    for note in done.notes:
+    print(f"{exported.path}: {', '.join(exported.files)}")
+    for line in exported.proof:
+        print(f"verified: {line}")
+    for note in exported.notes:
         print(f"note: {note}")
-    if done.unproven:
-        print(done.unproven)
+    if exported.unproven:
+        print(exported.unproven)
     if to == "ollama":
-        name = next(f for f in done.files if f.endswith(".gguf")).rpartition("-")[0]
-        print(f"run it: ollama create {name} -f {done.path / 'Modelfile'}")
+        name = next(f for f in exported.files if f.endswith(".gguf")).rpartition("-")[0]
+        print(f"run it: ollama create {name} -f {exported.path / 'Modelfile'}")

@@ -1,4 +1,4 @@
-"""``luthier init``"""
+"""The options and output of ``luthier init``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run(
     recipe: Recipe = None,
     to: Annotated[Path, typer.Option("--to", metavar="FILE", help="The file to write.")] = Path("run.yaml"),
 ) -> None:
-    """Write a run.yaml with every setting explained; luthier train FILE runs it."""
+    """Write a run.yaml with every setting explained, for luthier train FILE."""
     from luthier.verbs.init import init
 
-    print(f"wrote {init(to, model, data or (), output_dir, recipe)}; look it over, then: luthier train {to}")
+    print(f"wrote {init(to, model, data or (), output_dir, recipe)}; review it, then run: luthier train {to}")

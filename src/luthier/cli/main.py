@@ -13,6 +13,7 @@ from pathlib import Path
 import typer
 
 from luthier import __version__
+from luthier._util.environment import KEEP_FREED_MEMORY
 from luthier._util.files import mishap
 from luthier.cli import chat, check, demo, doctor, estimate, export, init, merge, pull, serve, train
 from luthier.cli import eval as evaluate
@@ -30,7 +31,15 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and stop."),
+    keep_freed_memory: bool = typer.Option(
+        True,
+        envvar=KEEP_FREED_MEMORY,
+        help="Let the process keep memory that it freed (glibc's mallopt): training is 10 to 30 % faster.",
+    ),
+) -> None:
+    os.environ[KEEP_FREED_MEMORY] = "1" if keep_freed_memory else "0"
     if version:
         print(f"luthier {__version__}")
         raise typer.Exit

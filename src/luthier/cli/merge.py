@@ -1,4 +1,4 @@
-"""``luthier merge``"""
+"""The options and output of ``luthier merge``."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from luthier.cli.common import Adapter, Model, say
 
 
 def run(
-    output_dir: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where the merged model goes.")],
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", metavar="DIR", help="Directory to write the merged model to.")
+    ],
     path: Annotated[Path | None, typer.Argument(metavar="RUN|DIR", help="A run or an adapter directory.")] = None,
     layout: Annotated[
         str,
         typer.Option(
-            "--layout", metavar="LAYOUT", help="Names and files: native, or original (as the base was published)."
+            "--layout",
+            metavar="LAYOUT",
+            help="Tensor names and files: native, or original (as the base model was published).",
         ),
     ] = "native",
     model: Model = None,
     adapter: Adapter = None,
 ) -> None:
-    """Write base and adapter as one plain model, for stock transformers and other tools, and prove it by its logits."""
+    """Merge the adapter into the base model, for stock transformers and other tools, and verify the logits."""
     from luthier.verbs.merge import merge
 
-    done = merge(path, output_dir, model, adapter, say, layout)
-    print(f"{done.path}: {done.tensors} tensors, {done.changed} of them changed by the adapter")
-    print(f"proof: {done.proof.told()}")
-    print(f"talk to it: luthier chat {done.path}")
+    merged = merge(path, output_dir, model, adapter, say, layout)
+    print(f"{merged.path}: {merged.tensors} tensors, {merged.changed} of them changed by the adapter")
+    print(f"verified: {merged.proof.summary()}")
+    print(f"chat with it: luthier chat {merged.path}")

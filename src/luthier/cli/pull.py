@@ -1,4 +1,4 @@
-"""``luthier pull``"""
+"""The options and output of ``luthier pull``."""
 
 from __future__ import annotations
 
@@ -22,41 +22,43 @@ def run(
         ),
     ],
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="DIR", help="Directory to put it in; default: the user's cache.")
+        Path | None, typer.Option("--to", metavar="DIR", help="Directory to write; default: one in the user's cache.")
     ] = None,
     hub: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="HUB",
-            help="modelscope or huggingface; default: modelscope where luthier[modelscope] is installed.",
+            help="modelscope or huggingface; default: modelscope if luthier[modelscope] is installed.",
         ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit; default: the hub's own.")
+        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit; default: the hub's default.")
     ] = None,
 ) -> None:
-    """Download a model, check every file, and print its directory. Interrupted, the same command goes on."""
+    """Download a model, check every file, and print its directory. Run it again to resume an interrupted download."""
     from luthier.verbs.pull import pull
 
     try:
         with byte_progress() as progress:
-            found = pull(model, to, hub, revision, say, progress)
+            directory = pull(model, to, hub, revision, say, progress)
     except KeyboardInterrupt:
-        say("stopped; what has arrived is kept\n  to go on: run the same command again")
+        say("stopped; the downloaded part is kept\n  to resume: run the same command again")
         raise typer.Exit(130) from None
-    print(found)
+    print(directory)
 
 
 @contextmanager
 def byte_progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A function to call with (bytes here, bytes in all): a bar on a terminal, None elsewhere."""
+    """Yield a function for (bytes downloaded, bytes in total) that draws a bar; None if stderr is no terminal."""
     import sys
 
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    console = Console(file=sys.stderr)  # this very stream: a client's own bar is kept off sys.stderr meanwhile
+    console = Console(
+        file=sys.stderr
+    )  # the stream itself: sys.stderr is replaced meanwhile to hide the hub client's own bar
     if not console.is_terminal:
         yield None
         return
@@ -64,7 +66,7 @@ def byte_progress() -> Iterator[Callable[[int, int], None] | None]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None, visible=False)
 
-        def show(here: int, whole: int) -> None:
-            bar.update(task, total=whole, completed=here, visible=True)
+        def show(downloaded: int, total: int) -> None:
+            bar.update(task, total=total, completed=downloaded, visible=True)
 
         yield show

@@ -1,4 +1,4 @@
-"""``luthier serve``"""
+"""The options and output of ``luthier serve``."""
 
 from __future__ import annotations
 
@@ -14,35 +14,39 @@ from luthier.errors import ConfigError
 def run(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN|DIR...", help="Runs or adapters of one base; or a base or merged model."),
+        typer.Argument(
+            metavar="RUN|DIR...", help="Runs or adapters that share one base model; or a base or merged model."
+        ),
     ] = None,
-    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Where to listen; 0.0.0.0: everywhere.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="0: a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option("--host", metavar="HOST", help="Address to listen on; 0.0.0.0: all interfaces.")
+    ] = ("127.0.0.1"),
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0: any free port.")
+    ] = 8000,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", metavar="KEY", help="What clients must send; default: a random one.")
+        str | None, typer.Option("--api-key", metavar="KEY", help="Key that clients must send; default: a random one.")
     ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="auto (fp32 on CPU), float32, bfloat16 or float16.")
     ] = "auto",
     max_batch: Annotated[
-        int, typer.Option("--max-batch", metavar="N", min=1, help="Replies that are written together.")
+        int, typer.Option("--max-batch", metavar="N", min=1, help="Maximum number of replies per batch.")
     ] = 16,
     max_queue: Annotated[
-        int, typer.Option("--max-queue", metavar="N", min=1, help="Requests that may wait; more get a 429.")
+        int, typer.Option("--max-queue", metavar="N", min=1, help="Maximum number of waiting requests; more get a 429.")
     ] = 64,
     engine: Annotated[
-        str, typer.Option("--engine", metavar="NAME", help="luthier, or vllm: hand over to an installed vLLM.")
+        str, typer.Option("--engine", metavar="NAME", help="luthier, or vllm to start an installed vLLM instead.")
     ] = "luthier",
-    only_print: Annotated[bool, typer.Option("--print", help="Print vLLM's command and stop.")] = False,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the vLLM command and exit.")] = False,
     model: Model = None,
     adapter: Adapter = None,
 ) -> None:
-    """Serve runs over the base that they share, to any client of OpenAI's protocol.
+    """Serve runs and the base model that they share to clients of OpenAI's API.
 
-    Requests choose by name: a run's directory name, or the base's. Prompts are written as in training. Requests that
-    arrive together are decoded together.
+    A request selects a model by name: the directory name of a run or of the base model. Prompts have the format of
+    the training. Concurrent requests are decoded in one batch.
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype}: is not a type", "use auto, float32, bfloat16 or float16")

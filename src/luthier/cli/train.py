@@ -1,4 +1,4 @@
-"""``luthier train``"""
+"""The options and output of ``luthier train``."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def run(
     rename: Rename = None,
     recipe: Recipe = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Start also where memory will not do, by the estimate.")
+        bool, typer.Option("--force", help="Start even if the estimate exceeds available memory.")
     ] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Write RUN/trace.json: where the time of steps 2 to 4 goes.")
+        bool, typer.Option("--profile", help="Write RUN/trace.json, a profile of steps 2 to 4.")
     ] = False,
 ) -> None:
-    """Train an adapter: check everything first, then learn, then write RUN/adapter."""
-    wanted = config(model, data, output_dir, settings, rename, file, recipe)
+    """Check the data and the settings, train an adapter, and write it to RUN/adapter."""
+    run_config = config(model, data, output_dir, settings, rename, file, recipe)
     with importing():
         from luthier.training.profiler import traced
         from luthier.verbs.train import Stopped, train
@@ -47,22 +47,23 @@ def run(
     try:
         with ExitStack() as stack:
             stop, on_step = stack.enter_context(stopping()), stack.enter_context(step_progress())
-            if profile and wanted.output_dir:
-                on_step = stack.enter_context(traced(wanted.output_dir / "trace.json", on_step, say))
-            summary = train(wanted, on_step, say, stop, force)
+            if profile and run_config.output_dir:
+                on_step = stack.enter_context(traced(run_config.output_dir / "trace.json", on_step, say))
+            summary = train(run_config, on_step, say, stop, force)
     except Stopped as e:
-        say(f"{e}\n  to go on: run the same command again")
+        say(f"{e}\n  to resume: run the same command again")
         raise typer.Exit(130) from None
     except KeyboardInterrupt:
-        say("stopped at once; what was saved before is kept\n  to go on: run the same command again")
+        say("stopped at once; earlier checkpoints are kept\n  to resume: run the same command again")
         raise typer.Exit(130) from None
-    losses = summary["losses"]
+    losses, peak, folder = summary["losses"], summary["peak_rss_bytes"], run_config.output_dir
+    assert isinstance(losses, list) and isinstance(peak, int) and folder
     print(
         f"{summary['steps']} steps in {summary['train_seconds']:.1f} s "
-        f"({summary['tokens_per_s']:.0f} tokens/s, peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB); "
+        f"({summary['tokens_per_s']:.0f} tokens/s, peak memory {peak / 1e9:.2f} GB); "
         f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
     )
-    print(f"report:     {wanted.output_dir}/report.html")
-    if profile and (wanted.output_dir / "trace.json").is_file():
-        print(f"trace:      {wanted.output_dir}/trace.json (open it at chrome://tracing)")
-    print(f"talk to it: luthier chat {wanted.output_dir}")
+    print(f"report:       {folder}/report.html")
+    if profile and (folder / "trace.json").is_file():
+        print(f"trace:        {folder}/trace.json (open it at chrome://tracing)")
+    print(f"chat with it: luthier chat {folder}")

@@ -15,17 +15,18 @@ import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from luthier.kernels.dropout import DropoutState, threshold
+from luthier.kernels.native import Argument, Kernels
 from luthier.lora.layers import LoraLinear
 from luthier.models.quantization import BLOCK, QuantLinear, absolute_maxima, code_table
 
 _ALIGNED = 64  # bytes: a cache line
 _SPARE = 1.5
+Linear = nn.Linear | QuantLinear
 
 
 def mapped(elements: int, dtype: torch.dtype) -> Tensor:
@@ -126,6 +127,13 @@ class Part:
     index: int
 
 
+def _base(layer: nn.Module) -> Linear:
+    """The frozen linear layer, of one with an adapter too."""
+    base = layer.base if isinstance(layer, LoraLinear) else layer
+    assert isinstance(base, nn.Linear | QuantLinear)
+    return base
+
+
 class Group:
     """Stacked linear layers of one input width, in the order of their rows.
 
@@ -133,9 +141,9 @@ class Group:
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], kernels: Any, arena: Arena, state: DropoutState, index: Mapping[int, int]
+        self, layers: Sequence[nn.Module], kernels: Kernels, arena: Arena, state: DropoutState, index: Mapping[int, int]
     ) -> None:
-        self.bases: list[Any] = [m.base if isinstance(m, LoraLinear) else m for m in layers]
+        self.bases = [_base(m) for m in layers]
         self.k = int(self.bases[0].in_features)
         self.n = sum(int(b.out_features) for b in self.bases)
         self._kernels, self._arena, self._dropout_state = kernels, arena, state
@@ -166,7 +174,7 @@ class Group:
         zero = [torch.zeros(b.out_features) if b.bias is None else b.bias.detach() for b in self.bases]
         return torch.cat([z.to(dtype) for z in zero])
 
-    def _slices(self) -> Iterator[tuple[Any, slice]]:
+    def _slices(self) -> Iterator[tuple[Linear, slice]]:
         row = 0
         for base in self.bases:
             yield base, slice(row, row + base.out_features)
@@ -176,6 +184,7 @@ class Group:
         """The frozen weights moved into [W | B]; the layers keep views of it."""
         weight = torch.zeros(self.n, self.wide, dtype=self._arena.dtype)
         for base, rows in self._slices():
+            assert isinstance(base, nn.Linear)
             weight[rows, : self.k] = base.weight.detach()
             base.weight.data = weight[rows, : self.k]
         return weight
@@ -184,6 +193,7 @@ class Group:
         """Give the layers weights of their own again."""
         if self._weight is not None:
             for base, _ in self._slices():
+                assert isinstance(base, nn.Linear)
                 base.weight.data = base.weight.data.clone(memory_format=torch.contiguous_format)
             self._weight = None
 
@@ -215,7 +225,7 @@ class Group:
                 torch.mm(grad, weight, out=wide)
             yield wide
 
-    def _floats(self, base: Any, out: Tensor) -> None:
+    def _floats(self, base: Linear, out: Tensor) -> None:
         """One layer's weight into the first k columns of ``out``."""
         if not isinstance(base, QuantLinear):
             out[:, : self.k] = base.weight.detach()
@@ -228,7 +238,7 @@ class Group:
             scales, table = absolute_maxima(parts, base.how), code_table(base.how.kind, out.device)
             self._kernels.four_bits(len(out), self.k, base.packed, scales, table, out, self.wide)
 
-    def lora(self, places: Tensor | None = None) -> tuple[Any, ...]:
+    def lora(self, places: Tensor | None = None) -> tuple[Argument, ...]:
         """The arguments that the row kernels share. places: rows of the stream that are computed; None: all."""
         if not self.rank or not self.dropout:
             return (self.rank, self.a, self.factor, 0, 0, None)

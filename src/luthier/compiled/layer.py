@@ -9,12 +9,12 @@ SwiGLU's outputs are made again where the gradients need them, a few rows at a t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from luthier.compiled.group import Arena, Bump, Group
+from luthier.kernels.native import Argument, Kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Kept:
 class Layer:
     """The parts of one decoder layer. norm, norm2: RMS norms' weights; eps: theirs."""
 
-    kernels: Any
+    kernels: Kernels
     arena: Arena
     heads: Heads
     norm: Tensor
@@ -157,7 +157,7 @@ class Layer:
             len(kv), kv, kv.stride(0), h.key, *shape, stream.cos, stream.sin, cos.stride(0), bias_kv, kv.shape[1]
         )
 
-    def _place(self, stream: Stream, last: bool) -> tuple[Any, ...]:
+    def _place(self, stream: Stream, last: bool) -> tuple[Argument, ...]:
         h, count = self.heads, len(stream.parents)
         queries = (stream.row_offsets, stream.rows) if last else (stream.offsets, None)
         segments = (count, stream.offsets, stream.parents, stream.shared)

@@ -20,6 +20,7 @@ from luthier.compiled.layer import Heads, Kept, Layer, Stream
 from luthier.kernels import native
 from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype
+from luthier.models.protocols import CausalLM, Decoder
 from luthier.models.quantization import QuantLinear
 
 LOGITS = 40_000_000  # elements of logits that exist at once
@@ -46,21 +47,34 @@ class State:
     """
 
     stream: Stream
-    kept: list[Kept] | list[Tensor]
+    kept: list[Kept | Tensor]
     grad: Tensor
     generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPass:
+    """One layer's output, the gradient of its input if a layer below trains, and its adapters' gradients.
+
+    gradients: by index into ``CompiledModel.parameters``.
+    """
+
+    out: Tensor
+    below: Tensor | None
+    gradients: dict[int, Tensor]
 
 
 class CompiledModel:
     """The compiled form of a model with its adapters attached. recompute: keep each layer's input only."""
 
-    def __init__(self, model: Any, layers: Mapping[str, LoraLinear], state: DropoutState, recompute: bool) -> None:
+    def __init__(self, model: CausalLM, layers: Mapping[str, LoraLinear], state: DropoutState, recompute: bool) -> None:
         decoder, dtype = _suited(model, layers), frozen_dtype(model)
         try:
-            self.kernels: Any = native.kernels(dtype)
+            self.kernels = native.kernels(dtype)
         except native.Unavailable as e:
             raise Unsuitable(str(e)) from None
         self.parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+        self.names = [f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")]
         self.recompute, self._dropout_state = recompute, state
         self._decoder, self._head = decoder, model.get_output_embeddings()
         self._arena = Arena(dtype)
@@ -75,7 +89,7 @@ class CompiledModel:
         qkv = [attention.qkv_proj] if fused_qkv else [attention.q_proj, attention.k_proj, attention.v_proj]
         gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
 
-        def group(modules: list[Any]) -> Group:
+        def group(modules: list[nn.Module]) -> Group:
             return Group(modules, self.kernels, self._arena, self._dropout_state, index)
 
         dim = int(attention.head_dim)
@@ -111,16 +125,8 @@ class CompiledModel:
 
     def forward(self, batch: DeviceBatch) -> tuple[Tensor, State]:
         """The loss, and what ``backward`` needs: gradients of the logits are formed here, at once with the loss."""
-        self._begin(batch.input_ids.shape[1])
-        for layer in self.layers:
-            for group in layer.groups():
-                group.refresh()
-        x = self._decoder.embed_tokens(batch.input_ids)[0]
-        cos, sin = self._decoder.rotary_emb(x[None], batch.position_ids)
-        order = torch.argsort(batch.target_index, stable=True)
-        rows, which = torch.unique_consecutive(batch.target_index[order], return_inverse=True)
-        stream = _stream(batch, cos[0], sin[0], rows)
-        kept: list[Any] = []
+        x, stream = self.embedded(batch)
+        kept: list[Kept | Tensor] = []
         for i, layer in enumerate(self.layers):
             if self.recompute:
                 self._arena.layers.reset()
@@ -128,8 +134,33 @@ class CompiledModel:
             x, saved = layer.forward(below, stream, i == len(self.layers) - 1)
             if i >= self.first:
                 kept.append(below if self.recompute else saved)
-        loss, grad = self._loss(x, which if len(which) > len(rows) else None, batch.target_ids[order])
+        loss, grad = self.head_loss(x, stream, batch)
         return loss, State(stream, kept, grad, self._arena.generation)
+
+    def embedded(self, batch: DeviceBatch) -> tuple[Tensor, Stream]:
+        """Begin a micro-batch with the adapters' present values: its embeddings [T, H], and what the kernels read."""
+        self._begin(batch.input_ids.shape[1])
+        for layer in self.layers:
+            for group in layer.groups():
+                group.refresh()
+        x = self._decoder.embed_tokens(batch.input_ids)[0]
+        cos, sin = self._decoder.rotary_emb(x[None], batch.position_ids)
+        return x, _stream(batch, cos[0], sin[0], torch.unique(batch.target_index))
+
+    def one_layer(self, i: int, x: Tensor, stream: Stream, grad: Tensor) -> LayerPass:
+        """Layer ``i`` by itself, forward and backward, within a micro-batch that ``embedded`` began.
+
+        x [T, H]: its input; grad [T, H]: of its output, both [U, H] at the stream's ``rows`` for the last layer.
+        """
+        layer, last = self.layers[i], i == len(self.layers) - 1
+        self._arena.streams.reset()
+        self._arena.layers.reset()
+        out, kept = layer.forward(x, stream, last)
+        gradients: list[Tensor | None] = [None] * len(self.parameters)
+        below = torch.empty_like(x) if i > self.first else None
+        if i >= self.first:
+            layer.backward(grad, kept, stream, last, gradients, below)
+        return LayerPass(out.clone(), below, {n: g for n, g in enumerate(gradients) if g is not None})
 
     def _begin(self, tokens: int) -> None:
         """Room for what the layers keep of so many tokens."""
@@ -137,8 +168,12 @@ class CompiledModel:
         streams = Bump.rounded(tokens * int(self._decoder.norm.weight.shape[0]), self._arena.dtype)
         self._arena.begin(streams * len(self.layers), max(layers) if self.recompute else sum(layers))
 
-    def _loss(self, x: Tensor, which: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """x [U, H]; which [N]: the row of each target where some have several. The loss, and its gradient [U, H]."""
+    def head_loss(self, x: Tensor, stream: Stream, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+        """The loss of the last layer's output x [U, H] at the stream's ``rows``, and its gradient [U, H]."""
+        order = torch.argsort(batch.target_index, stable=True)
+        targets = batch.target_ids[order]
+        # the row of each target, if some rows have several
+        which = torch.searchsorted(stream.rows, batch.target_index[order]) if len(order) > len(x) else None
         norm = self._decoder.norm
         n, k = x.shape
         h, rstd = torch.empty_like(x), torch.empty(n)
@@ -235,7 +270,7 @@ def _window(block: Any, config: Any) -> int:
 
 @contextmanager
 def compiled_model(
-    model: Any, layers: Mapping[str, LoraLinear], state: DropoutState, recompute: bool
+    model: CausalLM, layers: Mapping[str, LoraLinear], state: DropoutState, recompute: bool
 ) -> Iterator[CompiledModel]:
     """Within the block the model's frozen weights stand where the compiled layers want them. Raises Unsuitable."""
     compiled = CompiledModel(model, layers, state, recompute)
@@ -245,7 +280,7 @@ def compiled_model(
         compiled.release()
 
 
-def unsuitable(model: Any, layers: Mapping[str, LoraLinear]) -> str | None:
+def unsuitable(model: CausalLM, layers: Mapping[str, LoraLinear]) -> str | None:
     """Why this model cannot be trained by the compiled layers, None where it can (a compiler set aside)."""
     try:
         _suited(model, layers)
@@ -254,7 +289,7 @@ def unsuitable(model: Any, layers: Mapping[str, LoraLinear]) -> str | None:
     return None
 
 
-def _suited(model: Any, layers: Mapping[str, LoraLinear]) -> Any:
+def _suited(model: CausalLM, layers: Mapping[str, LoraLinear]) -> Decoder:
     """The decoder. Raises Unsuitable."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     blocks = list(getattr(decoder, "layers", ()))

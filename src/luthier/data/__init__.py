@@ -1,1 +1,1 @@
-"""Files -> conversations: readers, row formats, the report on every row, control tokens in people's text."""
+"""Read data files and turn their rows into conversations, with a report on every row."""

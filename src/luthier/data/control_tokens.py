@@ -1,6 +1,6 @@
-"""Control tokens of the model inside people's text: never allowed to become real ones.
+"""Keep the model's control tokens out of user-supplied text.
 
-A row (or a chat message) that holds ``<|im_end|>`` as text would end a turn, or open one in another's name.
+A row or chat message that contains ``<|im_end|>`` as text would end its turn early, or start a turn under another role.
 """
 
 from __future__ import annotations
@@ -19,53 +19,59 @@ Choice = Literal["refuse", "drop", "escape"]
 
 @dataclass(frozen=True, slots=True)
 class ControlTokens:
-    """``choice``: refuse the run, drop the row, or escape (a space after the first character makes it plain text)."""
+    """The control tokens of a model, and what to do with a row that contains one.
+
+    choice: refuse the run, drop the row, or escape the token (a space after its first character makes it plain text).
+    """
 
     pattern: re.Pattern[str]
     choice: Choice
 
     @classmethod
     def of(cls, tokens: Iterable[str], choice: Choice) -> ControlTokens | None:
-        """None for a tokenizer that has none."""
+        """Collect a tokenizer's control tokens, or return None if it has none."""
         texts = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
         return cls(re.compile("|".join(map(re.escape, texts))), choice) if texts else None
 
     def apply(self, conversation: Conversation, report: DataReport) -> Conversation | None:
-        """The conversation, escaped where that is the choice; None where it is dropped or refused (and reported)."""
-        found = next((hit for m in conversation.messages if (hit := self.pattern.search(m.content))), None)
-        if found is None:
+        """Return the conversation, escaped if necessary, or None and a problem in ``report``."""
+        matches = (self.pattern.search(m.content) for m in conversation.messages)
+        match = next((m for m in matches if m), None)
+        if match is None:
             return conversation
-        token = found.group()
+        token = match.group()
         if self.choice == "escape":
             report.add(conversation.source, f"control tokens such as {token} were escaped", "changed")
             return replace(conversation, messages=tuple(self._escaped(m) for m in conversation.messages))
         report.add(
             conversation.source,
-            f"holds {token}, a control token of this model",
+            f"contains {token}, a control token of this model",
             "refused" if self.choice == "refuse" else "dropped",
-            "--set data.control_tokens=drop leaves such rows out, =escape makes it plain text",
+            "--set data.control_tokens=drop skips such rows, =escape turns the token into plain text",
         )
         return None
 
     def check(self, text: str, what: str) -> None:
-        """Raise DataError where a text that is sent to the model holds one."""
-        found = self.pattern.search(text)
-        if found:
-            raise DataError(f"{what} holds {found.group()}, a control token of this model", "write it another way")
+        """Raise DataError if a text that is sent to the model contains a control token."""
+        match = self.pattern.search(text)
+        if match:
+            raise DataError(
+                f"{what} contains {match.group()}, a control token of this model", "write it without the token"
+            )
 
     def _escaped(self, message: Message) -> Message:
         text = message.content
-        while self.pattern.search(text):
-            text = self.pattern.sub(lambda hit: hit.group()[0] + " " + hit.group()[1:], text)
+        while self.pattern.search(text):  # escaping one token may reveal another
+            text = self.pattern.sub(lambda match: match.group()[0] + " " + match.group()[1:], text)
         return replace(message, content=text)
 
 
 def check_text(text: str, what: str, tokenizer: ChatTokenizer, template: Template) -> None:
-    """Raise DataError where a text is no text, or would be read as one of the model's control tokens."""
+    """Raise DataError if a text is not valid Unicode, or contains one of the model's control tokens."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise DataError(f"{what} holds bytes that are not text", "type it in UTF-8") from None
+        raise DataError(f"{what} contains bytes that are not text", "type it in UTF-8") from None
     control = ControlTokens.of([*tokenizer.control_tokens, *template.markers], "refuse")
     if control:
         control.check(text, what)

@@ -1,6 +1,6 @@
-"""Row formats: one JSON object -> the messages of a conversation, or the reason why it cannot be used.
+"""Parse one row (a JSON object) into the messages of a conversation, or give the reason why it cannot be used.
 
-``FORMATS`` at the end is the table to extend: how a format is recognised by its keys, and how a row of it is parsed.
+To add a format, extend the table ``FORMATS`` at the end: the keys that identify the format, and its parser.
 """
 
 from __future__ import annotations
@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 from luthier.errors import nearest
 from luthier.types import Message, Role
 
 
 class RowProblem(Exception):
-    """This row cannot be used. ``refused``: the file is at fault, not the row, so the run must not start."""
+    """A row that cannot be used. refused: every row of the file probably has this fault, so the run must not start."""
 
     def __init__(self, reason: str, refused: bool = False, fix: str = "") -> None:
         super().__init__(reason)
@@ -26,87 +25,98 @@ class RowProblem(Exception):
 
 @dataclass(slots=True)
 class Row:
-    """A row that was read: its messages, what was altered in it, and what was merely noticed."""
+    """A parsed row: its messages, what was changed in them, and remarks that changed nothing."""
 
     messages: list[Message]
     changes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def text(value: Any, name: str, row: Row) -> str:
-    """A text value. Numbers and booleans become text (a change); null is empty; anything else drops the row."""
+def text(value: object, name: str, row: Row) -> str:
+    """Return a value as text.
+
+    Numbers and booleans are converted (a change), null is the empty text. Raises RowProblem for anything else.
+    """
     if value is None:
         return ""
-    found: str
     if isinstance(value, str):
-        found = value
         if not value.isascii():
-            _encodable(value, name)
+            _check_encodable(value, name)
         if "\0" in value:
             row.changes.append(f"NUL characters were removed from {name}")
-            found = value.replace("\0", "")
-        return found
+            return value.replace("\0", "")
+        return value
     if isinstance(value, bool | int | float):
-        row.changes.append(f"{name} was a {type(value).__name__}, made text")
+        row.changes.append(f"{name} was a {type(value).__name__} and was converted to text")
         return str(value)
     raise RowProblem(f"{name} must be text, got {type(value).__name__}")
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys that a format reads, and those among them that a row must have."""
+    """The keys that a format reads, and which of them every row must have."""
 
     known: tuple[str, ...]
     required: tuple[str, ...]
 
 
 def check_keys(keys: Iterable[str], expected: Keys, row: Row) -> None:
-    """Note unknown keys; a required key that is present under a misspelt name refuses the file."""
-    notes = _verdict(tuple(keys), expected.known, expected.required)
-    if isinstance(notes, RowProblem):
-        raise RowProblem(notes.reason, notes.refused, notes.fix)
-    row.notes += notes
+    """Note unknown keys in ``row``. Raises RowProblem if a required key is missing; a misspelt one refuses the file."""
+    outcome = _compare_keys(tuple(keys), expected.known, expected.required)
+    if isinstance(outcome, RowProblem):
+        raise RowProblem(outcome.reason, outcome.refused, outcome.fix)
+    row.notes += outcome
 
 
 @lru_cache(1024)
-def _verdict(keys: tuple[str, ...], known: tuple[str, ...], required: tuple[str, ...]) -> tuple[str, ...] | RowProblem:
-    """The notes on a row with such keys, or its problem: the same few keys come with every row."""
+def _compare_keys(
+    keys: tuple[str, ...], known: tuple[str, ...], required: tuple[str, ...]
+) -> tuple[str, ...] | RowProblem:
+    """Return the notes on a row with these keys, or its problem. Cached, since most rows of a file have equal keys."""
     unknown = [k for k in keys if k not in known]
     missing = [name for name in required if name not in keys]
-    meant = {found: name for name in missing if (found := _nearest(name, unknown))}
-    if meant:
-        wrong, right = (", ".join(map(repr, names)) for names in (meant, meant.values()))
+    misspelt = {guess: name for name in missing if (guess := _nearest(name, unknown))}
+    if misspelt:
+        wrong, right = (", ".join(map(repr, names)) for names in (misspelt, misspelt.values()))
         return RowProblem(
             f"key {wrong} is unknown; did you mean {right}?",
             refused=True,
-            fix="correct the rows, or pass " + " ".join(f"--rename {old}={new}" for old, new in meant.items()),
+            fix="correct the rows, or pass " + " ".join(f"--rename {old}={new}" for old, new in misspelt.items()),
         )
     if missing:
         return RowProblem(f"has no key '{missing[0]}'")
     notes = []
     for key in unknown:
-        guess = _nearest(str(key), [k for k in known if k not in keys])
+        guess = _nearest(key, [k for k in known if k not in keys])
         notes.append(f"key {key!r} is not used" + (f"; did you mean '{guess}'?" if guess else ""))
     return tuple(notes)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    return nearest(name, [str(k) for k in known], cutoff=0.75)
+def _nearest(key: str, known: Iterable[str]) -> str | None:
+    """Return the known key that ``key`` probably is a misspelling of, or None."""
+    return nearest(key, known, cutoff=0.75)
 
 
-def as_role(name: Any) -> Role:
-    """``system``, ``user`` or ``assistant``; any other role drops the row, with the nearest name."""
-    if name in ("system", "user", "assistant"):
-        return name  # type: ignore[no-any-return]
-    guess = nearest(str(name), ("system", "user", "assistant"))
+_ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+
+def as_role(name: object) -> Role:
+    """Return the role of that name. Raises RowProblem with the nearest name if there is none."""
+    for role in _ROLES:
+        if name == role:
+            return role
+    guess = nearest(str(name), _ROLES)
     raise RowProblem(f"role {name!r} is not system, user or assistant" + (f"; did you mean {guess}?" if guess else ""))
 
 
-def close(row: Row) -> Row:
-    """Check that system comes first, then user and assistant in turn; cut turns after the last reply."""
+def finish(row: Row) -> Row:
+    """Cut the turns after the last reply, and check that user and assistant alternate after an optional system message.
+
+    Raises RowProblem.
+    """
     turns = [m for i, m in enumerate(row.messages) if not (i == 0 and m.role == "system")]
     if not any(m.role == "assistant" for m in turns):
-        raise RowProblem("has no reply by the assistant")
+        raise RowProblem("has no assistant reply")
     while turns[-1].role != "assistant":
         turns.pop()
         row.messages.pop()
@@ -115,24 +125,26 @@ def close(row: Row) -> Row:
     for i, message in enumerate(turns):
         expected: Role = "user" if i % 2 == 0 else "assistant"
         if message.role != expected:
-            where = "the first turn" if i == 0 else f"turn {i + 1}"
-            raise RowProblem(f"{where} is by {message.role}, expected {expected}")
+            turn = "the first turn" if i == 0 else f"turn {i + 1}"
+            raise RowProblem(f"{turn} has the role {message.role}, expected {expected}")
         if not message.content.strip():
-            raise RowProblem("a reply is empty" if expected == "assistant" else "a user's message is empty")
+            raise RowProblem("a reply is empty" if expected == "assistant" else "a user message is empty")
     return row
 
 
-def mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: object) -> Mapping[str, object]:
+    """Return a value that must be an object with keys. Raises RowProblem."""
     if not isinstance(value, Mapping):
         raise RowProblem(f"must be an object with keys, got {type(value).__name__}")
     return value
 
 
-def _encodable(value: str, name: str) -> None:
+def _check_encodable(value: str, name: str) -> None:
+    """Raise RowProblem if a text has lone surrogates, which no UTF-8 file can hold."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        reason = f"{name} holds bytes or half a surrogate pair that are not text"
+        reason = f"{name} contains bytes or half a surrogate pair that are not text"
         raise RowProblem(reason, fix="save the file as UTF-8") from None
 
 
@@ -141,8 +153,8 @@ def _encodable(value: str, name: str) -> None:
 _MESSAGES = Keys(known=("messages",), required=("messages",))
 
 
-def parse_messages(value: Mapping[str, Any]) -> Row:
-    """``{"messages": [{"role", "content"}, ...]}``. Raises RowProblem."""
+def parse_messages(value: Mapping[str, object]) -> Row:
+    """Parse ``{"messages": [{"role", "content"}, ...]}``. Raises RowProblem."""
     row = Row([])
     check_keys(value, _MESSAGES, row)
     turns = value["messages"]
@@ -152,15 +164,15 @@ def parse_messages(value: Mapping[str, Any]) -> Row:
         message = mapping(turn)
         check_keys(message, Keys(("role", "content"), ("role", "content")), row)
         role = as_role(message["role"])
-        content = text(_joined(message["content"]), f"messages[{i}].content", row)
+        content = text(_joined_parts(message["content"]), f"messages[{i}].content", row)
         if role == "system" and not content:
-            continue  # an empty system prompt is no system prompt
+            continue  # an empty system prompt counts as none
         row.messages.append(Message(role, content))
-    return close(row)
+    return finish(row)
 
 
-def _joined(content: Any) -> Any:
-    """``[{"type": "text", "text": ...}, ...]`` as one text; anything else as it is."""
+def _joined_parts(content: object) -> object:
+    """Join ``[{"type": "text", "text": ...}, ...]`` into one text; return anything else unchanged."""
     if (
         isinstance(content, list)
         and content
@@ -173,11 +185,11 @@ def _joined(content: Any) -> Any:
 # --- sharegpt ---------------------------------------------------------------------------------------------------------
 
 _SHAREGPT = Keys(known=("conversations", "system"), required=("conversations",))
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
 
-def parse_sharegpt(value: Mapping[str, Any]) -> Row:
-    """``{"conversations": [{"from": "human" or "gpt", "value"}, ...]}``, optionally ``system``. Raises RowProblem."""
+def parse_sharegpt(value: Mapping[str, object]) -> Row:
+    """Parse ``{"conversations": [{"from", "value"}, ...]}``, optionally ``system``. Raises RowProblem."""
     row = Row([])
     check_keys(value, _SHAREGPT, row)
     system = text(value.get("system"), "system", row)
@@ -190,13 +202,13 @@ def parse_sharegpt(value: Mapping[str, Any]) -> Row:
         message = mapping(turn)
         names = ("from", "value") if "from" in message or "value" in message else ("role", "content")
         check_keys(message, Keys(names, names), row)
-        said = message[names[0]]
-        role = as_role(_ROLES.get(said, said) if isinstance(said, str) else said)
+        sender = message[names[0]]
+        role = as_role(_SHAREGPT_ROLES.get(sender, sender) if isinstance(sender, str) else sender)
         content = text(message[names[1]], f"conversations[{i}].{names[1]}", row)
         if role == "system" and not content:
             continue
         row.messages.append(Message(role, content))
-    return close(row)
+    return finish(row)
 
 
 # --- alpaca -----------------------------------------------------------------------------------------------------------
@@ -204,16 +216,16 @@ def parse_sharegpt(value: Mapping[str, Any]) -> Row:
 _ALPACA = Keys(known=("instruction", "input", "output", "system", "history"), required=("instruction", "output"))
 
 
-def parse_alpaca(value: Mapping[str, Any]) -> Row:
-    """``{"instruction", "input", "output"}``, optionally ``system`` and ``history``. Raises RowProblem."""
+def parse_alpaca(value: Mapping[str, object]) -> Row:
+    """Parse ``{"instruction", "input", "output"}``, optionally ``system`` and ``history``. Raises RowProblem."""
     row = Row([])
     check_keys(value, _ALPACA, row)
     system = text(value.get("system"), "system", row)
     if system:
         row.messages.append(Message("system", system))
-    for i, pair in enumerate(_pairs(value.get("history")), 1):
-        row.messages.append(Message("user", text(pair[0], f"history[{i}] question", row)))
-        row.messages.append(Message("assistant", text(pair[1], f"history[{i}] answer", row)))
+    for i, (asked, answered) in enumerate(_pairs(value.get("history")), 1):
+        row.messages.append(Message("user", text(asked, f"history[{i}] question", row)))
+        row.messages.append(Message("assistant", text(answered, f"history[{i}] answer", row)))
     instruction = text(value["instruction"], "instruction", row)
     extra = text(value.get("input"), "input", row)
     question = f"{instruction}\n{extra}" if instruction and extra else instruction or extra
@@ -223,16 +235,18 @@ def parse_alpaca(value: Mapping[str, Any]) -> Row:
     if not output.strip():
         raise RowProblem("output is empty")
     row.messages += [Message("user", question), Message("assistant", output)]
-    return close(row)
+    return finish(row)
 
 
-def _pairs(history: Any) -> list[Any]:
+def _pairs(history: object) -> list[tuple[object, object]]:
+    """Return the (question, answer) pairs of ``history``. Raises RowProblem."""
     if history is None:
         return []
-    ok = isinstance(history, list) and all(isinstance(p, list | tuple) and len(p) == 2 for p in history)
-    if not ok:
-        raise RowProblem("history must be a list of [question, answer] pairs")
-    return list(history)
+    if isinstance(history, list):
+        pairs = [(p[0], p[1]) for p in history if isinstance(p, list | tuple) and len(p) == 2]
+        if len(pairs) == len(history):
+            return pairs
+    raise RowProblem("history must be a list of [question, answer] pairs")
 
 
 # --- prompt_completion ------------------------------------------------------------------------------------------------
@@ -240,8 +254,8 @@ def _pairs(history: Any) -> list[Any]:
 _PROMPT_COMPLETION = Keys(known=("prompt", "completion", "system"), required=("prompt", "completion"))
 
 
-def parse_prompt_completion(value: Mapping[str, Any]) -> Row:
-    """``{"prompt", "completion"}``, optionally ``system``. Raises RowProblem."""
+def parse_prompt_completion(value: Mapping[str, object]) -> Row:
+    """Parse ``{"prompt", "completion"}``, optionally ``system``. Raises RowProblem."""
     row = Row([])
     check_keys(value, _PROMPT_COMPLETION, row)
     system = text(value.get("system"), "system", row)
@@ -253,7 +267,7 @@ def parse_prompt_completion(value: Mapping[str, Any]) -> Row:
         raise RowProblem("completion is empty")
     opening = [Message("system", system)] if system else []
     row.messages += [*opening, Message("user", prompt), Message("assistant", completion)]
-    return close(row)
+    return finish(row)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -261,10 +275,10 @@ def parse_prompt_completion(value: Mapping[str, Any]) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """keys: what a row may and must hold; any of ``keys.required`` gives the format away. parse: raises RowProblem."""
+    """A row format. Any key of ``keys.required`` identifies it; ``parse`` raises RowProblem."""
 
     keys: Keys
-    parse: Callable[[Mapping[str, Any]], Row]
+    parse: Callable[[Mapping[str, object]], Row]
 
 
 FORMATS = {
@@ -275,14 +289,14 @@ FORMATS = {
 }
 
 
-def recognise(row: Mapping[str, Any]) -> str | None:
-    """The format's name, told from the row's keys, misspelt ones included."""
+def recognise(row: Mapping[str, object]) -> str | None:
+    """Return the name of the row's format, recognised by its keys even if they are misspelt, or None."""
     for name, fmt in FORMATS.items():
         if any(key in row for key in fmt.keys.required):
             return name
-    wanted = {key: name for name, fmt in FORMATS.items() for key in fmt.keys.required}
+    formats = {key: name for name, fmt in FORMATS.items() for key in fmt.keys.required}
     for key in row:
-        guess = nearest(str(key), wanted, cutoff=0.75)
+        guess = _nearest(key, formats)
         if guess:
-            return wanted[guess]
+            return formats[guess]
     return None

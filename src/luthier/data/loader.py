@@ -1,4 +1,4 @@
-"""Files -> conversations, as a stream, with a report on every row."""
+"""Stream conversations from data files, with a report on every row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from luthier.data.formats import FORMATS, Row, RowProblem, mapping, recognise
 from luthier.data.report import DataReport
@@ -17,15 +16,16 @@ from luthier.types import Conversation, Message, RowRef
 
 
 class Loader:
-    """Reads files once, row by row, in constant memory (but for ``dedupe``: 16 bytes a distinct row).
+    """The conversations of some files, read row by row in constant memory (16 bytes per distinct row with ``dedupe``).
 
-    fmt:    "auto", or a name in FORMATS for all rows.
+    paths:  files, or patterns such as ``rows/*.jsonl``.
+    fmt:    "auto", or the name in FORMATS of the format of all rows.
     system: system prompt for rows that have none.
     rename: ``{"old": "new"}`` for keys of rows.
-    dedupe: drop rows that are word for word an earlier one.
+    dedupe: drop rows that are identical to an earlier one.
 
-    ``report`` is complete when the stream is at its end; so are ``fingerprint`` and ``unused``, the keys of ``rename``
-    that no row had.
+    After the last row ``report`` and ``fingerprint`` are complete, and ``unused`` holds the keys of ``rename`` that no
+    row had.
     """
 
     def __init__(
@@ -46,42 +46,44 @@ class Loader:
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Conversation]:
-        """Raises DataError for a file that cannot be read; a bad row is in ``report`` instead."""
+        """Read the files. Raises DataError for a file that cannot be read; bad rows are only recorded in ``report``."""
         files = [file for pattern in self.paths for file in expand(pattern)]
         distinct = {os.path.realpath(file): file for file in reversed(files)}
         if len(distinct) < len(files):
-            self.report.notes["a file given more than once is read once"] += len(files) - len(distinct)
+            self.report.notes["a file that is listed more than once is read once"] += len(files) - len(distinct)
         for path in reversed(distinct.values()):
-            seen: Counter[str] = Counter()
+            formats: Counter[str] = Counter()
             for source, value in read_rows(path):
                 self.report.read += 1
                 try:
-                    conversation = self._one(source, value, seen)
+                    conversation = self._parse(source, value, formats)
                 except RowProblem as e:
                     self.report.add(source, e.reason, "refused" if e.refused else "dropped", e.fix)
                     continue
                 self._digest.update(digest(conversation))
                 yield conversation
-            self.report.formats[str(path)] = "+".join(seen) or "unknown"
-            if len(seen) > 1:
-                self.report.notes[f"{path} mixes formats: {', '.join(f'{n} {c}' for n, c in seen.items())}"] += 1
+            self.report.formats[str(path)] = "+".join(formats) or "unknown"
+            if len(formats) > 1:
+                counts = ", ".join(f"{name} {count}" for name, count in formats.items())
+                self.report.notes[f"{path} mixes formats: {counts}"] += 1
 
     def fingerprint(self) -> str:
-        """SHA-256 over every conversation that was read, in order."""
+        """Return the hex SHA-256 over every conversation that was read, in order."""
         return self._digest.hexdigest()
 
-    def _one(self, source: RowRef, value: Any, seen: Counter[str]) -> Conversation:
+    def _parse(self, source: RowRef, value: object, formats: Counter[str]) -> Conversation:
+        """Return the conversation of a row, and count its format in ``formats``. Raises RowProblem."""
         if isinstance(value, BadRow):
             raise RowProblem(value.reason)
-        keyed = mapping(value)
+        fields = mapping(value)
         if self._rename:
-            keyed = self._renamed(keyed)
-        name = self._format or recognise(keyed)
+            fields = self._renamed(fields)
+        name = self._format or recognise(fields)
         if name is None:
-            got = ", ".join(map(repr, list(keyed)[:6])) or "none"
+            got = ", ".join(map(repr, list(fields)[:6])) or "none"
             raise RowProblem(f"has none of the keys instruction, output, messages or conversations (its keys: {got})")
-        row = FORMATS[name].parse(keyed)
-        seen[name] += 1
+        row = FORMATS[name].parse(fields)
+        formats[name] += 1
         conversation = self._conversation(row, source)
         if self._first is not None:
             key = digest(conversation)[:16]
@@ -94,23 +96,23 @@ class Loader:
             self.report.add(source, change, "changed")
         return conversation
 
-    def _renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _renamed(self, row: Mapping[str, object]) -> dict[str, object]:
         if self.unused:
             self.unused.difference_update(row)
-        taken = [new for old, new in self._rename.items() if old in row and new in row]
-        if taken:
-            raise RowProblem(f"has a key '{taken[0]}' already, so no other can be renamed to it")
+        conflicts = [new for old, new in self._rename.items() if old in row and new in row]
+        if conflicts:
+            raise RowProblem(f"already has a key '{conflicts[0]}', so no other key can be renamed to it")
         return {self._rename.get(k, k): v for k, v in row.items()}
 
     def _conversation(self, row: Row, source: RowRef) -> Conversation:
-        found = tuple(row.messages)
-        if self._system and found[0].role != "system":
-            found = (Message("system", self._system), *found)
-        return Conversation(found, source)
+        messages = tuple(row.messages)
+        if self._system and messages[0].role != "system":
+            messages = (Message("system", self._system), *messages)
+        return Conversation(messages, source)
 
 
 def digest(conversation: Conversation) -> bytes:
-    """SHA-256 of what a conversation says, wherever it was read."""
+    """Return the SHA-256 of a conversation's roles and texts, independent of the file it was read from."""
     parts: list[bytes] = []
     for m in conversation.messages:
         for part in (m.role, m.content):
@@ -120,7 +122,7 @@ def digest(conversation: Conversation) -> bytes:
 
 
 def refuse(report: DataReport) -> None:
-    """Raise DataError where rows were refused or none is left; the message carries the first and the count."""
+    """Raise DataError if rows were refused or no row can be used; it names the first one and counts the others."""
     if report.refused:
         first = report.refused[0]
         more = sum(p.reason == first.reason for p in report.refused) - 1
@@ -129,6 +131,6 @@ def refuse(report: DataReport) -> None:
         tail += f"; {others} rows with other problems" if others else ""
         raise DataError(f"{first.source}: {first.reason}{tail}", first.fix or "correct the rows")
     if report.kept == 0:
-        why = "".join(f"; the first: {p.source}: {p.reason}" for p in report.problems[:1])
+        why = "".join(f"; the first problem: {p.source}: {p.reason}" for p in report.problems[:1])
         fix = next((p.fix for p in report.problems[:1] if p.fix), "correct the rows; luthier check lists them")
         raise DataError(f"no row can be used ({report.read} read){why}", fix)

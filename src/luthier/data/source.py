@@ -1,7 +1,8 @@
-"""Files -> rows with their numbers, one at a time. Knows JSON, JSONL, CSV and Parquet; not what a row means.
+"""Read the rows of JSON, JSONL, CSV and Parquet files one at a time, with their row numbers.
 
-The kind of a file is told from its content, a table also from its name (``.csv``, ``.tsv``). What cannot be read as a
-row is yielded as a ``BadRow`` with the reason, so that it is counted; a file that makes no sense as a whole raises.
+The file type is detected from the content; ``.csv`` and ``.tsv`` also mark a table. A row that cannot be read is
+yielded as a ``BadRow`` with the reason, so that it is counted; a file that cannot be read as a whole raises DataError.
+What the keys of a row mean is the concern of ``formats``.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Protocol
 
 from luthier.data.text import check_file, encoding_of, lines, open_text, read_head
 from luthier.errors import DataError, MissingPackageError
 from luthier.types import RowRef
 
 _BLOCK = 1 << 20
-_WHOLE = 1 << 28  # a JSON object over several lines is read whole up to this size
-_CELL = 1 << 27  # longest cell of a table
+_WHOLE = 1 << 28  # bytes; a JSON object that spans several lines is read into memory up to this file size
+_CELL = 1 << 27  # characters; the longest cell of a table
 CONTAINERS = ("data", "rows", "train", "examples", "items", "instances", "records", "dataset")
 ROW_KEYS = {"instruction", "output", "messages", "conversations", "prompt", "completion"}
-Rows = Iterator[tuple[RowRef, Any]]
+Rows = Iterator[tuple[RowRef, object]]
 
 
 class BadRow:
@@ -34,19 +35,22 @@ class BadRow:
 
 
 def expand(pattern: Path) -> list[Path]:
-    """A path as it is; a pattern with ``*``, ``?`` or ``[`` as its matches, sorted."""
+    """Return the sorted files that match a pattern with ``*``, ``?`` or ``[``; return any other path itself.
+
+    Raises DataError if no file matches.
+    """
     text = str(pattern)
     if pattern.exists() or not any(c in text for c in "*?["):
         return [pattern]
     anchor = Path(pattern.anchor) if pattern.is_absolute() else Path()
-    found = sorted(p for p in anchor.glob(str(pattern.relative_to(pattern.anchor))) if p.is_file())
-    if not found:
+    matches = sorted(p for p in anchor.glob(str(pattern.relative_to(pattern.anchor))) if p.is_file())
+    if not matches:
         raise DataError(f"{pattern}: no file matches", "correct the pattern")
-    return found
+    return matches
 
 
 def read_rows(path: Path) -> Rows:
-    """Yield ``(where, value)``; value is a ``BadRow`` where a row could not be read. Raises DataError on the file."""
+    """Yield the position and value of every row, a ``BadRow`` if it cannot be read. Raises DataError for the file."""
     check_file(path)
     if read_head(path, 4) == b"PAR1":
         yield from _parquet(path)
@@ -54,7 +58,7 @@ def read_rows(path: Path) -> Rows:
     encoding = encoding_of(path)
     start = _first_character(path, encoding)
     if start == "[":
-        yield from _Array(path, encoding).rows()
+        yield from _ArrayReader(path, encoding).rows()
     elif start == "{":
         yield from _objects(path, encoding)
     elif path.suffix.lower() in (".csv", ".tsv") or _has_header(path, encoding):
@@ -63,22 +67,22 @@ def read_rows(path: Path) -> Rows:
         yield from _objects(path, encoding)
     else:
         with open_text(path, encoding) as f:
-            begin = f.read(40).strip().removeprefix("\ufeff")[:20]
+            start = f.read(40).strip().removeprefix("\ufeff")[:20]
         raise DataError(
-            f"{path}: is neither JSON, JSONL, CSV nor Parquet (it starts with {begin!r})",
-            'give rows like {"instruction": ..., "input": ..., "output": ...}, as a JSON array or one a line',
+            f"{path}: is neither JSON, JSONL, CSV nor Parquet (it starts with {start!r})",
+            'write rows like {"instruction": ..., "input": ..., "output": ...}, as a JSON array or one per line',
         )
 
 
 def _has_header(path: Path, encoding: str) -> bool:
-    """A table under another name."""
+    """Whether the first line is the header of a table; for tables without a table's file name."""
     with open_text(path, encoding) as f:
         cells = re.split("[\t,;]", f.readline(_BLOCK))
     return len(cells) > 1 and not ROW_KEYS.isdisjoint(c.strip('\ufeff" \r\n') for c in cells)
 
 
 def _has_object_lines(path: Path, encoding: str) -> bool:
-    """JSONL whose first lines are not JSON: bad rows, not another kind of file."""
+    """Whether a JSON object starts on one of the first lines; then the lines before it are bad rows of a JSONL file."""
     return any(line.lstrip().startswith("{") for _, line in itertools.islice(lines(path, encoding), 20))
 
 
@@ -87,26 +91,26 @@ def _first_character(path: Path, encoding: str) -> str:
         while block := f.read(_BLOCK):
             if text := block.lstrip("\ufeff \t\r\n\0"):
                 return text[0]
-    raise DataError(f"{path}: is empty", "give a file with instruction rows")
+    raise DataError(f"{path}: is empty", "choose a file with instruction rows")
 
 
-# --- one JSON object a line -----------------------------------------------------------------------------------------
+# --- one JSON object per line ---------------------------------------------------------------------------------------
 
 
 def _objects(path: Path, encoding: str) -> Rows:
-    """JSONL; or one object, over one line or many, that is a row or holds the rows."""
+    """Read JSONL, or a single object on one or several lines that is a row or contains the list of rows."""
     source = (pair for pair in lines(path, encoding) if pair[1].strip())
     number, first = next(source)
     value = _parse(first)
     second = next(source, None)
     if isinstance(value, BadRow) and second is not None and path.stat().st_size <= _WHOLE:
         with open_text(path, encoding) as f:
-            whole = _parse(f.read())
-        if not isinstance(whole, BadRow):
-            yield from _held(path, whole)
+            document = _parse(f.read())
+        if not isinstance(document, BadRow):
+            yield from _contained(path, document)
             return
     if second is None and not isinstance(value, BadRow):
-        yield from _held(path, value, number)
+        yield from _contained(path, value, number)
         return
     name = str(path)
     yield RowRef(name, number), value
@@ -115,12 +119,14 @@ def _objects(path: Path, encoding: str) -> Rows:
         second = next(source, None)
 
 
-def _held(path: Path, value: Any, number: int = 1) -> Rows:
-    """``{"data": [...]}`` and the like are their rows; any other object is one."""
+def _contained(path: Path, value: object, number: int = 1) -> Rows:
+    """Yield the rows inside ``{"data": [...]}`` and the like; any other object is one row."""
     if isinstance(value, dict) and not ROW_KEYS & value.keys():
         lists = [k for k, v in value.items() if isinstance(v, list) and any(isinstance(row, dict) for row in v)]
         if len(lists) > 1:
-            raise DataError(f"{path}: holds several lists of rows: {', '.join(lists)}", "give each a file of its own")
+            raise DataError(
+                f"{path}: contains several lists of rows: {', '.join(lists)}", "write each list to a file of its own"
+            )
         for key in CONTAINERS:
             if isinstance(value.get(key), list):
                 yield from ((RowRef(str(path), i), row) for i, row in enumerate(value[key], 1))
@@ -128,17 +134,17 @@ def _held(path: Path, value: Any, number: int = 1) -> Rows:
     yield RowRef(str(path), number), value
 
 
-def _parse(line: str) -> Any:
-    """The value of a line; duplicate keys and what is not JSON are bad rows."""
+def _parse(line: str) -> object:
+    """Decode a line; invalid JSON and duplicate keys give a BadRow."""
     try:
         return _DECODER.decode(line.strip("\ufeff \t\0"))
     except json.JSONDecodeError as e:
         return BadRow(f"not JSON ({e.msg}, column {e.colno})")
     except RecursionError:
-        return BadRow("nested too deep")
+        return BadRow("nested too deeply")
     except _DuplicateKeyError as e:
         return BadRow(str(e))
-    except ValueError as e:  # a number of thousands of digits
+    except ValueError as e:  # a number with thousands of digits
         return BadRow(f"not JSON ({e})")
 
 
@@ -146,36 +152,35 @@ class _DuplicateKeyError(Exception):
     pass
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
         names = [k for k, _ in pairs]
-        raise _DuplicateKeyError(f"key '{next(k for k in names if names.count(k) > 1)}' is there twice")
-    return found
+        raise _DuplicateKeyError(f"key '{next(k for k in names if names.count(k) > 1)}' occurs twice")
+    return values
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates)
+_LENIENT_DECODER = json.JSONDecoder()
 
 
 # --- a JSON array ---------------------------------------------------------------------------------------------------
 
 
-class _Array:
-    """The elements of one JSON array, in constant memory.
+class _ArrayReader:
+    """A reader of the elements of one JSON array, in constant memory.
 
-    An element cut off by the end of the file is a bad row; anything else that is not JSON refuses the file, since
-    nothing says where the next row starts.
+    An element that the end of the file cuts off is a bad row. Any other invalid JSON refuses the file, because the
+    start of the next row is unknown.
     """
 
     def __init__(self, path: Path, encoding: str) -> None:
         self._path = path
         self._encoding = encoding
-        self._decoder = json.JSONDecoder(object_pairs_hook=_unique)
-        self._plain = json.JSONDecoder()
-        self._text = ""
-        self._at = 0
+        self._text = ""  # the part of the file in memory
+        self._at = 0  # position in it
         self._ended = False
-        self._newlines = 0
+        self._newlines = 0  # in the parts that were dropped
         self._number = 0
 
     def rows(self) -> Rows:
@@ -183,38 +188,41 @@ class _Array:
             self._skip(f, "\ufeff \t\r\n\0")
             self._at += 1  # the bracket
             while True:
-                self._skip(f, " \t\r\n,")  # a comma too many, or at the end, is no row
+                self._skip(f, " \t\r\n,")  # surplus and trailing commas are not rows
                 if self._at < len(self._text) and self._text[self._at] == "]":
                     self._at += 1
-                    self._nothing_more(f)
+                    self._check_end(f)
                     return
                 self._number += 1
-                value: Any = BadRow("cut off: the file ends before the array does")
+                value: object = BadRow("cut off: the file ends before the array does")
                 if self._at < len(self._text):
                     value = self._element(f)
                 yield RowRef(str(self._path), self._number), value
                 if isinstance(value, BadRow) and self._ended and self._at >= len(self._text):
                     return
 
-    def _nothing_more(self, f: IO[str]) -> None:
-        """Rows after the end of the array would be lost silently."""
+    def _check_end(self, f: IO[str]) -> None:
+        """Raise DataError if the file continues after the array, since those rows would be lost silently."""
         self._skip(f, " \t\r\n\0")
         if self._at < len(self._text):
             line = self._newlines + self._text.count("\n", 0, self._at) + 1
             raise DataError(
-                f"{self._path}:{line}: goes on after the end of the array ({self._text[self._at :][:20]!r})",
-                "make it one array, or one object a line",
+                f"{self._path}:{line}: continues after the end of the array ({self._text[self._at :][:20]!r})",
+                "write one array, or one object per line",
             )
 
     def _skip(self, f: IO[str], characters: str) -> None:
         while True:
             while self._at < len(self._text) and self._text[self._at] in characters:
                 self._at += 1
-            if self._at < len(self._text) or not self._more(f):
+            if self._at < len(self._text) or not self._read_more(f):
                 return
 
-    def _more(self, f: IO[str]) -> bool:
-        """Drop what was read, read on; blocks grow with what is kept, so that a long row costs no more."""
+    def _read_more(self, f: IO[str]) -> bool:
+        """Drop the text that was consumed and read the next block; return whether the file had one.
+
+        Blocks grow with the remaining text, so that the time for a long row stays proportional to its length.
+        """
         self._newlines += self._text.count("\n", 0, self._at)
         self._text, self._at = self._text[self._at :], 0
         block = f.read(max(_BLOCK, len(self._text)))
@@ -222,16 +230,16 @@ class _Array:
         self._text += block
         return bool(block)
 
-    def _element(self, f: IO[str]) -> Any:
+    def _element(self, f: IO[str]) -> object:
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = _DECODER.raw_decode(self._text, self._at)
             except _DuplicateKeyError as e:
-                self._at = self._plain.raw_decode(self._text, self._at)[1]
+                self._at = _LENIENT_DECODER.raw_decode(self._text, self._at)[1]
                 return BadRow(str(e))
             except json.JSONDecodeError as e:
                 cut = e.pos >= len(self._text) - 8 or e.msg.startswith("Unterminated string")
-                if cut and self._more(f):
+                if cut and self._read_more(f):
                     continue
                 if cut:
                     self._at = len(self._text)
@@ -242,11 +250,11 @@ class _Array:
                     f"{self._path}:{line}: is not JSON ({e.msg}, column {column})", f"correct line {line}"
                 ) from None
             except RecursionError:
-                raise DataError(f"{self._path}: is nested too deep", "give a flat list of rows") from None
+                raise DataError(f"{self._path}: is nested too deeply", "write a flat list of rows") from None
             except ValueError as e:
                 raise DataError(f"{self._path}: is not JSON ({e})", "correct the file") from None
-            if end == len(self._text) and self._more(f):
-                continue  # a number may go on
+            if end == len(self._text) and self._read_more(f):
+                continue  # a number may continue in the next block
             self._at = end
             return value
 
@@ -255,7 +263,7 @@ class _Array:
 
 
 def _csv(path: Path, encoding: str) -> Rows:
-    """A header line, then records; cells that are JSON lists (history, messages) are read as such."""
+    """Read a header line, then records. Cells that contain JSON lists (history, messages) are decoded."""
     csv.field_size_limit(_CELL)
     with open_text(path, encoding) as f:
         header_line = f.readline()
@@ -267,9 +275,9 @@ def _csv(path: Path, encoding: str) -> Rows:
         except (StopIteration, csv.Error):
             raise DataError(f"{path}: has no header line", "write the column names in the first line") from None
         if len(set(header)) != len(header):
-            raise DataError(f"{path}: names a column twice", "give every column a name of its own")
+            raise DataError(f"{path}: has two columns of the same name", "give every column a different name")
         for number, cells in enumerate(_records(path, reader), 1):
-            value: Any = cells
+            value: object = cells
             if not isinstance(cells, BadRow):
                 value = {name: _cell(name, cell) for name, cell in zip(header, cells, strict=False)}
                 if len(cells) != len(header):
@@ -277,10 +285,18 @@ def _csv(path: Path, encoding: str) -> Rows:
             yield RowRef(str(path), number), value
 
 
-def _records(path: Path, reader: Any) -> Iterator[list[str] | BadRow]:
-    """Records that are not blank; one that is not CSV is a bad row if it ends on its line.
+class _CsvReader(Protocol):
+    """The part of ``csv.reader`` that is used here."""
 
-    Raises DataError where a stray quote runs over lines, since nothing says which of them were rows.
+    line_num: int
+
+    def __next__(self) -> list[str]: ...
+
+
+def _records(path: Path, reader: _CsvReader) -> Iterator[list[str] | BadRow]:
+    """Yield the records that are not blank. An invalid record is a bad row if it ends on its line.
+
+    Raises DataError if a stray quote spans several lines, because it is unknown which of them were rows.
     """
     while True:
         line = reader.line_num
@@ -291,8 +307,8 @@ def _records(path: Path, reader: Any) -> Iterator[list[str] | BadRow]:
         except csv.Error as e:
             if reader.line_num > line + 1 or "unexpected end" in str(e):
                 raise DataError(
-                    f"{path}:{line + 1}: a quote opens here that is not closed where its cell ends ({e})",
-                    f'close the quote in line {line + 1}; a quote inside a quoted cell is written twice ("")',
+                    f"{path}:{line + 1}: a quote that opens here is not closed at the end of its cell ({e})",
+                    f'close the quote in line {line + 1}; write a quote inside a quoted cell twice ("")',
                 ) from None
             yield BadRow(f"not CSV ({e})")
             continue
@@ -300,7 +316,7 @@ def _records(path: Path, reader: Any) -> Iterator[list[str] | BadRow]:
             yield cells
 
 
-def _cell(name: str, text: str) -> Any:
+def _cell(name: str, text: str) -> object:
     if name in ("history", "messages", "conversations") and text.startswith("[") and text.endswith("]"):
         value = _parse(text)
         if isinstance(value, list):
@@ -324,5 +340,5 @@ def _parquet(path: Path) -> Rows:
                 yield RowRef(str(path), number), value
     except (pa.ArrowException, OSError, ValueError) as e:
         raise DataError(
-            f"{path}: is not a whole Parquet file ({' '.join(str(e).split())[:120]})", "copy it again"
+            f"{path}: is not a complete Parquet file ({' '.join(str(e).split())[:120]})", "copy it again"
         ) from None

@@ -1,8 +1,8 @@
-"""Bytes -> text: which encoding a file is in. Knows nothing of JSON or rows.
+"""Detect a file's text encoding and read its lines.
 
-UTF-8 (with or without a mark), UTF-16 and UTF-32 with a mark, UTF-16 without one where zeros give it away, else
-GB18030 (which holds GBK and GB2312) where more pieces of text read as that than as UTF-8 or as neither. What decodes as
-nothing stays in the text as lone surrogates, so that it costs its own row and no other.
+Detected in this order: UTF-8, UTF-16 and UTF-32 with a byte order mark; UTF-16 without one, by its zero bytes; UTF-8;
+GB18030 (a superset of GBK and GB2312) if more pieces of text decode as that than as UTF-8 or as neither. Bytes that
+cannot be decoded become lone surrogates, so that only their own row is lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _UNREADABLE = "luthier-unreadable"
 
 
 def _unreadable(error: UnicodeError) -> tuple[str, int]:
-    """One lone surrogate for bytes that decode as nothing, whatever the encoding."""
+    """Replace undecodable bytes by one lone surrogate, in every encoding."""
     assert isinstance(error, UnicodeDecodeError)
     return "\udc80", error.end
 
@@ -35,30 +35,30 @@ codecs.register_error(_UNREADABLE, _unreadable)
 
 
 def check_file(path: Path) -> None:
-    """Raise DataError unless ``path`` is a file that can be read and is not empty or packed."""
+    """Raise DataError unless ``path`` is a readable file that is neither empty nor compressed."""
     if not path.is_file():
         folder = path.parent
         guess = nearest(path.name, (p.name for p in folder.iterdir())) if folder.is_dir() else None
         what = "is a directory" if path.is_dir() else "does not exist"
-        fix = f"did you mean {folder / guess}?" if guess else "give a JSON, JSONL, CSV or Parquet file"
-        raise DataError(f"{path}: {what}", f"give {path}/*.jsonl, say" if path.is_dir() else fix)
+        fix = f"did you mean {folder / guess}?" if guess else "choose a JSON, JSONL, CSV or Parquet file"
+        raise DataError(f"{path}: {what}", f"name its files, e.g. {path}/*.jsonl" if path.is_dir() else fix)
     head = read_head(path, 6)
     if not head:
-        raise DataError(f"{path}: is empty", "give a file with instruction rows")
-    packed = {
+        raise DataError(f"{path}: is empty", "choose a file with instruction rows")
+    compressed = {
         b"\x1f\x8b": "gzip",
         b"PK\x03\x04": "zip",
         b"BZh": "bzip2",
         b"\xfd7zXZ": "xz",
         b"\x28\xb5\x2f\xfd": "zstd",
     }
-    for magic, name in packed.items():
+    for magic, name in compressed.items():
         if head.startswith(magic):
-            raise DataError(f"{path}: is packed ({name})", "unpack it first, then give the file inside")
+            raise DataError(f"{path}: is compressed ({name})", "decompress it and name the file inside")
 
 
 def read_head(path: Path, size: int) -> bytes:
-    """The first bytes of a file."""
+    """Return the first bytes of a file. Raises DataError if it cannot be read."""
     try:
         with open(path, "rb") as f:
             return f.read(size)
@@ -67,7 +67,7 @@ def read_head(path: Path, size: int) -> bytes:
 
 
 def encoding_of(path: Path) -> str:
-    """The encoding's Python name; one pass over the file, in constant memory."""
+    """Return the Python name of a file's encoding, in at most two passes and constant memory."""
     head = read_head(path, 4096)
     for mark, name in _MARKS:
         if head.startswith(mark):
@@ -80,12 +80,12 @@ def encoding_of(path: Path) -> str:
 
 
 def open_text(path: Path, encoding: str) -> IO[str]:
-    """The file as text, line ends as they are; undecodable bytes as lone surrogates."""
+    """Open a file as text with unchanged line ends; undecodable bytes become lone surrogates."""
     return open(path, encoding=encoding, errors=_UNREADABLE, newline="")
 
 
 def lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end). Only ``\\n`` and ``\\r\\n`` end a line."""
+    """Yield line numbers, counted from 1, and lines without their ends. Only ``\\n`` and ``\\r\\n`` end a line."""
     with open_text(path, encoding) as f:
         rest, number = "", 0
         while block := f.read(_BLOCK):
@@ -111,7 +111,7 @@ def _is_utf8(path: Path) -> bool:
 
 
 def _utf8_or_gb18030(path: Path) -> str:
-    """By majority of the pieces (between line ends and quotes) that are not ASCII."""
+    """Decide between UTF-8 and GB18030 by majority of the non-ASCII pieces between line ends and quotes."""
     votes = {"utf-8": 0, "gb18030": 0, "neither": 0}
     with open(path, "rb") as f:
         for line in f:
@@ -122,7 +122,10 @@ def _utf8_or_gb18030(path: Path) -> str:
 
 
 def _vote(piece: bytes) -> str:
-    """Valid UTF-8 is hardly ever meant as GB18030; Latin-1 and Big5 decode as GB18030 too, but to rare characters."""
+    """Return the probable encoding of a piece of text: "utf-8", "gb18030" or "neither".
+
+    Valid UTF-8 is hardly ever meant as GB18030. Latin-1 and Big5 decode as GB18030 too, but to rare characters.
+    """
     for name in ("utf-8", "gb18030"):
         try:
             piece.decode(name)

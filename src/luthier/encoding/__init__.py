@@ -1,1 +1,1 @@
-"""Spans -> token ids and loss mask; encoded rows in memory and on disk."""
+"""Encode conversations as token ids and loss masks, and store the encoded rows in memory or on disk."""

@@ -1,7 +1,7 @@
-"""Spans -> ids and mask: the only place that decides what is trained.
+"""Encode rendered conversations as token ids and a loss mask. No other module decides what is trained.
 
-A row is tokenised once, as one text. For every reply it is then proven that the prompt which chat would send is a
-prefix of those very ids, and that the reply ends in a token the generator stops on. Tokens after the last
+A row is tokenised once, as one text. Every reply of every row is then checked: the prompt that chat would send must be
+a prefix of the row's ids, and the reply must end with a token that generation stops on. Tokens after the last
 supervised one cannot change the loss and are left out.
 """
 
@@ -20,14 +20,17 @@ from luthier.errors import TemplateError
 from luthier.templates import RefusedConversation
 from luthier.types import ChatTokenizer, Conversation, Example, Span, Template, TooLong, TrainOn
 
-_CHUNK = 512
-_Place = tuple[int | None, int]  # where a reply starts, None: its prompt is no prefix; where its stop token is
+_CHUNK = 512  # rows that are tokenised together
+_Place = tuple[int | None, int]  # a reply's first token (None if its prompt is not a prefix), and its stop token
 _Encoded = tuple[NDArray[np.int32], list[_Place]]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """What a row's encoding depends on besides the row. ``max_length`` counts tokens."""
+    """Encodes conversations. Its fields are everything that the result depends on besides the conversation.
+
+    max_length: in tokens. too_long: what to do with a longer row.
+    """
 
     template: Template
     tokenizer: ChatTokenizer
@@ -40,9 +43,9 @@ class Encoder:
     def stream(
         self, conversations: Iterable[Conversation], report: DataReport
     ) -> Iterator[tuple[Conversation, Example]]:
-        """Encode rows, each example with the conversation it came from; in constant memory.
+        """Encode rows in constant memory; yield every conversation with its example.
 
-        Rows that cannot be encoded are in ``report`` with the reason. Raises TemplateError.
+        Rows that cannot be encoded are recorded in ``report`` with the reason. Raises TemplateError.
         """
         source = iter(conversations)
         while chunk := list(itertools.islice(source, _CHUNK)):
@@ -52,8 +55,8 @@ class Encoder:
         self, conversations: Sequence[Conversation], report: DataReport
     ) -> Iterator[tuple[Conversation, Example]]:
         rendered: list[tuple[Conversation, list[Span]]] = []
-        for read in conversations:
-            c = self.control.apply(read, report) if self.control else read
+        for conversation in conversations:
+            c = self.control.apply(conversation, report) if self.control else conversation
             if c is None:
                 continue
             try:
@@ -63,79 +66,85 @@ class Encoder:
             except TemplateError as e:
                 raise TemplateError(f"{c.source}: {e.message}", e.fix) from None
         stops = self.template.stop
-        by_cuts = all(map(self.tokenizer.is_cut, stops)) and all(
+        splits_at_stops = all(map(self.tokenizer.is_cut, stops)) and all(
             span.text.endswith(stops) for _, spans in rendered for span in spans if span.written
         )
-        encoded = self._by_cuts(rendered) if by_cuts else self._by_offsets(rendered)
+        encoded = self._by_prefixes(rendered) if splits_at_stops else self._by_offsets(rendered)
         for (c, spans), (ids, replies) in zip(rendered, encoded, strict=True):
             example = self._example(c, spans, ids, replies, report)
             if example is not None:
                 yield c, example
 
     def _by_offsets(self, rendered: Sequence[tuple[Conversation, list[Span]]]) -> Iterator[_Encoded]:
-        """The definition: a reply's stop token is the first one that reaches the end of its span."""
+        """Find the stop tokens by character offsets: the first token that reaches the end of the reply's span.
+
+        This is the definition; ``_by_prefixes`` is faster and gives the same result.
+        """
         texts: list[str] = []
         for c, spans in rendered:
             texts.append("".join([s.text for s in spans]))
             texts += self._prompts(c, spans)
         encodings = iter(self.tokenizer.encode_batch(texts))
         for _, spans in rendered:
-            whole = next(encodings)
-            ends = [end for _, end in whole.offsets]
+            row = next(encodings)
+            ends = [end for _, end in row.offsets]
             replies: list[_Place] = []
-            at = 0
+            end = 0
             for span in spans:
-                at += len(span.text)
+                end += len(span.text)
                 if span.written:
                     prompt = next(encodings).ids
                     start = len(prompt)
-                    stop = next(j for j in range(start, len(ends)) if ends[j] >= at)
-                    replies.append((start if whole.ids[:start] == prompt else None, stop))
-            yield np.asarray(whole.ids, dtype=np.int32), replies
+                    stop = next(j for j in range(start, len(ends)) if ends[j] >= end)
+                    replies.append((start if row.ids[:start] == prompt else None, stop))
+            yield np.asarray(row.ids, dtype=np.int32), replies
 
-    def _by_cuts(self, rendered: Sequence[tuple[Conversation, list[Span]]]) -> Iterator[_Encoded]:
-        """The same without offsets: what is before a reply's stop token is encoded as if it ended there."""
+    def _by_prefixes(self, rendered: Sequence[tuple[Conversation, list[Span]]]) -> Iterator[_Encoded]:
+        """Find the stop tokens without offsets: the text before one is encoded by itself, and its length is counted.
+
+        The tokenizer must split texts at stop tokens (``ChatTokenizer.is_cut``).
+        """
         texts: list[str] = []
         for c, spans in rendered:
-            whole = "".join([s.text for s in spans])
-            texts.append(whole)
+            text = "".join([s.text for s in spans])
+            texts.append(text)
             prompts = iter(self._prompts(c, spans))
-            at = 0
+            end = 0
             for span in spans:
-                at += len(span.text)
+                end += len(span.text)
                 if span.written:
-                    texts += (next(prompts), whole[: at - len(self._stop_of(span.text))])
+                    texts += (next(prompts), text[: end - len(self._stop_of(span.text))])
         encoded = iter(self.tokenizer.encode_ids(texts))
         for _, spans in rendered:
             row = next(encoded)
             replies: list[_Place] = []
             for span in spans:
                 if span.written:
-                    prompt, closing = next(encoded), next(encoded)
-                    replies.append((len(prompt) // 4 if row.startswith(prompt) else None, len(closing) // 4))
+                    prompt, before_stop = next(encoded), next(encoded)
+                    replies.append((len(prompt) // 4 if row.startswith(prompt) else None, len(before_stop) // 4))
             yield np.frombuffer(row, dtype=np.int32), replies
 
     def _stop_of(self, written: str) -> str:
-        """The stop token's text at the end of a written span."""
+        """Return the text of the stop token that ends a written span."""
         return next(stop for stop in self.template.stop if written.endswith(stop))
 
     def _prompts(self, conversation: Conversation, spans: Sequence[Span]) -> list[str]:
-        """The text before each written span, which must be what chat would send at that point."""
+        """Return the text before each written span. Raises TemplateError if chat would send another prompt there."""
         prompts: list[str] = []
         replies = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
         turns = iter(replies[-sum(s.written for s in spans) :])
-        seen = ""
+        before = ""
         for span in spans:
             if span.written:
                 prompt = self.template.prompt(conversation.messages[: next(turns)])
-                if prompt != seen:
+                if prompt != before:
                     raise TemplateError(
                         f"{conversation.source}: template {self.template.name} writes the training text differently "
                         "from the prompt",
                         "choose another template: --set data.template=jinja",
                     )
                 prompts.append(prompt)
-            seen += span.text
+            before += span.text
         return prompts
 
     def _example(
@@ -153,14 +162,14 @@ class Encoder:
                 report.add(
                     source,
                     "the tokenizer joins the start of a reply with the prompt before it "
-                    f"(the reply starts with {span.text[:12]!r}), so the prompt would not be a prefix",
+                    f"(the reply starts with {span.text[:12]!r}), so the prompt would not be a prefix of the row",
                     "dropped",
                     "remove the white space at the start of the reply",
                 )
                 return None
             if ids[stop] not in self.stop_ids:
                 raise TemplateError(
-                    f"{source}: a trained reply ends in token {ids[stop]}, which the generator does not stop on",
+                    f"{source}: a trained reply ends with token {ids[stop]}, which generation does not stop on",
                     "choose another template: --set data.template=jinja",
                 )
             replies.append((start, stop + 1))
@@ -177,7 +186,7 @@ class Encoder:
                 source,
                 f"is {length} tokens long, more than max_length {self.max_length}",
                 "refused" if self.too_long == "error" else "dropped",
-                "a larger --set data.max_length=..., or --set data.too_long=truncate",
+                "increase it with --set data.max_length=..., or --set data.too_long=truncate",
             )
             return None
         if length > self.max_length:
@@ -192,18 +201,21 @@ class Encoder:
                 )
                 return None
             report.add(source, f"truncated from {length} to {replies[-1][1]} tokens", "changed")
-        kept = ids[: replies[-1][1]].astype(np.int64)
-        kept[-1] = ids[stop_at]
-        trained = np.zeros(len(kept), dtype=np.bool_)
+        row = ids[: replies[-1][1]].astype(np.int64)
+        row[-1] = ids[stop_at]
+        trained = np.zeros(len(row), dtype=np.bool_)
         for start, end in replies:
             trained[start:end] = True
-        return Example(kept, trained, source)
+        return Example(row, trained, source)
 
 
 def _cut(replies: list[tuple[int, int]], max_length: int) -> tuple[list[tuple[int, int]], int]:
-    """The replies that fit, the last one cut so that its stop token still ends it; and where that stop token is."""
-    whole = [r for r in replies if r[1] <= max_length]
-    start, end = replies[len(whole)]
-    if start + 2 <= max_length:  # room for one token of the reply and its stop
-        return [*whole, (start, max_length)], end - 1
-    return whole, whole[-1][1] - 1 if whole else 0
+    """Return the replies that fit into ``max_length``, and the index of the stop token for the last one.
+
+    The last reply is truncated so that a stop token still ends it.
+    """
+    complete = [r for r in replies if r[1] <= max_length]
+    start, end = replies[len(complete)]
+    if start + 2 <= max_length:  # space for one token of the reply and its stop token
+        return [*complete, (start, max_length)], end - 1
+    return complete, complete[-1][1] - 1 if complete else 0

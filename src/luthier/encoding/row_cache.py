@@ -1,11 +1,11 @@
-"""Encoded rows on disk, for the next start: what reading and encoding the data files gave.
+"""Cache encoded rows on disk, so that the next start does not read and encode the data files again.
 
     <cache>/rows/<key>/train.*, held_out.*   the rows (``encoding.store``)
-    <cache>/rows/<key>/account.json          what became of every input row, and the held-out conversations
+    <cache>/rows/<key>/account.json          the outcome of every input row, and the held-out conversations
     <cache>/rows/<key>/sha256.json           a digest of each of these files
 
-The key covers everything they depend on: FORMAT, luthier's version, the files' content, the data settings, tokenizer,
-template and stop tokens.
+The key covers everything that the rows depend on: FORMAT, luthier's version, the content of the data files, the data
+settings, tokenizer, template and stop tokens.
 """
 
 from __future__ import annotations
@@ -19,59 +19,60 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from luthier import __version__
 from luthier._util import files
 from luthier.config import RunConfig
-from luthier.data.report import DataReport
+from luthier.data.report import DataReport, Outcome
 from luthier.data.source import expand
 from luthier.encoding.encoder import Encoder
 from luthier.encoding.rows import EncodedRows, RowsReport, read_into
 from luthier.encoding.store import ExampleStore, NotKept, StoreWriter
 from luthier.errors import UserError
 from luthier.templates import digest
-from luthier.types import Conversation, Message, RowRef, Say
+from luthier.types import Conversation, Message, Role, RowRef, Say
 
-FORMAT = 1  # to be raised when the same rows are encoded otherwise, or kept otherwise
+FORMAT = 1  # increase it if the same rows are encoded or stored differently
 _ACCOUNT, _DIGESTS = "account.json", "sha256.json"
-_BYTES = 2 << 30  # of all entries together; the least recently used are deleted
+_MAX_BYTES = 2 << 30  # of all entries together; the least recently used ones are deleted
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One place in the cache, and the state that its source files were in when it was named."""
+    """A directory of the cache. sources: path, bytes and modification time (ns) of the data files when it was named."""
 
     path: Path
     sources: tuple[tuple[str, int, int], ...]
 
 
 def root() -> Path:
-    """Where all entries are."""
+    """Return the directory of all entries."""
     return files.cache_root() / "rows"
 
 
 def cached_rows(config: RunConfig, encoder: Encoder, say: Say) -> EncodedRows | None:
-    """Open the rows of an earlier start, or read, encode and keep them. Raises NotKept if they cannot be kept.
+    """Open the rows that an earlier start cached, or read, encode and cache them.
 
-    None if a data file cannot be opened: reading it will tell why.
+    Returns None if a data file cannot be opened; reading it then reports the reason. Raises NotKept if the rows cannot
+    be cached.
     """
-    at = entry(config, encoder)
-    if at is None:
+    cache_entry = entry(config, encoder)
+    if cache_entry is None:
         return None
-    if kept := load(at, say):
-        return kept
-    account = _write(at, config, encoder)
+    if rows := load(cache_entry, say):
+        return rows
+    account = _write(cache_entry, config, encoder)
     if account.error:
         return EncodedRows(account)
-    kept = load(at, say)
-    if kept is None:
-        raise NotKept(f"{at.path} cannot be read back")
-    return kept
+    rows = load(cache_entry, say)
+    if rows is None:
+        raise NotKept(f"{cache_entry.path} cannot be read back")
+    return rows
 
 
 def entry(config: RunConfig, encoder: Encoder) -> Entry | None:
-    """Where the rows of this run are kept; None if a file cannot be read."""
+    """Return the cache entry for the rows of this run, or None if a data file cannot be read."""
     try:
         paths = [p for pattern in (*config.data.train, *config.data.eval) for p in expand(pattern)]
         sources = _state(paths)
@@ -91,59 +92,60 @@ def entry(config: RunConfig, encoder: Encoder) -> Entry | None:
     return Entry(root() / key[:20], sources)
 
 
-def load(at: Entry, say: Say) -> EncodedRows | None:
-    """The rows kept at an entry, read from the disk when asked for; None if there are none, or they are damaged."""
-    folder = at.path
+def load(cache_entry: Entry, say: Say) -> EncodedRows | None:
+    """Open the rows of an entry, which are read from the disk when accessed. None if it is missing or damaged."""
+    folder = cache_entry.path
     if not folder.is_dir():
         return None
     try:
         digests = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
         for name, recorded in digests.items():
             if files.sha256(folder / name) != recorded:
-                raise ValueError(f"{name} is not as it was written")
-        told = json.loads((folder / _ACCOUNT).read_text(encoding="utf-8"))
-        train, held_out = (ExampleStore.map(folder, name, told["files"][name]) for name in ("train", "held_out"))
-        account = _account(told)
-        os.utime(folder)  # used now
+                raise ValueError(f"{name} has changed since it was written")
+        record: _Account = json.loads((folder / _ACCOUNT).read_text(encoding="utf-8"))
+        train, held_out = (ExampleStore.map(folder, name, record["files"][name]) for name in ("train", "held_out"))
+        account = _account_of(record)
+        os.utime(folder)  # marks the entry as just used
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         say(f"note: {folder}: is damaged ({' '.join(str(e).split())[:160]}), so the rows are encoded again")
         return None
     return EncodedRows(account, train, held_out)
 
 
-def _write(at: Entry, config: RunConfig, encoder: Encoder) -> RowsReport:
-    """Read and encode all rows into the entry's directory, which appears only if they can be trained on."""
+def _write(cache_entry: Entry, config: RunConfig, encoder: Encoder) -> RowsReport:
+    """Read and encode all rows into the entry's directory, which is created only if they can be trained on."""
     stack = ExitStack()
-    with _kept():
-        folder = stack.enter_context(files.new_dir(at.path))
+    with _raising_not_kept():
+        folder = stack.enter_context(files.new_dir(cache_entry.path))
         train, held_out = StoreWriter(folder, "train"), StoreWriter(folder, "held_out")
-    whole = False
+    complete = False
     try:
         account = read_into(train, held_out, config.data, config.train.seed, encoder)
         if account.error:
             return account
         train.finish()
         held_out.finish()
-        whole = True
+        complete = True
     finally:  # also after NotKept and Ctrl-C
-        if not whole:
+        if not complete:
             with suppress(NotKept):
                 train.close()
                 held_out.close()
             shutil.rmtree(folder, ignore_errors=True)
-    with _kept(), stack:
-        if _state([Path(p) for p, *_ in at.sources]) != at.sources:
+    with _raising_not_kept(), stack:
+        if _state([Path(p) for p, *_ in cache_entry.sources]) != cache_entry.sources:
             raise OSError("a data file was changed while it was read")
-        told = _told(account) | {"files": {"train": train.files, "held_out": held_out.files}}
-        (folder / _ACCOUNT).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+        record = _account_record(account, {"train": train.files, "held_out": held_out.files})
+        (folder / _ACCOUNT).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
         digests = {file.name: files.sha256(file) for file in sorted(folder.iterdir())}
         (folder / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
-    _trim(at.path)
+    _trim(cache_entry.path)
     return account
 
 
 @contextmanager
-def _kept() -> Iterator[None]:
+def _raising_not_kept() -> Iterator[None]:
+    """Turn errors of the file system into NotKept."""
     try:
         yield
     except (OSError, UserError) as e:
@@ -151,60 +153,83 @@ def _kept() -> Iterator[None]:
 
 
 def _trim(latest: Path) -> None:
-    """Delete the entries that were used longest ago, until the rest is small enough."""
-    with suppress(OSError):  # another process does the same
+    """Delete the least recently used entries, except ``latest``, until the others are small enough."""
+    with suppress(OSError):  # another process may be deleting them too
         entries = [p for p in root().iterdir() if p.is_dir() and not p.name.startswith(".") and p != latest]
         total = 0
         for path in (latest, *sorted(entries, key=lambda p: -p.stat().st_mtime)):
             total += sum(f.stat().st_size for f in path.iterdir())
-            if total > _BYTES and path != latest:
+            if total > _MAX_BYTES and path != latest:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def _state(paths: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Return (path, bytes, modification time in ns) of every file."""
     return tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths)
 
 
 # --- the account as JSON --------------------------------------------------------------------------------------------
 
 
-def _told(account: RowsReport) -> dict[str, Any]:
+# tuples are lists once they have been read back from JSON
+_Problem = tuple[str, int, str, Outcome, str]
+_Chat = tuple[str, int, list[tuple[Role, str]]]
+
+
+class _Report(TypedDict):
+    read: int
+    problems: list[_Problem]
+    notes: dict[str, int]
+    formats: dict[str, str]
+
+
+class _Account(TypedDict):
+    report: _Report
+    eval_report: _Report | None
+    conversations: list[_Chat]
+    samples: list[_Chat]
+    fingerprint: str
+    files: dict[str, list[str]]
+
+
+def _account_record(account: RowsReport, data_files: dict[str, list[str]]) -> _Account:
     return {
-        "report": _report_told(account.report),
-        "eval_report": _report_told(account.eval_report) if account.eval_report else None,
-        "conversations": [_chat_told(c) for c in account.conversations],
-        "samples": [_chat_told(c) for c in account.samples],
+        "report": _report_record(account.report),
+        "eval_report": _report_record(account.eval_report) if account.eval_report else None,
+        "conversations": [_chat_record(c) for c in account.conversations],
+        "samples": [_chat_record(c) for c in account.samples],
         "fingerprint": account.fingerprint,
+        "files": data_files,
     }
 
 
-def _account(told: dict[str, Any]) -> RowsReport:
+def _account_of(record: _Account) -> RowsReport:
     return RowsReport(
-        _report(told["report"]),
-        _report(told["eval_report"]) if told["eval_report"] else None,
-        tuple(_chat(c) for c in told["conversations"]),
-        tuple(_chat(c) for c in told["samples"]),
-        fingerprint=told["fingerprint"],
+        _report_of(record["report"]),
+        _report_of(record["eval_report"]) if record["eval_report"] else None,
+        tuple(_chat_of(c) for c in record["conversations"]),
+        tuple(_chat_of(c) for c in record["samples"]),
+        fingerprint=record["fingerprint"],
     )
 
 
-def _report_told(report: DataReport) -> dict[str, Any]:
-    problems = [[p.source.file, p.source.row, p.reason, p.outcome, p.fix] for p in report.problems]
+def _report_record(report: DataReport) -> _Report:
+    problems: list[_Problem] = [(p.source.file, p.source.row, p.reason, p.outcome, p.fix) for p in report.problems]
     return {"read": report.read, "problems": problems, "notes": dict(report.notes), "formats": report.formats}
 
 
-def _report(told: dict[str, Any]) -> DataReport:
-    report = DataReport(told["read"], formats=told["formats"])
-    report.notes.update(told["notes"])
-    for file, row, reason, outcome, fix in told["problems"]:
+def _report_of(record: _Report) -> DataReport:
+    report = DataReport(record["read"], formats=record["formats"])
+    report.notes.update(record["notes"])
+    for file, row, reason, outcome, fix in record["problems"]:
         report.add(RowRef(file, row), reason, outcome, fix)
     return report
 
 
-def _chat_told(chat: Conversation) -> list[Any]:
-    return [chat.source.file, chat.source.row, [[m.role, m.content] for m in chat.messages]]
+def _chat_record(chat: Conversation) -> _Chat:
+    return chat.source.file, chat.source.row, [(m.role, m.content) for m in chat.messages]
 
 
-def _chat(told: list[Any]) -> Conversation:
-    file, row, messages = told
+def _chat_of(record: _Chat) -> Conversation:
+    file, row, messages = record
     return Conversation(tuple(Message(role, content) for role, content in messages), RowRef(file, row))

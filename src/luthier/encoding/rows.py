@@ -1,4 +1,4 @@
-"""Data files -> encoded rows, with held-out rows set apart and what became of every input row.
+"""Read data files into encoded rows, separate the held-out ones, and record the outcome of every input row.
 
 files -> Loader -> Conversation -> Encoder -> Example -> train
                                               `--------> held_out   (data.eval_fraction, or data.eval's own files)
@@ -21,17 +21,17 @@ from luthier.errors import ConfigError, UserError
 from luthier.types import Conversation, Example
 
 Sink = ExampleStore | StoreWriter
-SAMPLES = 4  # training questions that a run without held-out rows is asked at its end
+SAMPLES = 4  # training prompts that are answered after a run without held-out rows
 
 
 @dataclass(frozen=True, slots=True)
 class RowsReport:
-    """What became of every input row, besides the ids.
+    """The outcome of every input row, besides the token ids.
 
-    eval_report:   the account of ``data.eval``'s files, if there are any.
+    eval_report:   the report on the files of ``data.eval``, if there are any.
     conversations: the held-out ones. samples: the first few training ones. first: the first few encoded rows.
-    fingerprint:   SHA-256 over every conversation that was read.
-    error:         why the rows cannot be trained on; the counts are complete either way.
+    fingerprint:   hex SHA-256 over every conversation that was read.
+    error:         why the rows cannot be trained on; the counts are complete in either case.
     """
 
     report: DataReport
@@ -45,7 +45,7 @@ class RowsReport:
 
 @dataclass(frozen=True, slots=True)
 class EncodedRows:
-    """The encoded rows of a run, and the account of how they were read."""
+    """The encoded rows of a run, and the report on how they were read."""
 
     account: RowsReport
     train: ExampleStore = field(default_factory=ExampleStore)
@@ -53,7 +53,7 @@ class EncodedRows:
 
 
 def count_rows(config: DataConfig) -> EncodedRows:
-    """Read every row without encoding it, for a complete report when the model cannot be used."""
+    """Read every row without encoding it, for a complete report if the model cannot be used."""
     loader = _loader(config)
     error = None
     try:
@@ -65,7 +65,7 @@ def count_rows(config: DataConfig) -> EncodedRows:
 
 
 def encode_rows(config: DataConfig, seed: int, encoder: Encoder, keep: bool = True, show: int = 0) -> EncodedRows:
-    """Read and encode every row into memory. keep: false keeps only lengths. show: see ``read_into``."""
+    """Read and encode every row into memory. keep: if false, store only lengths. show: see ``read_into``."""
     train, held_out = ExampleStore(keep=keep), ExampleStore(keep=keep)
     return EncodedRows(read_into(train, held_out, config, seed, encoder, show), train, held_out)
 
@@ -73,9 +73,10 @@ def encode_rows(config: DataConfig, seed: int, encoder: Encoder, keep: bool = Tr
 def read_into(
     train: Sink, held_out: Sink, config: DataConfig, seed: int, encoder: Encoder, show: int = 0
 ) -> RowsReport:
-    """Read every row once, from file to ids, and add it to one of the two. show: how many rows to keep in ``first``.
+    """Read and encode every row once, and add it to ``train`` or ``held_out``.
 
-    A user's mistake is in ``error``. Raises NotKept if a sink on disk cannot be written.
+    show: number of rows to store in ``first``. A user's mistake is returned in ``error``. Raises NotKept if a sink on
+    disk cannot be written.
     """
     loader = _loader(config)
     conversations: list[Conversation] = []
@@ -109,7 +110,7 @@ def read_into(
             if evaluated.error:
                 raise evaluated.error
             if leaks := sum(prompt_key(c) in trained for c in conversations):
-                loader.report.notes["the prompt of a row in data.eval is trained too"] = leaks
+                loader.report.notes["the prompt of a row in data.eval is also trained on"] = leaks
     except UserError as e:
         error = e
     return RowsReport(
@@ -118,7 +119,7 @@ def read_into(
 
 
 def read_held_out(paths: Sequence[Path], config: DataConfig, encoder: Encoder, held_out: Sink) -> RowsReport:
-    """Read rows that are only evaluated, encoded as the run's own. A user's mistake is in ``error``."""
+    """Read rows that are only evaluated, encoded like the run's own. A user's mistake is returned in ``error``."""
     loader = Loader(paths, config.format, config.system, config.rename)
     conversations: list[Conversation] = []
     error = None
@@ -133,15 +134,16 @@ def read_held_out(paths: Sequence[Path], config: DataConfig, encoder: Encoder, h
 
 
 def is_held_out(conversation: Conversation, fraction: float, seed: int) -> bool:
-    """Whether a row is for evaluation: by a hash of its prompt, so that equal prompts are on one side, always.
+    """Whether a row is held out for evaluation, decided by a hash of its prompt.
 
-    A conversation's prompt is what comes before its first reply: one that goes on where another ends is on its side.
+    The prompt is everything before the first reply. Equal prompts are therefore always on the same side, and so is a
+    conversation that continues another one.
     """
     return int.from_bytes(prompt_key(conversation, seed), "little") < fraction * 2**64
 
 
 def prompt_key(conversation: Conversation, seed: int = 0) -> bytes:
-    """A hash of 8 bytes over what comes before the first reply."""
+    """Return an 8-byte hash of everything before the first reply."""
     key = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8)
     for m in itertools.takewhile(lambda m: m.role != "assistant", conversation.messages):
         key.update(f"{m.role}\0{m.content.strip()}\0".encode())
@@ -160,7 +162,7 @@ def _check_split(config: DataConfig, loader: Loader, train: Sink, held_out: Sink
             f"data.rename would be ignored: no row has the key {names}", "correct --rename OLD=NEW, or leave it out"
         )
     refuse(loader.report)
-    if not len(train):  # refuse() has seen to the case of no rows at all
+    if not len(train):  # refuse() has handled the case of no rows at all
         raise ConfigError(
             f"data.eval_fraction {config.eval_fraction}: holds out every row", "choose a smaller fraction"
         )

@@ -1,10 +1,10 @@
-"""Encoded rows, kept compactly: about 5 bytes per token, in memory or in files, instead of one object per row.
+"""Store encoded rows compactly in memory or in files: about 5 bytes per token, instead of one object per row.
 
-train.ids         int32  [tokens]       token ids of all rows, one after another
-train.trained     uint8  [tokens]       1 where the token is a target of the loss
-train.ends        int64  [rows + 1]     where each row ends in the two above
-train.supervised  int32  [rows]         targets of each row
-train.sources     int64  [rows, 2]      number of the file it came from, and its row there
+train.ids         int32  [tokens]       token ids of all rows, concatenated
+train.trained     uint8  [tokens]       the loss mask: 1 for tokens that are targets of the loss
+train.ends        int64  [rows + 1]     position in the two above at which each row ends
+train.supervised  int32  [rows]         number of targets of each row
+train.sources     int64  [rows, 2]      number of the data file, and the row in it
 """
 
 from __future__ import annotations
@@ -16,28 +16,31 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Generic, TypeVar, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from luthier.types import Example, Ids, RowRef
 
-_COLUMNS = {"ids": "i", "trained": "B", "ends": "q", "supervised": "i", "sources": "q"}
-_TOKENS = 1 << 20  # held by a writer before it writes
+_COLUMNS = ("ids", "trained", "ends", "supervised", "sources")
+_BUFFERED_TOKENS = 1 << 20  # held in memory by a writer before it writes them
+_Integer = TypeVar("_Integer", bound=np.integer)
 
 
 @dataclass(slots=True)
 class Columns:
-    """The columns of some rows: arrays that grow, or what was written to files. files: numbers of the data files."""
+    """Rows in memory, as arrays that grow. files: the number of each data file."""
 
-    ids: Any = field(default_factory=lambda: array("i"))
-    trained: Any = field(default_factory=lambda: array("B"))
-    ends: Any = field(default_factory=lambda: array("q", [0]))
-    supervised: Any = field(default_factory=lambda: array("i"))
-    sources: Any = field(default_factory=lambda: array("q"))
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    trained: array[int] = field(default_factory=lambda: array("B"))
+    ends: array[int] = field(default_factory=lambda: array("q", [0]))
+    supervised: array[int] = field(default_factory=lambda: array("i"))
+    sources: array[int] = field(default_factory=lambda: array("q"))
     files: dict[str, int] = field(default_factory=dict)
 
     def add(self, example: Example, lengths_only: bool = False) -> None:
+        """Append a row. lengths_only: do not store its ids, loss mask and source."""
         self.ends.append(self.ends[-1] + len(example))
         self.supervised.append(example.supervised)
         if lengths_only:
@@ -56,30 +59,51 @@ class Columns:
         return int(self.ends[-1])
 
 
+@dataclass(frozen=True, slots=True)
+class _FileColumns:
+    """Rows in files that a ``StoreWriter`` wrote."""
+
+    ids: _ColumnFile[np.int32]
+    trained: _ColumnFile[np.uint8]
+    ends: NDArray[np.int64]
+    supervised: NDArray[np.int32]
+    sources: NDArray[np.int64]
+    files: dict[str, int]
+
+
 class ExampleStore(Sequence[Example]):
-    """Examples by number. ``keep`` false: only lengths are kept, for a look at the data that trains nothing."""
+    """A sequence of examples. keep: if false, store only lengths, for reports on data that is not trained on."""
 
     def __init__(self, examples: Iterable[Example] = (), keep: bool = True) -> None:
         self._keep = keep
-        self._columns = Columns()
+        self._columns: Columns | _FileColumns = Columns()
         for example in examples:
             self.add(example)
 
     @classmethod
     def map(cls, folder: Path, name: str, files: Sequence[str]) -> ExampleStore:
-        """Open what a ``StoreWriter`` wrote; rows are read from the disk when asked for. files: the writer's."""
+        """Open the files of a ``StoreWriter``; each row is read from the disk when it is accessed.
+
+        name, files: as in the writer.
+        """
         store = cls()
-        store._columns = Columns(
-            **{column: _open_column(folder / f"{name}.{column}", column) for column in _COLUMNS},
+        store._columns = _FileColumns(
+            ids=_ColumnFile(folder / f"{name}.ids", np.int32),
+            trained=_ColumnFile(folder / f"{name}.trained", np.uint8),
+            ends=_mapped(folder / f"{name}.ends", np.int64),
+            supervised=_mapped(folder / f"{name}.supervised", np.int32),
+            sources=_mapped(folder / f"{name}.sources", np.int64),
             files={file: i for i, file in enumerate(files)},
         )
         return store
 
     def add(self, example: Example) -> None:
+        """Append an example to a store in memory."""
+        assert isinstance(self._columns, Columns), "a store in files is read-only"
         self._columns.add(example, lengths_only=not self._keep)
 
     def __len__(self) -> int:
-        return self._columns.rows
+        return len(self._columns.ends) - 1
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -88,7 +112,7 @@ class ExampleStore(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        assert self._keep, "only lengths were kept"
+        assert self._keep, "only lengths were stored"
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -102,7 +126,7 @@ class ExampleStore(Sequence[Example]):
         )
 
     def stats(self) -> dict[str, float | int]:
-        """Token counts, each row whole."""
+        """Return token counts over whole rows, without shared prefixes subtracted."""
         if not len(self):
             return {"total": 0, "supervised": 0}
         lengths = np.diff(self._columns.ends)
@@ -118,12 +142,15 @@ class ExampleStore(Sequence[Example]):
         }
 
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Return the number of tokens of each row."""
         lengths: list[int] = np.diff(self._columns.ends).tolist()
         return lengths
 
     def common(self, rows: int = 256) -> int:
-        """Length of the prefix that the first rows share: the system prompt's. 0 if only lengths are kept."""
+        """Return the length of the prefix that the first ``rows`` rows share, usually that of the system prompt.
+
+        0 if only lengths are stored.
+        """
         if not self._keep or len(self) < 2:
             return 0
         first = self[0].ids[:-1]
@@ -133,92 +160,101 @@ class ExampleStore(Sequence[Example]):
         return size
 
     def supervised(self) -> list[int]:
-        """Supervised tokens of each row."""
+        """Return the number of supervised tokens of each row."""
         supervised: list[int] = self._columns.supervised.tolist()
         return supervised
 
 
 def common_prefix(a: Ids, b: Ids) -> int:
-    """Length of the longest common prefix of two rows."""
+    """Return the length of the longest common prefix of two rows of token ids."""
     size = min(len(a), len(b))
-    differ = np.flatnonzero(a[:size] != b[:size])
-    return int(differ[0]) if len(differ) else size
+    differences = np.flatnonzero(a[:size] != b[:size])
+    return int(differences[0]) if len(differences) else size
 
 
-def _open_column(path: Path, column: str) -> Any:
-    code = _COLUMNS[column]
+def _mapped(path: Path, dtype: type[_Integer]) -> NDArray[_Integer]:
+    """Map a column file into memory. An empty file, which cannot be mapped, gives an empty array."""
     if not path.stat().st_size:
-        return np.empty(0, code)
-    return _Read(path, code) if column in ("ids", "trained") else np.memmap(path, code, "r")
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, "r")
 
 
-class _Read:
-    """A column in a file: slices are read. Mapped, the 64 KB around every row would count as the process's memory."""
+class _ColumnFile(Generic[_Integer]):
+    """A column in a file, of which slices can be read.
 
-    def __init__(self, path: Path, code: str) -> None:
-        self._type = np.dtype(code)
+    It is not memory-mapped, because the 64 KB around every row read would then count as memory of the process.
+    """
+
+    def __init__(self, path: Path, dtype: type[_Integer]) -> None:
+        self._dtype = np.dtype(dtype)
         self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._lock = threading.Lock()
         weakref.finalize(self, os.close, self._file)
 
-    def __getitem__(self, part: slice) -> Any:
-        size = self._type.itemsize
+    def __getitem__(self, part: slice) -> NDArray[_Integer]:
+        size = self._dtype.itemsize
         with self._lock:
             os.lseek(self._file, int(part.start) * size, os.SEEK_SET)
-            return np.frombuffer(os.read(self._file, int(part.stop - part.start) * size), self._type)
+            return np.frombuffer(os.read(self._file, int(part.stop - part.start) * size), self._dtype)
 
 
 class NotKept(Exception):
-    """Rows could not be written to the disk, and why."""
+    """The reason why rows could not be written to the disk."""
 
 
 class StoreWriter:
-    """Examples written to a folder as they come, in constant memory; ``ExampleStore.map`` reads them.
+    """Writes examples to a folder as they arrive, in constant memory; ``ExampleStore.map`` reads them.
 
-    name: what its files' names begin with. Raises NotKept if they cannot be written.
+    name: the prefix of the file names. Raises NotKept if the files cannot be written.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._open = {column: (folder / f"{name}.{column}").open("wb") for column in _COLUMNS}
-        self._held = Columns()
-        self._rows = self._tokens = 0
-        self._open["ends"].write(bytes(8))
+        self._column_files = {column: (folder / f"{name}.{column}").open("wb") for column in _COLUMNS}
+        self._buffer = Columns()
+        self._rows = self._tokens = 0  # written so far
+        self._column_files["ends"].write(bytes(8))
 
     def __len__(self) -> int:
-        return self._rows + self._held.rows
+        return self._rows + self._buffer.rows
 
     @property
     def files(self) -> list[str]:
-        """The files that rows came from; ``train.sources`` counts them from 0."""
-        return list(self._held.files)
+        """The data files that rows came from; the column ``sources`` counts them from 0."""
+        return list(self._buffer.files)
 
     def add(self, example: Example) -> None:
-        self._held.add(example)
-        if self._held.tokens >= _TOKENS:
+        """Append an example, and write the buffered ones if they are many."""
+        self._buffer.add(example)
+        if self._buffer.tokens >= _BUFFERED_TOKENS:
             self._flush()
 
     def finish(self) -> None:
-        """Write what is held; nothing is added after that."""
+        """Write the buffered rows and close the files. Nothing can be added afterwards."""
         self._flush()
         self.close()
 
     def close(self) -> None:
-        """Close the files, whatever they hold."""
+        """Close the files without writing the buffered rows."""
         try:
-            for file in self._open.values():
+            for file in self._column_files.values():
                 file.close()
         except OSError as e:
             raise NotKept(str(e)) from None
 
     def _flush(self) -> None:
-        held = self._held
-        ends = np.asarray(held.ends[1:], np.int64) + self._tokens
-        columns = {"ids": held.ids, "trained": held.trained, "supervised": held.supervised, "sources": held.sources}
+        buffer = self._buffer
+        columns = {
+            "ids": buffer.ids,
+            "trained": buffer.trained,
+            "supervised": buffer.supervised,
+            "sources": buffer.sources,
+            "ends": array("q", (np.asarray(buffer.ends[1:], np.int64) + self._tokens).tobytes()),
+        }
         try:
-            for column, values in {**columns, "ends": ends}.items():
-                self._open[column].write(memoryview(values))
+            for column, values in columns.items():
+                self._column_files[column].write(memoryview(values))
         except OSError as e:
             raise NotKept(str(e)) from None
-        self._rows += held.rows
-        self._tokens += held.tokens
-        self._held = Columns(files=held.files)
+        self._rows += buffer.rows
+        self._tokens += buffer.tokens
+        self._buffer = Columns(files=buffer.files)

@@ -1,1 +1,1 @@
-"""A model on held-out rows: loss, text metrics, base against tuned, report.html."""
+"""Compare the base and the tuned model on held-out rows by loss and text metrics, and write report.html."""

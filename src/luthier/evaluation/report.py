@@ -1,4 +1,4 @@
-"""``report.html``: what a run was and what came of it, in one file that needs nothing else (no script, no network)."""
+"""Write ``report.html``: settings and results of a run on one self-contained page (no scripts, no network)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from luthier._util import files
 from luthier.config import RunConfig, all_keys, describe
@@ -28,8 +27,8 @@ svg { width: 100%; height: auto; } svg text { fill: var(--dim); font-size: 12px;
 .curve { fill: none; stroke: var(--blue); stroke-width: 2; } .faint { opacity: .35; stroke-width: 1; }
 .grid { stroke: var(--line); } .bar { fill: var(--blue); } details summary { cursor: pointer; color: var(--dim); }
 """
-_CLOSE = {
-    "length_ratio": ("length of replies to references", ".2f"),
+_TEXT_METRICS = {
+    "length_ratio": ("reply length / reference length", ".2f"),
     "bleu": ("BLEU", ".1f"),
     "chrf": ("chrF", ".1f"),
     "rouge_l": ("ROUGE-L", ".3f"),
@@ -37,8 +36,8 @@ _CLOSE = {
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 240, 64, 28
 
 
-def write(run: Path, config: RunConfig, summary: Mapping[str, Any], lengths: Sequence[int]) -> Path:
-    """Write ``RUN/report.html`` from what the run wrote; ``lengths`` are the tokens of each trained row."""
+def write(run: Path, config: RunConfig, summary: Mapping[str, object], lengths: Sequence[int]) -> Path:
+    """Write ``RUN/report.html`` from the files of the run; returns its path. lengths: tokens per training row."""
     target = run / "report.html"
     metrics = _lines(run / "metrics.jsonl")
     evaluation = run / "evaluation.json"
@@ -50,27 +49,31 @@ def write(run: Path, config: RunConfig, summary: Mapping[str, Any], lengths: Seq
 def render(
     name: str,
     config: RunConfig,
-    summary: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, object],
+    metrics: Sequence[Mapping[str, object]],
     lengths: Sequence[int],
-    results: Mapping[str, Any] | None,
+    results: Mapping[str, object] | None,
 ) -> str:
-    """The page as text."""
-    losses = [float(x) for x in summary["losses"]]
+    """Return the HTML of the page.
+
+    summary, metrics, results: the contents of summary.json, metrics.jsonl and evaluation.json.
+    lengths: tokens per training row.
+    """
+    losses = _losses(summary)
     parts = [
         f"<h1>luthier: {html.escape(name)}</h1>",
         _figures(summary, results),
-        "<h2>Loss a trained token, by step</h2>",
+        "<h2>Training loss per token</h2>",
         _chart([(range(1, len(losses) + 1), losses, "curve faint"), _smooth(losses)]),
-        "<h2>Learning rate, by step</h2>",
-        _chart([([m["step"] for m in metrics], [m["learning_rate"] for m in metrics], "curve")]),
-        "<h2>Rows, by their number of tokens</h2>",
+        "<h2>Learning rate</h2>",
+        _chart([([_number(m, "step") for m in metrics], [_number(m, "learning_rate") for m in metrics], "curve")]),
+        "<h2>Row length in tokens</h2>",
         _histogram(lengths),
     ]
-    if results and results["samples"]:
-        which = "that were held out" if results["data"] else "from the training rows"
-        parts += [f"<h2>Replies to questions {which}</h2>", _samples(results["samples"])]
-    parts += ["<h2>What was trained</h2>", _trained(config, summary), "<h2>Settings</h2>", _settings(config)]
+    if results and (samples := _sections(results, "samples")):
+        which = "held-out" if results["data"] else "training"
+        parts += [f"<h2>Replies to {which} prompts</h2>", _samples(samples)]
+    parts += ["<h2>Model and data</h2>", _trained(config, summary), "<h2>Settings</h2>", _settings(config)]
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -79,37 +82,38 @@ def render(
     )
 
 
-def _figures(summary: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
-    losses = summary["losses"]
-    shown = {
+def _figures(summary: Mapping[str, object], results: Mapping[str, object] | None) -> str:
+    losses = _losses(summary)
+    figures = {
         "steps": f"{summary['steps']:,}",
-        "loss, first to last step": f"{losses[0]:.3f} &rarr; {losses[-1]:.3f}",
-        "training": f"{summary['train_seconds']:,.0f} s",
-        "tokens a second": f"{summary['tokens_per_s']:,.0f}",
-        "peak memory": f"{summary['peak_rss_bytes'] / 1e9:.2f} GB",
+        "training loss, first to last step": f"{losses[0]:.3f} &rarr; {losses[-1]:.3f}",
+        "training time": f"{summary['train_seconds']:,.0f} s",
+        "tokens per second": f"{summary['tokens_per_s']:,.0f}",
+        "peak memory": f"{_number(summary, 'peak_rss_bytes') / 1e9:.2f} GB",
     }
     if results and results["data"]:
-        base, tuned = results["base"], results["tuned"]
-        shown["held-out loss, base and tuned"] = f"{base['loss']:.3f} &rarr; {tuned['loss']:.3f}"
+        base, tuned = _section(results, "base"), _section(results, "tuned")
+        figures["held-out loss, base to tuned"] = f"{base['loss']:.3f} &rarr; {tuned['loss']:.3f}"
         if tuned["stop_rate"] is not None:
-            shown["tuned replies that end by themselves"] = f"{tuned['stop_rate']:.0%}"
-        for key, (name, form) in _CLOSE.items():
+            figures["tuned replies that end with a stop token"] = f"{tuned['stop_rate']:.0%}"
+        for key, (name, form) in _TEXT_METRICS.items():
             if base[key] is not None and tuned[key] is not None:
-                shown[f"{name}, base and tuned"] = f"{base[key]:{form}} &rarr; {tuned[key]:{form}}"
-    return '<div class="figures">' + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in shown.items()) + "</div>"
+                figures[f"{name}, base to tuned"] = f"{base[key]:{form}} &rarr; {tuned[key]:{form}}"
+    return '<div class="figures">' + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in figures.items()) + "</div>"
 
 
-def _trained(config: RunConfig, summary: Mapping[str, Any]) -> str:
-    rows = summary["rows"]
-    share = summary["trainable_parameters"] / summary["parameters"]
+def _trained(config: RunConfig, summary: Mapping[str, object]) -> str:
+    rows, targets = _section(summary, "rows"), summary["target_modules"]
+    assert isinstance(targets, list)
+    share = _number(summary, "trainable_parameters") / _number(summary, "parameters")
     facts = {
         "model": f"{config.model.path} ({summary['dtype']} on {summary['device']})",
         "adapter": f"LoRA r={config.lora.r}, alpha={config.lora.lora_alpha:g}",
-        "on": ", ".join(summary["target_modules"]),
-        "parameters": f"{summary['trainable_parameters']:,} of {summary['parameters']:,} train ({share:.2%})",
+        "target modules": ", ".join(targets),
+        "parameters": f"{summary['trainable_parameters']:,} of {summary['parameters']:,} are trained ({share:.2%})",
         "rows": f"{rows['read']} read, {rows['kept']} kept, {rows['dropped']} dropped, {rows['changed']} changed",
-        "tokens": f"{summary['tokens']:,} seen, {summary['supervised_tokens']:,} of them trained",
-        "template": f"{summary['template']}; system prompt: {config.data.system or 'the template’s own, if any'}",
+        "tokens": f"{summary['tokens']:,} processed, {summary['supervised_tokens']:,} of them in the loss",
+        "template": f"{summary['template']}; system prompt: {config.data.system or 'the template’s default, if any'}",
     }
     return _table([], [[k, v] for k, v in facts.items()])
 
@@ -117,19 +121,20 @@ def _trained(config: RunConfig, summary: Mapping[str, Any]) -> str:
 def _settings(config: RunConfig) -> str:
     rows = []
     for key in all_keys():
-        value: Any = config.dump()
+        value: object = config.dump()
         for part in key.split("."):
+            assert isinstance(value, dict)
             value = value[part]
         rows.append([key, json.dumps(value, ensure_ascii=False), describe(key)])
-    return f"<details><summary>all {len(rows)}</summary>{_table(['key', 'value', ''], rows)}</details>"
+    return f"<details><summary>all {len(rows)} settings</summary>{_table(['key', 'value', ''], rows)}</details>"
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+def _samples(samples: Sequence[Mapping[str, object]]) -> str:
     rows = [[s["prompt"], s["base"], s["tuned"], s["reference"]] for s in samples]
-    return _table(["question", "base model", "tuned", "the row's own reply"], rows, "text")
+    return _table(["prompt", "base model", "tuned model", "reference reply"], rows, "text")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]], kind: str = "") -> str:
     top = "<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>" if head else ""
     cell = f'<td class="{kind}">' if kind else "<td>"
     body = "".join("<tr>" + "".join(f"{cell}{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
@@ -137,14 +142,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -
 
 
 def _smooth(values: Sequence[float]) -> tuple[Sequence[int], list[float], str]:
-    """A running mean whose window grows to a twentieth of the run."""
+    """Compute a running mean over a twentieth of the run (fewer values at the start)."""
     window = max(1, len(values) // 20)
     parts = [values[max(0, i - window) : i + 1] for i in range(len(values))]
     return range(1, len(values) + 1), [sum(p) / len(p) for p in parts], "curve"
 
 
 def _chart(series: Sequence[tuple[Sequence[float], Sequence[float], str]]) -> str:
-    """Lines over a common grid, as SVG."""
+    """Draw lines on one grid, as SVG."""
     xs = [x for s in series for x in s[0]]
     ys = [y for s in series for y in s[1]]
     low, high = min([0.0, *ys]) if min(ys) < max(ys) * 0.5 else min(ys), max(ys)
@@ -163,13 +168,13 @@ def _chart(series: Sequence[tuple[Sequence[float], Sequence[float], str]]) -> st
 
 
 def _histogram(lengths: Sequence[int]) -> str:
-    """How many rows have how many tokens, in 24 bars."""
+    """Draw the number of rows per range of lengths in at most 24 bars, as SVG."""
     low, high = min(lengths), max(lengths) + 1
     width = max(1, -(-(high - low) // 24))
     counts = [0] * (-(-(high - low) // width))
     for n in lengths:
         counts[(n - low) // width] += 1
-    most = -(-max(counts) // 4) * 4  # so that the ticks are whole rows
+    most = -(-max(counts) // 4) * 4  # so that the ticks are whole numbers of rows
     step = (_WIDTH - _LEFT - 8) / len(counts)
     room = _HEIGHT - _BOTTOM - 8
     bars = [
@@ -192,5 +197,29 @@ def _frame(ticks: Sequence[float], low: float, high: float, first: float, last: 
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join([*grid, *inside])}{foot}</svg>'
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _losses(summary: Mapping[str, object]) -> list[float]:
+    losses = summary["losses"]
+    assert isinstance(losses, list)
+    return [float(x) for x in losses]
+
+
+def _number(record: Mapping[str, object], key: str) -> float:
+    value = record[key]
+    assert isinstance(value, int | float)
+    return value
+
+
+def _section(record: Mapping[str, object], key: str) -> Mapping[str, object]:
+    value = record[key]
+    assert isinstance(value, Mapping)
+    return value
+
+
+def _sections(record: Mapping[str, object], key: str) -> Sequence[Mapping[str, object]]:
+    value = record[key]
+    assert isinstance(value, list)
+    return value
+
+
+def _lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Figures on held-out rows: loss, perplexity, how many replies end by themselves, and how close they come."""
+"""Score a model on held-out rows: loss, perplexity, share of replies that stop by themselves, and text metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from luthier._util import files
 from luthier.batching.collate import collate, to_device
@@ -17,17 +16,18 @@ from luthier.evaluation import text_metrics
 from luthier.evaluation.text_metrics import TextMetrics, measure
 from luthier.inference.generation import Generator, Reply, Sampling
 from luthier.lora.layers import LoraLinear, frozen_dtype, plain
+from luthier.models.protocols import CausalLM
 from luthier.training.forward import segment_attention, token_losses
 from luthier.types import Conversation, Example, Message, Say
 
-REPLIES, NEW_TOKENS = 24, 200  # replies to how many held-out prompts, and how long they may get
-HELD_OUT, RESULTS = "held-out.jsonl", "evaluation.json"  # files of a run
-_ROWS = 8
+REPLIES, NEW_TOKENS = 24, 200  # held-out prompts that are answered, and the maximum length of a reply
+HELD_OUT, RESULTS = "held-out.jsonl", "evaluation.json"  # files in a run directory
+_ROWS = 8  # rows per batch
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Mean negative log-likelihood of a supervised token (nats), over how many tokens and rows."""
+    """Mean negative log-likelihood per supervised token (nats), and the number of tokens and rows it covers."""
 
     loss: float
     tokens: int
@@ -40,9 +40,11 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One model on the held-out rows. ``complete`` is false where the time given ran out.
+    """The scores of one model on the held-out rows.
 
-    text: the replies against the rows' own.
+    text:     the replies compared with the reference replies of the rows.
+    complete: false if the time limit was reached before all rows and prompts were done.
+    seconds:  time taken.
     """
 
     held_out: HeldOut
@@ -53,10 +55,10 @@ class Scores:
 
     @property
     def stop_rate(self) -> float | None:
-        """Share of the replies that ended by a stop token; None where there was no time for any."""
+        """Share of the replies that ended with a stop token; None if there are no replies."""
         return sum(r.stopped for r in self.replies) / len(self.replies) if self.replies else None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {
             "loss": self.held_out.loss,
             "perplexity": self.held_out.perplexity,
@@ -70,10 +72,10 @@ class Scores:
         }
 
 
-def held_out_loss(model: Any, examples: Sequence[Example], deadline: float | None = None) -> HeldOut:
-    """Loss over every supervised token, rows in their order; leaves the model in eval mode.
+def held_out_loss(model: CausalLM, examples: Sequence[Example], deadline: float | None = None) -> HeldOut:
+    """Compute the mean loss per supervised token, rows in order. Leaves the model in eval mode.
 
-    deadline: on ``time.monotonic``'s clock; after it no further batch is begun (one always is).
+    deadline: in ``time.monotonic`` seconds; no batch starts after it, except that the first one always runs.
     """
     model.eval()
     total, tokens, rows = 0.0, 0, 0
@@ -89,7 +91,7 @@ def held_out_loss(model: Any, examples: Sequence[Example], deadline: float | Non
 
 
 def askable(generator: Generator, chats: Sequence[Conversation], most: int) -> list[Conversation]:
-    """The first ``most`` rows whose prompt the model can read whole (in training longer rows are cut)."""
+    """Return the first ``most`` rows whose prompt fits into the model's context (training cuts longer rows)."""
     fitting = (c for c in chats if generator.fits(c.messages[:-1]))
     return list(itertools.islice(fitting, most))
 
@@ -102,22 +104,28 @@ def score(
     max_new_tokens: int = NEW_TOKENS,
     seconds: float | None = None,
 ) -> Scores:
-    """Loss on all rows, then greedy replies to the first ``most_replies`` prompts, within ``seconds`` if given."""
+    """Score a model: loss on all rows, then greedy replies to the first ``most_replies`` prompts.
+
+    seconds: time limit for both together, None for none.
+    """
     start = time.monotonic()
     deadline = None if seconds is None else start + seconds
     loss = held_out_loss(generator.model, examples, deadline)
     asked = askable(generator, chats, most_replies)
     replies = answers(generator, [c.messages[:-1] for c in asked], max_new_tokens, deadline)
     complete = loss.rows == len(examples) and len(replies) == len(asked)
-    took = time.monotonic() - start
+    duration = time.monotonic() - start
     text = measure([r.text for r in replies], [c.messages[-1].content for c in asked[: len(replies)]])
-    return Scores(loss, tuple(replies), text, complete, took)
+    return Scores(loss, tuple(replies), text, complete, duration)
 
 
 def answers(
     generator: Generator, prompts: Sequence[Sequence[Message]], max_new_tokens: int, deadline: float | None = None
 ) -> list[Reply]:
-    """Greedy replies, in batches; with a deadline (``time.monotonic``) those that were whole before it."""
+    """Generate greedy replies in batches.
+
+    deadline: in ``time.monotonic`` seconds; returns only the replies that were complete before it.
+    """
     replies: list[Reply] = []
     size = _ROWS if deadline is not None else max(1, len(prompts))
     for at in range(0, len(prompts), size):
@@ -126,14 +134,14 @@ def answers(
             break
         batch = generator.replies(prompts[at : at + size], Sampling(max_new_tokens, max_seconds=left))
         if deadline is not None and time.monotonic() > deadline:
-            batch = batch if all(r.stopped for r in batch) else []  # cut by the clock, not by the model
+            batch = batch if all(r.stopped for r in batch) else []  # cut off by the time limit
         replies += batch
     return replies
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Both models on the same rows; ``data`` is a file that holds them."""
+    """The scores of the base and the tuned model on the same rows. data: a file that holds these rows."""
 
     data: str
     base: Scores
@@ -142,7 +150,7 @@ class Comparison:
     prompts: tuple[str, ...]
     references: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         samples = zip(self.prompts, self.references, self.base.replies, self.tuned.replies, strict=False)
         return {
             "data": self.data,
@@ -166,7 +174,10 @@ def compare(
     most_replies: int = REPLIES,
     max_new_tokens: int = NEW_TOKENS,
 ) -> Comparison:
-    """Score the tuned model, then the base (the adapter switched off) on what was scored; half of the time each."""
+    """Score the tuned model, then the base model (with the adapter switched off) on the same rows and prompts.
+
+    data: the file that holds the rows. seconds: time limit; each model gets half of it.
+    """
     half = None if seconds is None else seconds / 2
     asked = askable(generator, chats, most_replies)
     after = score(generator, examples, asked, most_replies, max_new_tokens, half)
@@ -184,7 +195,7 @@ def compare(
 
 
 def write_rows(path: Path, chats: Sequence[Conversation]) -> None:
-    """Held-out rows as chat messages, one a line."""
+    """Write held-out rows as chat messages (JSONL)."""
     rows = ({"messages": [{"role": m.role, "content": m.content} for m in c.messages]} for c in chats)
     files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -198,7 +209,10 @@ def at_the_end(
     seconds: float,
     say: Say,
 ) -> Comparison:
-    """What a run does with its held-out rows: compare within ``seconds``, and keep figures and samples."""
+    """Compare both models on a run's held-out rows, write ``evaluation.json`` and report the result.
+
+    seconds: time limit. say: called with the result and with notes.
+    """
     result = compare(generator, layers, examples, conversations, run / HELD_OUT, seconds)
     files.write_json(run / RESULTS, result.as_dict())
     say(
@@ -208,7 +222,7 @@ def at_the_end(
     if note := text_metrics.note():
         say(f"note: {note}")
     if not (result.tuned.complete and result.base.complete):
-        say(f"evaluation stopped after its time ({seconds:.1f} s); luthier eval {run} takes as long as it needs")
+        say(f"evaluation stopped at its time limit ({seconds:.1f} s); luthier eval {run} has no time limit")
     return result
 
 
@@ -220,14 +234,14 @@ def samples_at_the_end(
     seconds: float,
     say: Say,
 ) -> None:
-    """Without held-out rows: replies of both models to a few training questions, for the report."""
+    """Write replies of both models to a few training prompts for the report, if there are no held-out rows."""
     asked = askable(generator, conversations, len(conversations))
     prompts = [c.messages[:-1] for c in asked]
     after = answers(generator, prompts, NEW_TOKENS, time.monotonic() + seconds / 2)
     with plain(layers):
         before = answers(generator, prompts[: len(after)], NEW_TOKENS, time.monotonic() + seconds / 2)
     if len(before) < len(asked):
-        say(f"replies for the report stopped after their time ({seconds:.1f} s), {len(before)} of {len(asked)} written")
+        say(f"replies for the report stopped at their time limit ({seconds:.1f} s): {len(before)} of {len(asked)} done")
     rows = zip(asked, before, after, strict=False)
     samples = [
         {

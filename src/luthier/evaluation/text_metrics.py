@@ -1,8 +1,9 @@
-"""How close replies are to references: length ratio, BLEU and chrF by sacrebleu, ROUGE-L by rouge-score.
+"""Compare replies with references: length ratio, BLEU and chrF (sacrebleu), ROUGE-L (rouge-score).
 
-Words are what each measure's own tokeniser makes of a text, with two exceptions, told from the reference's script:
-Chinese is cut into words by jieba, and other scripts that write no spaces into characters. Figures of one language
-alone are so those of the library itself; in mixed data every row is cut in its own way.
+Texts are split into words by each metric's own tokeniser, with two exceptions that depend on the script of the
+reference: Chinese is split into words by jieba, and other scripts without spaces are split into characters. The
+scores of data in one language therefore equal those of the library with that tokeniser; in mixed data each row is split
+according to its own script.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
 
 _PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "jieba": "jieba"}
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
@@ -28,10 +28,13 @@ Words = Callable[[str], list[str]]
 
 @dataclass(frozen=True, slots=True)
 class TextMetrics:
-    """Replies against references. None: nothing to measure, or (all but the first) the packages are not installed.
+    """Scores of replies compared with references.
 
-    length_ratio: characters of all replies over those of all references.
-    bleu, chrf:   of the corpus, 0 to 100. rouge_l: mean F1 over the rows, 0 to 1.
+    None: there are no replies, or (all but length_ratio) the packages are not installed.
+
+    length_ratio: characters of all replies divided by characters of all references.
+    bleu, chrf:   corpus scores, 0 to 100.
+    rouge_l:      mean F1 over the rows, 0 to 1.
     """
 
     length_ratio: float | None = None
@@ -44,7 +47,7 @@ class TextMetrics:
 
 
 def measure(replies: Sequence[str], references: Sequence[str]) -> TextMetrics:
-    """Every reply against the reference at its place; white space around either does not count."""
+    """Compare each reply with the reference at the same index. Surrounding white space is ignored."""
     if not replies:
         return TextMetrics()
     pairs = [(reply.strip(), ref.strip()) for reply, ref in zip(replies, references, strict=True)]
@@ -55,20 +58,20 @@ def measure(replies: Sequence[str], references: Sequence[str]) -> TextMetrics:
 
 
 def missing() -> list[str]:
-    """Packages of the extra ``eval`` that are not installed."""
+    """Return the packages of the extra ``eval`` that are not installed."""
     return [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]
 
 
 def note() -> str | None:
-    """What to install, where something is missing."""
-    lack = missing()
-    return f"BLEU, chrF and ROUGE-L need {', '.join(lack)}: pip install 'luthier[eval]'" if lack else None
+    """Return a message that names missing packages and how to install them, or None."""
+    packages = missing()
+    return f"BLEU, chrF and ROUGE-L need {', '.join(packages)}: pip install 'luthier[eval]'" if packages else None
 
 
 def script(text: str) -> str:
-    """ "chinese", "spaceless" (other scripts without spaces between words) or "spaced".
+    """Classify a text as "chinese", "spaceless" (other scripts without spaces between words) or "spaced".
 
-    Chinese: more Han characters than words of other scripts, so that a model's name in a sentence changes nothing.
+    Chinese means more Han characters than words of other scripts, so that a Latin name in a sentence changes nothing.
     """
     if _SPACELESS.search(text):
         return "spaceless"
@@ -81,9 +84,13 @@ def _bleu(pairs: Sequence[tuple[str, str]]) -> float:
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     standard = Tokenizer13a()
-    cut: dict[str, Words] = {"chinese": _jieba, "spaceless": _characters, "spaced": lambda text: standard(text).split()}
-    words = [[" ".join(cut[script(ref)](text)) for text in (reply, ref)] for reply, ref in pairs]
-    bleu = BLEU(tokenize="none", force=True)  # they are words already
+    split: dict[str, Words] = {
+        "chinese": _jieba,
+        "spaceless": _characters,
+        "spaced": lambda text: standard(text).split(),
+    }
+    words = [[" ".join(split[script(ref)](text)) for text in (reply, ref)] for reply, ref in pairs]
+    bleu = BLEU(tokenize="none", force=True)  # the texts are already tokenised
     return float(bleu.corpus_score([w[0] for w in words], [[w[1] for w in words]]).score)
 
 
@@ -94,17 +101,21 @@ def _chrf(pairs: Sequence[tuple[str, str]]) -> float:
 
 
 def _rouge_l(pairs: Sequence[tuple[str, str]]) -> float:
-    """On ASCII text rouge-score's own words; beyond it letters of any script too, where its own keeps a to z alone."""
+    """Mean ROUGE-L F1.
+
+    ASCII text is split like rouge-score's own tokeniser does. That keeps only a to z and digits, so letters of other
+    scripts are added here.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
-    cut: dict[str, Words] = {"chinese": _jieba, "spaceless": _characters, "spaced": _letters}
-    scorers = {kind: RougeScorer(["rougeL"], tokenizer=_Tokens(words)) for kind, words in cut.items()}
+    split: dict[str, Words] = {"chinese": _jieba, "spaceless": _characters, "spaced": _letters}
+    scorers = {kind: RougeScorer(["rougeL"], tokenizer=_Tokens(words)) for kind, words in split.items()}
     return fmean(float(scorers[script(ref)].score(ref, reply)["rougeL"].fmeasure) for reply, ref in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """A tokeniser as rouge-score takes one: lower case, punctuation left out."""
+    """A tokeniser in the form that rouge-score expects: lower case, without punctuation."""
 
     words: Words
 
@@ -121,18 +132,19 @@ def _characters(text: str) -> list[str]:
 
 
 def _jieba(text: str) -> list[str]:
-    return [w for w in _segmenter().lcut(text) if w.strip()]
+    return [w for w in _segmenter()(text) if w.strip()]
 
 
 @functools.cache
-def _segmenter() -> Any:
-    """jieba with its own dictionary, never with the cache it would share with others in the system's folder."""
+def _segmenter() -> Words:
+    """Return jieba's word segmentation, built from its own dictionary and not from the cache shared by all users."""
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore")  # what it imports from setuptools warns of its own end
+        warnings.simplefilter("ignore")  # jieba imports a deprecated part of setuptools
         import jieba
 
         jieba.setLogLevel(logging.WARNING)
-        made = jieba.Tokenizer()
-        made.tmp_dir = folder
-        made.initialize()
-    return made
+        tokenizer = jieba.Tokenizer()
+        tokenizer.tmp_dir = folder
+        tokenizer.initialize()
+    segment: Words = tokenizer.lcut
+    return segment

@@ -1,1 +1,1 @@
-"""A tuned model in other tools' formats, each read back before it is called done."""
+"""Write a tuned model in the formats of other tools, and verify each result by reading it back."""

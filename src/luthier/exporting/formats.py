@@ -1,10 +1,11 @@
-"""The formats of ``luthier export``: what each one writes, which options it takes, how it is proven.
+"""The formats of ``luthier export``: what each one contains, and how it is verified.
 
-peft       the adapter for stock PEFT              read back, every update compared
-hf         the merged model's directory            logits against base+adapter
-gguf       the merged model in one file            llama.cpp's greedy replies against base+adapter
-gguf-lora  the adapter alone, over a base's GGUF   the same, over the base written out for it
-ollama     a Modelfile beside a GGUF               the GGUF as above
+peft       the adapter for stock PEFT          read back, every update compared with the adapter's
+hf         the merged model's directory        logits compared with those of base+adapter
+gguf       the merged model in one file        llama.cpp's greedy replies compared with those of base+adapter
+gguf-lora  only the adapter, for use with a    the same, over a GGUF of the base model that is written for
+           GGUF of the base model              this and deleted
+ollama     a Modelfile next to a GGUF          the GGUF as above
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from luthier._util import files
 from luthier.adapters.locate import TunedModel
@@ -30,7 +30,7 @@ FORMATS = ("peft", "hf", "gguf", "gguf-lora", "ollama")
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written, and how it was proven: a line each; ``unproven`` says what is missing where it was not."""
+    """The files of an export, the results of its verification, and the reason if it could not be verified."""
 
     path: Path
     format: str
@@ -39,7 +39,8 @@ class Exported:
     notes: list[str] = field(default_factory=list)
     unproven: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
+        """The report of ``export --json``."""
         return {
             "path": str(self.path),
             "format": self.format,
@@ -53,27 +54,28 @@ class Exported:
 def write_export(
     tuned: TunedModel, to: str, path: Path, layout: str | None, quantization: str | None, say: Say = lambda _: None
 ) -> Exported:
-    """Write ``path``, a directory that is not there yet. Raises UserError; nothing is left at ``path`` then."""
+    """Write the directory ``path`` in the format ``to``. Raises UserError and leaves nothing at ``path`` then."""
     if to not in FORMATS:
         guess = nearest(to, FORMATS) or "gguf"
-        raise ConfigError(f"--to {to}: is not a format; they are {', '.join(FORMATS)}", f"write --to {guess}")
+        raise ConfigError(f"--to {to}: is not a format; the formats are {', '.join(FORMATS)}", f"write --to {guess}")
     if layout is not None and to not in ("peft", "hf"):
         raise ConfigError(f"--layout would be ignored: --to {to} has one layout", "leave --layout out")
     if quantization is not None and to not in ("gguf", "ollama"):
-        raise ConfigError(f"--quantization would be ignored: --to {to} has 16 or 32 bits", "write --to gguf")
+        raise ConfigError(f"--quantization would be ignored: --to {to} stores 16 or 32 bits", "write --to gguf")
     free(path)
     if to == "peft":
         peft.write(tuned, path, layout or "native")
-        return Exported(path, to, _files(path), ["every update reads back equal, to fp32 rounding"])
+        return Exported(path, to, _files(path), ["every update reads back equal, up to fp32 rounding"])
     if to == "hf":
-        done = write_merged(tuned, path, say, layout or "native", system=tuned.system)
-        return Exported(path, to, _files(path), [done.proof.told()])
+        merged = write_merged(tuned, path, say, layout or "native", system=tuned.system)
+        return Exported(path, to, _files(path), [merged.proof.summary()])
     if to == "gguf-lora":
         return _lora(tuned, path, say)
     return _model(tuned, to, path, quantization or "f16", say)
 
 
 def _model(tuned: TunedModel, to: str, path: Path, quantization: str, say: Say) -> Exported:
+    """Write the merged model as GGUF, with a Modelfile for Ollama."""
     writer.kind_of(quantization)
     chat_format, name = tuned.chat_format(), _name(tuned)
     pending = pending_updates(tuned, chat_format)
@@ -84,41 +86,43 @@ def _model(tuned: TunedModel, to: str, path: Path, quantization: str, say: Say) 
         writer.write_model(tuned, chat_format, pending, temp / file, quantization, name)
         if text is not None:
             files.write_text(temp / "Modelfile", text)
-        proven = _proven(lambda: verify.prove_model(tuned, chat_format, temp / file, quantization, say))
-    told = notes(chat_format.config) + (ollama.notes(_generation(tuned)) if to == "ollama" else [])
-    return Exported(path, to, _files(path), proven, told, None if proven else _UNPROVEN)
+        verified = _verify(lambda: verify.verify_model(tuned, chat_format, temp / file, quantization, say))
+    warnings = notes(chat_format.config) + (ollama.notes(_generation(tuned)) if to == "ollama" else [])
+    return Exported(path, to, _files(path), verified, warnings, None if verified else _NOT_VERIFIED)
 
 
 def _lora(tuned: TunedModel, path: Path, say: Say) -> Exported:
+    """Write only the adapter as GGUF."""
     chat_format, name = tuned.chat_format(), _name(tuned)
     pending = pending_updates(tuned, chat_format)
     file = f"{name}-lora.gguf"
     with files.new_dir(path) as temp:
         say(f"writing {file}")
         writer.write_lora(chat_format.config, pending, temp / file, name)
-        proven = _proven(lambda: _over_its_base(tuned, chat_format, temp, file, say))
-    told = [*notes(chat_format.config), *([_SYSTEM] if tuned.system else [])]
-    return Exported(path, "gguf-lora", _files(path), proven, told, None if proven else _UNPROVEN)
+        verified = _verify(lambda: _verify_over_base(tuned, chat_format, temp, file, say))
+    warnings = [*notes(chat_format.config), *([_SYSTEM] if tuned.system else [])]
+    return Exported(path, "gguf-lora", _files(path), verified, warnings, None if verified else _NOT_VERIFIED)
 
 
-def _over_its_base(tuned: TunedModel, chat_format: ChatFormat, temp: Path, file: str, say: Say) -> list[str]:
+def _verify_over_base(tuned: TunedModel, chat_format: ChatFormat, temp: Path, file: str, say: Say) -> list[str]:
+    """Verify an adapter file over a GGUF of the base model, which is deleted afterwards."""
     base = temp / "base-f16.gguf"
-    say("writing the base as GGUF too, to prove the adapter over it")
+    say("writing the base model as GGUF, to verify the adapter over it")
     writer.write_model(tuned, chat_format, {}, base, "f16", _name(tuned))
     try:
-        return verify.prove_lora(tuned, chat_format, base, temp / file, say)
+        return verify.verify_lora(tuned, chat_format, base, temp / file, say)
     finally:
         base.unlink()
 
 
-def _proven(prove: Callable[[], list[str]]) -> list[str]:
-    """Nothing where llama.cpp is not there to be asked."""
-    return prove() if llamacpp.available() else []
+def _verify(run: Callable[[], list[str]]) -> list[str]:
+    """Run a verification with llama.cpp, or return nothing if llama.cpp is not installed."""
+    return run() if llamacpp.available() else []
 
 
-_SYSTEM = "the run's system prompt is not in the file, which holds the adapter alone: give it to llama.cpp yourself"
-_UNPROVEN = (
-    f"not proven: {llamacpp.PACKAGE}, which runs llama.cpp, is not installed; to prove it: "
+_SYSTEM = "the run's system prompt is not in the file, which holds only the adapter: give it to llama.cpp yourself"
+_NOT_VERIFIED = (
+    f"not verified: {llamacpp.PACKAGE}, which runs llama.cpp, is not installed; to verify: "
     "pip install 'luthier[export]', then export again"
 )
 
@@ -128,9 +132,9 @@ def _generation(tuned: TunedModel) -> GenerationSettings | None:
 
 
 def _name(tuned: TunedModel) -> str:
-    """What the files are called: the run's directory, or the adapter's own."""
-    place = tuned.adapter.path.resolve()
-    return (place.parent if place.name == "adapter" else place).name
+    """Return the name for the files: that of the run's directory, or of the adapter's."""
+    folder = tuned.adapter.path.resolve()
+    return (folder.parent if folder.name == "adapter" else folder).name
 
 
 def _files(path: Path) -> list[str]:

@@ -1,7 +1,7 @@
-"""Adapter + base -> plain safetensors, tensor by tensor: neither model is ever whole in memory.
+"""Merge an adapter into its base model, one tensor at a time, so that neither model is in memory as a whole.
 
-The update is added in fp32 to the base's own stored weights (also where training ran on a 4-bit copy of them) and
-rounded once, to the type they were stored in. Then the written directory is read back and proven.
+The update is added in fp32 to the stored weights of the base model (even if training used a 4-bit copy of them) and
+rounded once to their stored dtype. The written directory is then read back and its logits are verified.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from luthier._util import files
@@ -32,13 +32,13 @@ from luthier.models.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer
 from luthier.templates.exported import Own, chat_template
 from luthier.types import Say
 
-SHARD = 5_000_000_000  # bytes a file, the hubs' own habit
+SHARD = 5_000_000_000  # bytes per file, as usual on the hubs
 LAYOUTS = ("native", "original")
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What was written: the directory, how many tensors, how many of them the adapter changed, and its proof."""
+    """A merged model: its directory, the number of tensors, how many the adapter changed, and how close it is."""
 
     path: Path
     tensors: int
@@ -54,11 +54,11 @@ def write_merged(
     system: str | None = None,
     shard_bytes: int = SHARD,
 ) -> Merged:
-    """Write a model directory and prove it: its logits, read from disk, against those of base and adapter.
+    """Write a merged model directory, and compare its logits, read from disk, with those of base and adapter.
 
-    layout: ``native`` loads in stock transformers; ``original`` has the names and files of the base as published.
-    system: becomes the chat template's default system prompt.
-    Raises UserError; nothing is left at ``to`` then.
+    layout: ``native`` loads in stock transformers; ``original`` has the names and files of the published base model.
+    system: default system prompt of the written chat template.
+    Raises UserError and leaves nothing at ``to`` then.
     """
     free(to)
     chat_format = tuned.chat_format()
@@ -66,48 +66,50 @@ def write_merged(
     pending = pending_updates(tuned, chat_format)
     with files.new_dir(to) as temp:
         tensors = merged_tensors(tuned, chat_format, pending, layout)
-        written = _write(temp, tensors, shard_bytes, say)
+        dtypes = _write(temp, tensors, shard_bytes, say)
         (_original_files if layout == "original" else _native_files)(temp, tuned.base, chat_format)
         if system or (layout == "native" and chat_format.tokenizer.chat_template is None):
             files.write_text(temp / "chat_template.jinja", template_text(chat_format, system))
-        say("reading it back")
-        kind = max(set(written.values()), key=lambda k: torch.finfo(k).eps)
-        proof = compare_merged(tuned, chat_format, temp, kind)
-        _refuse_beyond(proof, torch.finfo(kind).eps, to)
-    return Merged(to, len(written), len(pending), proof)
+        say("verifying the merged model")
+        coarsest = max(set(dtypes.values()), key=lambda d: torch.finfo(d).eps)
+        closeness = compare_merged(tuned, chat_format, temp, coarsest)
+        _check_closeness(closeness, torch.finfo(coarsest).eps, to)
+    return Merged(to, len(dtypes), len(pending), closeness)
 
 
 def free(to: Path) -> None:
-    """Raise ConfigError where something is at ``to`` already."""
+    """Raise ConfigError if ``to`` exists and is not an empty directory."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"{to}: is there already", "choose another --output-dir, or delete that one")
+        raise ConfigError(f"{to}: already exists", "choose another --output-dir, or delete this one")
 
 
 def check_layout(tuned: TunedModel, chat_format: ChatFormat, layout: str) -> None:
+    """Raise ConfigError for an unknown layout, or ``original`` if the published names are the native ones."""
     if layout not in LAYOUTS:
         raise ConfigError(f"--layout {layout}: is not a layout", "write --layout native or --layout original")
     if layout == "original" and not chat_format.modules():
-        raise ConfigError(f"{tuned.base}: its module names are the native ones already", "leave --layout original out")
+        raise ConfigError(f"{tuned.base}: its module names are already the native ones", "leave --layout original out")
 
 
 def pending_updates(tuned: TunedModel, chat_format: ChatFormat) -> dict[str, Update]:
-    """The adapter's updates by native module. Raises AdapterError where the base has no place for one."""
+    """Return the adapter's updates by native module. Raises AdapterError if one does not fit the base model."""
     pending = to_native(updates(tuned.adapter), chat_format.modules())
     shapes = {
         name: (m.out_features, m.in_features)
         for name, m in empty_model(chat_format.config).named_modules()
-        if hasattr(m, "in_features")
+        if isinstance(m, nn.Linear)
     }
     unknown = [n for n in pending if n not in shapes]
     if unknown:
         raise AdapterError(
-            f"{tuned.adapter.path}: has adapters of {', '.join(unknown[:8])}, which the base has no place for",
-            "use the base it belongs to",
+            f"{tuned.adapter.path}: adapts {', '.join(unknown[:8])}, which the base model does not have",
+            "use the base model it was trained on",
         )
     wrong = next((n for n, u in pending.items() if (u.b.shape[0], u.a.shape[1]) != shapes[n]), None)
     if wrong:
         raise AdapterError(
-            f"{tuned.adapter.path}: does not fit the base: {wrong} is {list(shapes[wrong])}", "use its own base"
+            f"{tuned.adapter.path}: does not fit the base: {wrong} is {list(shapes[wrong])}",
+            "use the base model it was trained on",
         )
     return pending
 
@@ -119,10 +121,13 @@ def merged_tensors(
     layout: str = "native",
     rounded: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with the updates added, native or published names; in its stored type, or fp32 where not rounded."""
+    """Yield every tensor with the updates added, under native or published names.
+
+    rounded: to the stored dtype; false yields fp32 (with native names only).
+    """
     for name, rule, tensor in published_tensors(tuned.base, chat_format.config):
         if layout == "original":
-            yield name, _updated_whole(tuned, name, rule, tensor, pending)
+            yield name, _with_updates(tuned, name, rule, tensor, pending)
         elif rule:
             for part, piece in rule.split(tensor, tensor.dtype):
                 update = pending.get(part.removesuffix(".weight"))
@@ -131,24 +136,24 @@ def merged_tensors(
 
 
 def delta(update: Update) -> Tensor:
-    """What an update adds to its weight, in fp32."""
+    """Compute what an update adds to its weight, [out, in] in fp32."""
     return scaling(update.config) * (update.b.float() @ update.a.float())
 
 
-def _updated_whole(
+def _with_updates(
     tuned: TunedModel, name: str, rule: Rule | None, tensor: Tensor, pending: Mapping[str, Update]
 ) -> Tensor:
-    """A published tensor whose parts' updates are added where they lie in it; as it is where there are none."""
-    there = [pending.get(part.removesuffix(".weight")) for part in rule.parts] if rule else []
-    if not rule or not any(there):
+    """Add the updates of the parts of a published tensor to its rows; without updates it is returned unchanged."""
+    updates_of_parts = [pending.get(part.removesuffix(".weight")) for part in rule.parts] if rule else []
+    if not rule or not any(updates_of_parts):
         return tensor
     if rule.unit_rows:
         raise AdapterError(
-            f"{tuned.adapter.path}: changes {name}, whose rows the published code scales again",
+            f"{tuned.adapter.path}: changes {name}, whose rows the published model code rescales",
             "leave --layout original out",
         )
     whole, row = tensor.float(), 0
-    for update, rows in zip(there, rule.rows or (len(tensor),), strict=True):
+    for update, rows in zip(updates_of_parts, rule.rows or (len(tensor),), strict=True):
         if update:
             whole[row : row + rows] += delta(update)
         row += rows
@@ -156,39 +161,39 @@ def _updated_whole(
 
 
 def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int, say: Say) -> dict[str, torch.dtype]:
-    """Shards of at most ``shard_bytes`` and their index; returns the type of each tensor."""
+    """Write shards of at most ``shard_bytes`` and their index; return the dtype of each tensor."""
     shards: list[list[str]] = []
-    kinds: dict[str, torch.dtype] = {}
-    held: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    shard: dict[str, Tensor] = {}
     size = total = 0
 
     def flush() -> None:
-        save_file(held, folder / _temporary(len(shards)), metadata={"format": "pt"})
-        say(f"merged {len(held)} tensors ({size / 1e9:.2f} GB)")
-        shards.append(list(held))
-        held.clear()
+        save_file(shard, folder / _temporary(len(shards)), metadata={"format": "pt"})
+        say(f"merged {len(shard)} tensors ({size / 1e9:.2f} GB)")
+        shards.append(list(shard))
+        shard.clear()
 
     for name, tensor in tensors:
         bytes_ = tensor.numel() * tensor.element_size()
-        if held and size + bytes_ > shard_bytes:
+        if shard and size + bytes_ > shard_bytes:
             flush()
             size = 0
-        held[name] = tensor.contiguous()
-        kinds[name] = tensor.dtype
+        shard[name] = tensor.contiguous()
+        dtypes[name] = tensor.dtype
         size += bytes_
         total += bytes_
     flush()
     if len(shards) == 1:
         (folder / _temporary(0)).rename(folder / "model.safetensors")
-        return kinds
-    where: dict[str, str] = {}
+        return dtypes
+    files_of: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / _temporary(i)).rename(folder / file)
-        where.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        files_of.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files_of.items()))}
     files.write_json(folder / "model.safetensors.index.json", index)
-    return kinds
+    return dtypes
 
 
 def _temporary(number: int) -> str:
@@ -196,30 +201,30 @@ def _temporary(number: int) -> str:
 
 
 def _native_files(folder: Path, base: Path, chat_format: ChatFormat) -> None:
-    """Configuration, stop ids and tokenizer."""
+    """Write configuration, stop ids and tokenizer for stock transformers."""
     config = chat_format.config
     config.architectures = [type(empty_model(config)).__name__]
     config.save_pretrained(folder)
-    published = {k: v for k, v in read_json(base / "generation_config.json").items() if k not in _OTHERS}
+    published = {k: v for k, v in read_json(base / "generation_config.json").items() if k not in _OWN_CODE_KEYS}
     generation = GenerationConfig(**{**published, "eos_token_id": list(chat_format.stop_ids)})
     files.write_json(folder / "generation_config.json", json.loads(generation.to_json_string()))
     _tokenizer_files(folder, base, chat_format)
 
 
 def template_text(chat_format: ChatFormat, system: str | None) -> str:
-    """The chat template for other tools, ``system`` its default system prompt."""
+    """Build the chat template for other tools, with ``system`` as the default system prompt."""
     source = chat_format.tokenizer.chat_template
     return chat_template(chat_format.template, Own(chat_format.tokenizer.render, source) if source else None, system)
 
 
-_OTHERS = ("user_token_id", "assistant_token_id", "transformers_version")  # Baichuan2's own code alone reads these
+_OWN_CODE_KEYS = ("user_token_id", "assistant_token_id", "transformers_version")  # of other code
 
 
 def _tokenizer_files(folder: Path, base: Path, chat_format: ChatFormat) -> None:
-    """The base's own files byte for byte, where stock transformers reads the same ids from them.
+    """Copy the base model's tokenizer files if stock transformers reads the same ids from them.
 
-    Where it does not (a vocabulary published with code of its own, a conversion that adds spaces) one tokenizer.json
-    is written that it does read right.
+    If it does not (the vocabulary needs the model's own code, or the conversion adds spaces), write a tokenizer.json
+    that it reads correctly.
     """
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
@@ -228,7 +233,7 @@ def _tokenizer_files(folder: Path, base: Path, chat_format: ChatFormat) -> None:
         stock = Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         if stock.digest() == chat_format.tokenizer.digest():
             return
-    except Exception:  # noqa: S110 - transformers raises many kinds; then its own way to read it is not there
+    except Exception:  # noqa: S110 - transformers raises many types; it cannot read these files then
         pass
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
@@ -236,7 +241,7 @@ def _tokenizer_files(folder: Path, base: Path, chat_format: ChatFormat) -> None:
 
 
 def _original_files(folder: Path, base: Path, chat_format: ChatFormat) -> None:
-    """Everything the base was published with but its weights, byte for byte; of generation_config the stop ids."""
+    """Copy every published file but the weights; only the stop ids of generation_config.json change."""
     for file in sorted(base.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not _holds_weights(file):
             shutil.copyfile(file, folder / file.name)
@@ -245,18 +250,21 @@ def _original_files(folder: Path, base: Path, chat_format: ChatFormat) -> None:
 
 
 def _holds_weights(file: Path) -> bool:
-    kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-    return file.suffix in kinds or file.name.endswith(".index.json")
+    suffixes = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+    return file.suffix in suffixes or file.name.endswith(".index.json")
 
 
-def _refuse_beyond(proof: Closeness, eps: float, to: Path) -> None:
-    """Raise ModelError where the logits differ by more than one rounding of each weight (relative ``eps``) explains,
-    or do not show what that rounding leaves of the adapter's change."""
-    bound = proof.size * max(8 * eps, 1e-4)
-    if proof.mean > bound or (proof.carried is not None and abs(proof.carried - 1) > 0.1):
-        shown = "" if proof.carried is None else f"; {proof.carried:.2f} of the adapter's change is there"
+def _check_closeness(closeness: Closeness, eps: float, to: Path) -> None:
+    """Raise ModelError if the logits differ by more than one rounding of each weight explains.
+
+    eps: relative size of that rounding. The logits must also show the part of the adapter's change that it leaves.
+    """
+    limit = closeness.size * max(8 * eps, 1e-4)
+    carried = closeness.carried
+    if closeness.mean > limit or (carried is not None and abs(carried - 1) > 0.1):
+        share = "" if carried is None else f"; it shows {carried:.2f} of the adapter's change"
         raise ModelError(
-            f"{to}: the merged model is not the tuned one, so it was removed: mean difference of logits "
-            f"{proof.mean:.2g} (at most {bound:.2g}){shown}",
-            "tell us, with what luthier doctor prints: this is a fault of luthier's",
+            f"{to}: the merged model failed verification and was deleted: mean difference of logits "
+            f"{closeness.mean:.2g} (limit {limit:.2g}){share}",
+            "report this bug of luthier, with the output of luthier doctor",
         )

@@ -1,4 +1,4 @@
-"""``--to peft``: the adapter for stock PEFT, under native module names or the checkpoint's own."""
+"""``--to peft``: the adapter for stock PEFT, with native module names or those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from luthier.exporting.merge import check_layout, delta, free
 
 
 def write(tuned: TunedModel, to: Path, layout: str) -> None:
-    """A stock PEFT directory: native module names, or the checkpoint's own (``layout="original"``).
+    """Write a stock PEFT directory, with native module names or, for ``layout="original"``, the checkpoint's own.
 
-    Every update is read back and compared with the adapter's before the directory is called done.
+    Every update is read back and compared with the adapter's. Raises UserError and leaves nothing at ``to`` then.
     """
     free(to)
     chat_format = tuned.chat_format()
@@ -27,19 +27,19 @@ def write(tuned: TunedModel, to: Path, layout: str) -> None:
     native = to_native(updates(tuned.adapter), modules)
     with files.new_dir(to) as temp:
         adapters.save_plain(temp, to_original(native, modules) if layout == "original" else native, tuned.base)
-        _prove(native, to_native(updates(adapters.load(temp)), modules), to)
+        _compare(native, to_native(updates(adapters.load(temp)), modules), to)
 
 
-def _prove(native: dict[str, Update], read: dict[str, Update], to: Path) -> None:
-    """Raise AdapterError unless both change every weight alike, to fp32 rounding."""
+def _compare(native: dict[str, Update], read: dict[str, Update], to: Path) -> None:
+    """Raise AdapterError unless both change every weight equally, up to fp32 rounding."""
     for name, update in read.items():
         if name in native:
             a, b = delta(native[name]), delta(update)
             if torch.allclose(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max().clamp_min(1e-30))):
                 continue
         elif not update.b.any():
-            continue  # a module that was not trained, inside a fused one that was
+            continue  # an untrained part of a fused module that was trained
         raise AdapterError(
-            f"{to}: {name} reads back as another update",
-            "tell us, with what luthier doctor prints: this is a fault of luthier's",
+            f"{to}: {name} differs when read back, so nothing was written",
+            "report this bug of luthier, with the output of luthier doctor",
         )

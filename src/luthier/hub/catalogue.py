@@ -1,4 +1,4 @@
-"""What can be pulled: names, the repositories they stand for, and which files of a repository make a model."""
+"""Model names that can be pulled, their repositories, and the files of a repository that a model needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A repository on one hub. revision: branch, tag or commit; None is the hub's own default branch."""
+    """A repository on one hub. revision: branch, tag or commit; None: the hub's default branch."""
 
     hub: str
     repository: str
@@ -29,7 +29,7 @@ class Source:
         return f"{self.hub}:{self.repository}"
 
 
-# the repositories by which the tutorials of these families name them
+# the repositories that the tutorials of these model families use
 FAMILIES: dict[str, tuple[Source, Source]] = {
     "yi-6b-chat": (Source("modelscope", "01ai/Yi-6B-Chat"), Source("huggingface", "01-ai/Yi-6B-Chat")),
     "phi-3-mini-4k-instruct": (
@@ -53,11 +53,13 @@ FAMILIES: dict[str, tuple[Source, Source]] = {
 
 
 def sources(name: str, hub: str | None, revision: str | None, embedded: Sequence[str]) -> tuple[str, list[Source]]:
-    """The name under which a model is kept, and where to look for it, best first.
+    """Return the name under which a model is stored, and its sources in order of preference.
 
-    Where no hub is named: ModelScope if its client is installed, since whoever installed that extra wants it;
-    otherwise Hugging Face. A model of ``FAMILIES`` may also come from the other one of the two when the first cannot
-    be reached. Any other repository may not: the same id may be someone else's there.
+    If no hub is named, ModelScope is preferred when its client is installed, since whoever installed that extra wants
+    it; otherwise Hugging Face. A model of ``FAMILIES`` falls back to the other hub if the first cannot be reached. Any
+    other repository does not: the same id may belong to someone else there.
+
+    Raises ConfigError if the hub is unknown, ModelError if the name is.
     """
     if hub is not None and hub not in HUBS:
         raise ConfigError(
@@ -83,9 +85,9 @@ def sources(name: str, hub: str | None, revision: str | None, embedded: Sequence
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file as a hub lists it. size in bytes; digests in hex, at least one of them on both hubs' own servers.
+    """A file as a hub lists it. size in bytes; digests in hex. Both hubs' own servers list at least one digest.
 
-    blob: git's object id, SHA-1 over ``blob SIZE\\0`` and the content; Hugging Face gives that for small files.
+    blob: git's object id, SHA-1 over ``blob SIZE\\0`` and the content; Hugging Face lists it for small files.
     """
 
     path: str
@@ -93,50 +95,50 @@ class RemoteFile:
     sha256: str | None = None
     blob: str | None = None
 
-    def same(self, path: Path) -> bool:
-        """Whether ``path`` is this file, by size and digest."""
+    def matches(self, path: Path) -> bool:
+        """Whether ``path`` has this file's size and digest."""
         if not path.is_file() or path.stat().st_size != self.size:
             return False
         if self.sha256 is not None:
             return files.sha256(path) == self.sha256
         if self.blob is not None:
-            found = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-            found.update(path.read_bytes())
-            return found.hexdigest() == self.blob
+            digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+            digest.update(path.read_bytes())
+            return digest.hexdigest() == self.blob
         return True
 
 
 class Hub(Protocol):
-    """A place that models come from, spoken to through its own client library.
+    """A model hub, used through its own client library.
 
-    Both methods raise ModelError, and UnreachableError where trying again may help.
+    Both methods raise ModelError, or UnreachableError if a retry may help.
     """
 
     title: str
-    patience: int  # how often to try again what brings nothing, beyond what the client itself does
+    retries: int  # consecutive retries without progress, in addition to the client's own
 
     def list(self, source: Source) -> tuple[str, list[RemoteFile]]:
-        """The revision that was found (a commit where the hub tells), and every file at it."""
+        """Return the resolved revision (a commit, if the hub reports one) and every file at that revision."""
         ...
 
     def fetch(self, source: Source, revision: str, file: RemoteFile, folder: Path) -> None:
-        """Bring ``folder / file.path``, going on from ``file.path + PART`` where an earlier call was cut off."""
+        """Download ``folder / file.path``, resuming from ``file.path + PART`` if an earlier call was interrupted."""
         ...
 
 
 class UnreachableError(ModelError):
-    """A hub does not answer, or stopped in the middle; the same again may work, or another hub."""
+    """The hub does not answer, or the connection broke; a retry or another hub may work."""
 
 
 def corrupt(title: str, file: RemoteFile) -> ModelError:
-    """The error for a file that came more than once and was never what the hub lists."""
+    """Return the error for a file that was downloaded more than once and never matched the hub's listing."""
     return ModelError(
-        f"{file.path}: what {title} sends is not what it lists ({file.size} bytes, and their digest), more than once",
+        f"{file.path}: the file from {title} does not match its listed size ({file.size} bytes) or digest, repeatedly",
         "run the same command again later (the other files are kept), or choose another hub with --from",
     )
 
 
-PART = ".incomplete"  # what both clients' parts end in
+PART = ".incomplete"  # suffix of a partial file, the same in both clients
 _SMALL = {
     "config.json",
     "generation_config.json",
@@ -151,14 +153,18 @@ _SMALL = {
     "chat_template.jinja",
     "chat_template.json",
 }
-_WEIGHTS = (  # one file, its shards, their index; safetensors before pickles
+_WEIGHTS = (  # (single file, shards, index of the shards); safetensors is preferred to pickles
     (re.compile(r"model\.safetensors"), re.compile(r"model-\d+-of-\d+\.safetensors"), "model.safetensors.index.json"),
     (re.compile(r"pytorch_model\.bin"), re.compile(r"pytorch_model-\d+-of-\d+\.bin"), "pytorch_model.bin.index.json"),
 )
 
 
-def needed(source: Source, listed: Sequence[RemoteFile]) -> list[RemoteFile]:
-    """What a model is read from, weights last: no code, no pickles beside safetensors, nothing in subdirectories."""
+def model_files(source: Source, listed: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Select the files that a model is read from, weights last.
+
+    Leaves out code, pickles if there are safetensors, and everything in subdirectories. Raises ModelError if
+    config.json or the weights are missing.
+    """
     small = [f for f in listed if f.path in _SMALL]
     for single, shard, index in _WEIGHTS:
         weights = [f for f in listed if single.fullmatch(f.path)]
@@ -168,6 +174,6 @@ def needed(source: Source, listed: Sequence[RemoteFile]) -> list[RemoteFile]:
         if weights and any(f.path == "config.json" for f in small):
             return [*sorted(small, key=lambda f: f.path), *sorted(weights, key=lambda f: f.path)]
     raise ModelError(
-        f"{source}: is not a model that can be read: it lacks config.json, or weights (safetensors or .bin)",
+        f"{source}: contains no readable model: config.json or the weights (safetensors or .bin) are missing",
         "choose the repository with the original weights",
     )

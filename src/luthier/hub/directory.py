@@ -1,4 +1,4 @@
-"""A pulled model's directory: where it goes by default, and whether it is whole, by the manifest written last."""
+"""The directory of a pulled model: its default path, and its state according to the manifest, which is written last."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from luthier._util import files
 from luthier.errors import ModelError
@@ -16,53 +16,63 @@ State = Literal["absent", "whole", "damaged", "foreign"]
 
 
 def default_dir(name: str) -> Path:
-    """Where a pulled model goes: ``models/NAME`` in the user's cache."""
+    """Return the default directory of a pulled model: ``models/NAME`` in the user's cache."""
     return files.cache_root() / "models" / name.replace("/", "--")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """``damaged``: ours, but not as we wrote it; ``foreign``: not ours, or with files of others among damaged ones."""
+class Inspection:
+    """The state of a model directory.
+
+    state: ``damaged``: written by luthier and changed since; ``foreign``: not written by luthier, or damaged and with
+    files that luthier did not write.
+    """
 
     state: State
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-    extra: bool = False  # other people's files beside ours
+    manifest: Mapping[str, object] = field(default_factory=dict)
+    extra: bool = False  # it also holds files that luthier did not write
 
 
-def look(target: Path) -> Found:
-    """What is at ``target``; every file is read, since a size proves nothing."""
+def inspect_dir(target: Path) -> Inspection:
+    """Determine the state of ``target``. Reads every file, since an unchanged size does not mean unchanged content."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return Found("absent")
+        return Inspection("absent")
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-        known = dict(manifest["files"])
+        digests = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        return Found("foreign")
-    extra = bool({p.name for p in target.iterdir()} - {*known, MANIFEST})
-    if known and all((target / n).is_file() and files.sha256(target / n) == digest for n, digest in known.items()):
-        return Found("whole", manifest, extra)
-    return Found("foreign" if extra else "damaged", manifest, extra)
+        return Inspection("foreign")
+    extra = bool({p.name for p in target.iterdir()} - {*digests, MANIFEST})
+    if digests and all((target / n).is_file() and files.sha256(target / n) == digest for n, digest in digests.items()):
+        return Inspection("whole", manifest, extra)
+    return Inspection("foreign" if extra else "damaged", manifest, extra)
 
 
-def check_owner(target: Path, found: Found, name: str) -> None:
-    """Raises ModelError where ``target`` holds something that pulling ``name`` would have to replace."""
-    if found.state == "foreign":
-        raise ModelError(f"{target}: is, or holds, something else", "choose an empty or new directory for --to")
-    if found.manifest and found.manifest.get("name") != name:
-        raise holds_another(target, found)
+def check_owner(target: Path, inspection: Inspection, name: str) -> None:
+    """Raise ModelError if pulling ``name`` into ``target`` would overwrite another model or other files."""
+    if inspection.state == "foreign":
+        raise ModelError(
+            f"{target}: already exists with other content, which is never overwritten",
+            "choose an empty or new directory for --to",
+        )
+    if inspection.manifest and inspection.manifest.get("name") != name:
+        raise holds_another(target, inspection)
 
 
-def holds_another(target: Path, found: Found) -> ModelError:
-    """The error for a directory of ours with another model, or the same from another place or revision."""
-    manifest = found.manifest
+def holds_another(target: Path, inspection: Inspection) -> ModelError:
+    """Return the error for a directory that holds another model, or the same model from another source or revision."""
+    manifest = inspection.manifest
     revision = f" at revision {manifest['revision']}" if manifest.get("revision") else ""
     return ModelError(
-        f"{target}: holds {manifest.get('name')} from {manifest.get('source')}{revision}, not what was asked for",
+        f"{target}: contains {manifest.get('name')} from {manifest.get('source')}{revision}, not the requested model",
         "choose another directory with --to DIR, or delete this one",
     )
 
 
-def write_manifest(folder: Path, name: str, source: str, digests: Mapping[str, str], **facts: Any) -> None:
-    """The last file to be written: with it the directory is whole. digests: SHA-256 by file name."""
+def write_manifest(folder: Path, name: str, source: str, digests: Mapping[str, str], **facts: object) -> None:
+    """Write the manifest, always as the last file: it marks the directory as complete.
+
+    digests: SHA-256 by file name. facts: further entries of the manifest.
+    """
     content = {"name": name, "source": source, **facts, "files": dict(sorted(digests.items()))}
     files.write_json(folder / MANIFEST, content)

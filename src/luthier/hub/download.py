@@ -1,7 +1,7 @@
-"""From a repository to a directory that is whole or absent; what has arrived is kept for the next try.
+"""Download a repository to a directory that is either complete or absent, resuming interrupted downloads.
 
-Files come into ``.NAME.partial`` beside the target. Each is compared with what the hub lists before it counts, and
-only a complete directory is renamed to the target.
+Files are written to ``.NAME.partial`` next to the target. Each is compared with the hub's listing, and only a complete
+directory is renamed to the target.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from filelock import FileLock, Timeout
 
 from luthier._util import files
 from luthier.errors import ModelError, UserError
-from luthier.hub.catalogue import PART, Hub, RemoteFile, Source, UnreachableError, corrupt, needed
-from luthier.hub.directory import check_owner, holds_another, look, write_manifest
+from luthier.hub.catalogue import PART, Hub, RemoteFile, Source, UnreachableError, corrupt, model_files
+from luthier.hub.directory import check_owner, holds_another, inspect_dir, write_manifest
 from luthier.hub.huggingface import HuggingFace, offline
 from luthier.hub.modelscope import ModelScope
 from luthier.types import Say
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]  # called with (bytes downloaded, bytes in total)
 _HUBS: dict[str, type[Hub]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
-_LOOK = 0.3  # seconds between two looks at how much has arrived
+_PROGRESS_INTERVAL = 0.3  # seconds between two progress reports
 
 
 def pull(
@@ -36,35 +36,37 @@ def pull(
     hub: str | None,
     revision: str | None,
     say: Say,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> Path:
-    """Bring the model from the first place that can be reached. hub, revision: as the user gave them."""
-    found = look(target)
-    check_owner(target, found, name)
-    if found.state == "whole":
-        there = found.manifest
-        if revision not in (None, there.get("revision"), there.get("commit")) or not str(there["source"]).startswith(
-            f"{hub}:" if hub else ""
-        ):
-            raise holds_another(target, found)
-        say(f"{target}: there already, and whole")
+    """Download the model from the first source that can be reached; returns ``target``.
+
+    places: the sources, in order of preference. hub, revision: what the user asked for, None for any. Raises UserError.
+    """
+    inspection = inspect_dir(target)
+    check_owner(target, inspection, name)
+    if inspection.state == "whole":
+        manifest = inspection.manifest
+        same_revision = revision in (None, manifest.get("revision"), manifest.get("commit"))
+        if not same_revision or not str(manifest["source"]).startswith(f"{hub}:" if hub else ""):
+            raise holds_another(target, inspection)
+        say(f"{target}: already complete, nothing to download")
         return target
     if hub != "modelscope" and offline():
         raise ModelError(
-            f"{target}: is not there, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to fetch it",
+            f"{target}: does not exist, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloading it",
             "unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE",
         )
     files.ensure_dir(target.parent)
     partial = target.with_name(f".{target.name}.partial")
-    with _alone(target):
+    with _locked(target):
         files.sweep(target)
-        if found.state == "damaged":
-            say(f"{target}: is damaged, fetching what is wrong again")
+        if inspection.state == "damaged":
+            say(f"{target}: is damaged, downloading the damaged files again")
             if not partial.exists():
-                target.rename(partial)  # what is right of it need not come again
+                target.rename(partial)  # its intact files need not be downloaded again
         for place in places:
             try:
-                _bring(name, place, target, partial, say, progress)
+                _download(name, place, target, partial, say, progress)
                 break
             except UnreachableError as e:
                 if place is places[-1]:
@@ -74,31 +76,32 @@ def pull(
     return target
 
 
-def _bring(name: str, place: Source, target: Path, partial: Path, say: Say, progress: Progress | None) -> None:
+def _download(name: str, place: Source, target: Path, partial: Path, say: Say, progress: OnProgress | None) -> None:
+    """Download a model's files to ``partial``, write its manifest, and rename it to ``target``."""
     hub = _HUBS[place.hub]()
     revision, listed = hub.list(place)
-    wanted = needed(place, listed)
+    wanted = model_files(place, listed)
     total = sum(f.size for f in wanted)
     partial.mkdir(exist_ok=True)
     _tidy(partial, wanted)
-    missing = [f for f in wanted if not f.same(partial / f.path)]
+    missing = [f for f in wanted if not f.matches(partial / f.path)]
     for file in missing:
         (partial / file.path).unlink(missing_ok=True)
-    there = _held(partial)
+    downloaded = _bytes_in(partial)
     say(
         f"{place.repository} from {hub.title}: {len(wanted)} files, {human(total)}"
-        + (f", of which {human(there)} are here already" if there else "")
+        + (f", {human(downloaded)} of it already downloaded" if downloaded else "")
     )
     free = shutil.disk_usage(partial).free
-    if total - there > free:
+    if total - downloaded > free:
         raise ModelError(
-            f"{target}: needs {human(total - there)} more, the disk has {human(free)} free",
-            "free some room, or choose a place on another disk with --to DIR",
+            f"{target}: needs {human(total - downloaded)} more, but the disk has only {human(free)} free",
+            "free some disk space, or choose a directory on another disk with --to DIR",
         )
-    with _watched(partial, total, progress):
+    with _reporting(partial, total, progress):
         for file in missing:
             _fetch(hub, place, revision, file, partial, say)
-            say(f"{file.path}: whole, {human(file.size)}")
+            say(f"{file.path}: complete, {human(file.size)}")
     digests = {f.path: f.sha256 or files.sha256(partial / f.path) for f in wanted}
     write_manifest(partial, name, str(place), digests, revision=place.revision, commit=revision)
     files.sync_dir(partial)
@@ -106,61 +109,61 @@ def _bring(name: str, place: Source, target: Path, partial: Path, say: Say, prog
 
 
 def _fetch(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Path, say: Say) -> None:
-    """One file, compared with what is listed; what is not the same is fetched once more."""
+    """Download one file; if it does not match the listing, download it once more. Raises ModelError."""
     path = folder / file.path
     for _ in range(2):
-        _patiently(hub, place, revision, file, folder, say)
-        if file.same(path):
+        _fetch_with_retries(hub, place, revision, file, folder, say)
+        if file.matches(path):
             files.sync_file(path)
             return
         path.unlink()
     raise corrupt(hub.title, file)
 
 
-def _patiently(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Path, say: Say) -> None:
-    """Try again as long as bytes arrive, and a few times more."""
+def _fetch_with_retries(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Path, say: Say) -> None:
+    """Retry as long as bytes arrive, and up to ``hub.retries`` times in a row without any."""
     tries = 0
     while True:
-        before = _held(folder)
+        before = _bytes_in(folder)
         try:
             hub.fetch(place, revision, file, folder)
             return
         except UnreachableError as e:
-            tries = 0 if _held(folder) > before else tries + 1
-            if tries > hub.patience:
-                raise UnreachableError(f"{file.path}: {e.message}; what has arrived is kept", e.fix) from None
-            say(f"{file.path}: the connection was lost, going on")
+            tries = 0 if _bytes_in(folder) > before else tries + 1
+            if tries > hub.retries:
+                raise UnreachableError(f"{file.path}: {e.message}; the downloaded part is kept", e.fix) from None
+            say(f"{file.path}: the connection was lost, resuming")
             time.sleep(tries)
         except OSError as e:
             if e.errno not in files.NO_ROOM:
                 raise
             raise UserError(
-                f"{file.path}: the disk takes no more of it ({e.strerror}); what has arrived is kept",
-                "free some room, then run the same command again",
+                f"{file.path}: no disk space left for it ({e.strerror}); the downloaded part is kept",
+                "free some disk space, then run the same command again",
             ) from None
 
 
 def human(size: int) -> str:
-    """``15.2 GB``"""
+    """Format a size in bytes, for example as ``15.2 GB``."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} bytes"
 
 
-def _held(folder: Path) -> int:
-    """Bytes that have arrived, of files that are whole and of parts."""
+def _bytes_in(folder: Path) -> int:
+    """Total size of the complete and partial files in ``folder``."""
     total = 0
     for path in folder.iterdir():
         try:
             total += path.stat().st_size
-        except FileNotFoundError:  # renamed meanwhile
+        except FileNotFoundError:  # renamed in the meantime
             continue
     return total
 
 
 def _tidy(folder: Path, wanted: Sequence[RemoteFile]) -> None:
-    """Drop what an earlier try left and this one has no use for."""
+    """Delete files of an earlier attempt that this one does not need."""
     names = {f.path for f in wanted} | {f.path + PART for f in wanted}
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -170,8 +173,11 @@ def _tidy(folder: Path, wanted: Sequence[RemoteFile]) -> None:
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Held by one process at a time; the operating system lets go when that dies."""
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the lock on ``target``; the operating system releases it if the process dies.
+
+    Raises ModelError if another process holds it.
+    """
     lock = target.with_name(f".{target.name}.lock")
     try:
         with FileLock(lock, timeout=0):
@@ -179,7 +185,7 @@ def _alone(target: Path) -> Iterator[None]:
                 yield
             finally:
                 with contextlib.suppress(OSError):
-                    lock.unlink()  # while it is held: whoever waits on the removed file sees that, and starts over
+                    lock.unlink()  # while locked: a process waiting on the removed file notices and starts over
     except Timeout:
         raise ModelError(
             f"{target}: is being pulled by another process", "wait for it to end, then run the same command again"
@@ -187,23 +193,23 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(folder: Path, total: int, progress: Progress | None) -> Iterator[None]:
-    """Tell ``progress(bytes here, bytes in all)`` now and then, whatever the client does."""
+def _reporting(folder: Path, total: int, progress: OnProgress | None) -> Iterator[None]:
+    """Call ``progress(bytes downloaded, total)`` at intervals from a thread, independently of the client library."""
     if progress is None:
         yield
         return
     ended = threading.Event()
 
-    def watch() -> None:
-        while not ended.wait(_LOOK):
-            progress(min(_held(folder), total), total)
+    def report() -> None:
+        while not ended.wait(_PROGRESS_INTERVAL):
+            progress(min(_bytes_in(folder), total), total)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    progress(min(_held(folder), total), total)
+    thread = threading.Thread(target=report, daemon=True)
+    progress(min(_bytes_in(folder), total), total)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        progress(min(_held(folder), total), total)
+        progress(min(_bytes_in(folder), total), total)

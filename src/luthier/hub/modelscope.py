@@ -1,4 +1,4 @@
-"""ModelScope, through ``modelscope_hub``, the client that its command line and ``modelscope`` itself download with."""
+"""Download from ModelScope with ``modelscope_hub``, the client that the ``modelscope`` package itself uses."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from luthier.errors import MissingPackageError, ModelError
 from luthier.hub.catalogue import RemoteFile, Source, UnreachableError, corrupt
 
+if TYPE_CHECKING:
+    from modelscope_hub import HubApi
+
 
 class ModelScope:
-    """See ``catalogue.Hub``."""
+    """ModelScope as a ``catalogue.Hub``."""
 
     title = "ModelScope"
-    patience = 0  # the client tries again by itself
+    retries = 0  # the client retries by itself
 
     def __init__(self) -> None:
         try:
@@ -27,10 +30,10 @@ class ModelScope:
         except ImportError:
             raise MissingPackageError(
                 "ModelScope needs the package modelscope-hub",
-                "pip install 'luthier[modelscope]', or take the model --from huggingface",
+                "pip install 'luthier[modelscope]', or use --from huggingface",
             ) from None
-        self._client: Any = modelscope_hub
-        logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)  # what it reports is reported here, once
+        self._client = modelscope_hub
+        logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)  # its errors are reported here, once
 
     def list(self, source: Source) -> tuple[str, list[RemoteFile]]:
         with self._api(source) as api:
@@ -40,20 +43,20 @@ class ModelScope:
     def fetch(self, source: Source, revision: str, file: RemoteFile, folder: Path) -> None:
         from modelscope_hub.errors import FileIntegrityError
 
-        with self._api(source) as api, contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch
+        with self._api(source) as api, contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be disabled
             try:
                 api.download_file(
                     source.repository, "model", file.path, revision=revision, local_dir=folder, file_size=file.size
                 )
-            except FileIntegrityError:  # it has fetched the file more than once already
+            except FileIntegrityError:  # the client has already downloaded the file more than once
                 raise corrupt(self.title, file) from None
 
     @contextmanager
-    def _api(self, source: Source) -> Iterator[Any]:
-        """The client with the user's endpoint and token, and its errors as ours; those of the disk pass.
+    def _api(self, source: Source) -> Iterator[HubApi]:
+        """Yield the client with the user's endpoint and token, and translate its errors to ModelError.
 
-        It would send an id of this installation with every request; in a directory of its own, it is a new id each
-        time and nothing is left behind.
+        Errors of the disk are not changed. The client sends an installation id with every request; a temporary
+        configuration directory makes it a new id each time and leaves no files behind.
         """
         from modelscope_hub import errors
 
@@ -67,37 +70,41 @@ class ModelScope:
             try:
                 yield api
             except errors.NotExistError:
-                raise _not_there(api, source) from None
+                raise _not_found(api, source) from None
             except (errors.AuthenticationError, errors.PermissionDeniedError) as e:
                 raise ModelError(
                     f"{name} refuses access ({e.status_code})",
-                    "make a token on its site and put it in the environment variable MODELSCOPE_API_TOKEN",
+                    "create a token on the ModelScope site and set the environment variable MODELSCOPE_API_TOKEN to it",
                 ) from None
-            except (errors.NetworkError, ValueError) as e:  # ValueError: an answer that is no JSON
+            except (errors.NetworkError, ValueError) as e:  # ValueError: the response is not JSON
                 raise UnreachableError(
                     f"{name} cannot be reached at {user.endpoint} ({' '.join(str(e).split())[:120]})",
                     "check the network and run the same command again, or --from huggingface",
                 ) from None
             except errors.APIError as e:
                 raise UnreachableError(
-                    f"{name} answers with an error ({e.status_code})", "run the same command again later"
+                    f"{name} returned an error ({e.status_code})", "run the same command again later"
                 ) from None
 
 
-def _not_there(api: Any, source: Source) -> ModelError:
-    """The hub says the same of a repository, a revision and a file that it does not have; its revisions tell."""
+def _not_found(api: HubApi, source: Source) -> ModelError:
+    """Return the error for a missing repository or revision.
+
+    The hub returns the same error for a missing repository, revision or file; its list of revisions shows which it is.
+    """
     from modelscope_hub.errors import HubError
 
     try:
-        known = [r["Revision"] for r in api.list_repo_revisions(source.repository, "model")]
+        revisions = [r["Revision"] for r in api.list_repo_revisions(source.repository, "model")]
     except HubError:
-        known = []
-    if source.revision is not None and known and source.revision not in known:
+        revisions = []
+    if source.revision is not None and revisions and source.revision not in revisions:
         return ModelError(
-            f"{source.repository}: ModelScope knows no revision '{source.revision}' of it; known: {', '.join(known)}",
-            f"--revision {known[0]}",
+            f"{source.repository}: ModelScope has no revision '{source.revision}' of this repository; it has: "
+            f"{', '.join(revisions)}",
+            f"--revision {revisions[0]}",
         )
     return ModelError(
         f"{source.repository}: ModelScope has no such repository, or it is private",
-        "correct the name; for a private one, put a token in the environment variable MODELSCOPE_API_TOKEN",
+        "correct the name; if it is private, set the environment variable MODELSCOPE_API_TOKEN to a token",
     )

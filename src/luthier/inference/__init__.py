@@ -1,1 +1,1 @@
-"""Replies and conversations."""
+"""Generate replies with a model, and hold conversations with it."""

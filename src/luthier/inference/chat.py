@@ -1,4 +1,4 @@
-"""A conversation with a model: its history, its system prompt, the adapter on or off."""
+"""Hold a conversation with a model: history, system prompt, and the adapter switched on or off."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ GIVE_ADAPTER = "give a run, or --model BASE --adapter DIR"
 
 @dataclass(slots=True)
 class Chat:
-    """A conversation with a base model, or with a run's adapter as it was trained.
+    """A conversation with a base model, or with a base model and an adapter.
 
-    layers: the adapter's layers by module name, empty for a base model. config: the run's, where there is one.
-    sampling: how replies are drawn where ``send`` is given nothing else.
-    base: the adapter is switched off, so that its base model answers.
+    layers:   the adapter's layers by module name, empty for a base model.
+    config:   the configuration of the run that trained the adapter, if known.
+    sampling: how replies are sampled, unless ``send`` is called with other settings.
+    base:     true while the adapter is switched off, so that the base model answers.
     """
 
     generator: Generator
@@ -37,7 +38,11 @@ class Chat:
     base: bool = False
 
     def send(self, text: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None) -> Reply:
-        """Add a user's message and the model's reply to the conversation; returns the reply."""
+        """Send a user message, and add it and the reply to the conversation. Returns the reply.
+
+        on_text: called with each new piece of the reply. If the reply fails, the history does not change.
+        Raises UserError if the message contains a control token or the prompt is too long.
+        """
         self.generator.chat_format.check_text(text, "the message")
         self.history.append(Message("user", text))
         try:
@@ -57,37 +62,47 @@ class Chat:
         self.history.clear()
 
     def instruct(self, system: str | None) -> None:
-        """A new conversation under another system prompt, or under none. Raises UserError where it is refused."""
+        """Start a new conversation with another system prompt, or with none.
+
+        Raises UserError if the chat template does not accept it; the old conversation then continues.
+        """
         check_system(self.generator.chat_format, system)
         self.system = system
         self.reset()
 
     def toggle(self) -> None:
-        """Switch the adapter off, or on again; the conversation goes on. Raises ConfigError where there is none."""
+        """Switch the adapter off or on again; the conversation continues. Raises ConfigError if there is none."""
         if not self.layers:
             raise ConfigError("this is a base model: there is no adapter to switch off", GIVE_ADAPTER)
         self.base = not self.base
 
     def beside(self) -> Chat:
-        """The base model in a conversation of its own, with the same weights in memory."""
+        """Return a separate, empty conversation with the base model that shares the weights in memory."""
         return replace(self, base=True, history=[])
 
     def save(self, path: Path, over: bool = False) -> None:
-        """Write the conversation as a row of messages that training reads. over: replace a file that is there."""
+        """Write the conversation to ``path`` as one training row (JSONL). over: overwrite an existing file.
+
+        Raises DataError if the conversation is not a valid row, ConfigError if ``path`` cannot be used.
+        """
         row = {"messages": [{"role": m.role, "content": m.content} for m in self.messages()]}
         try:
             parse_messages(row)
         except RowProblem as e:
-            raise DataError(f"this would be no row to train on: {e.reason}", "talk first, then save") from None
+            raise DataError(
+                f"this conversation is not a valid training row: {e.reason}", "send a message first, then save"
+            ) from None
         if path.suffix.lower() in (".csv", ".tsv"):
-            raise ConfigError(f"{path}: would be read as a table, but holds JSONL", "choose a name such as talk.jsonl")
+            raise ConfigError(
+                f"{path}: would be read as a table, but is saved as JSONL", "choose a name such as talk.jsonl"
+            )
         if path.exists() and not over:
-            raise ConfigError(f"{path}: is there already, so nothing was saved", "choose another name, or delete it")
+            raise ConfigError(f"{path}: already exists, so nothing was saved", "choose another name, or delete it")
         files.write_text(path, json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def check_system(chat_format: ChatFormat, system: str | None) -> None:
-    """Raise UserError if the model would not accept this system prompt, seen from a prompt with it."""
+    """Render a short prompt with this system prompt; raises UserError if the chat template refuses it."""
     if system:
         chat_format.check_text(system, "the system prompt")
         chat_format.prompt_text([Message("system", system), Message("user", "a")])

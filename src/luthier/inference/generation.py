@@ -1,11 +1,11 @@
-"""Replies: prompts through the training renderer, tokens by transformers' ``generate``, ended by the stop ids."""
+"""Generate replies: prompts from the training template, tokens from transformers' ``generate``, up to a stop token."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import asdict, dataclass, replace
+from typing import Self
 
 import torch
 from transformers import GenerationConfig
@@ -14,20 +14,21 @@ from transformers.generation.streamers import BaseStreamer
 from luthier.config import GenerationSettings
 from luthier.errors import ConfigError, UserError
 from luthier.models.chat_format import ChatFormat
+from luthier.models.protocols import CausalLM
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.types import Message
 
-_BATCH_TOKENS = 4096  # prompts and replies of one batch together
-_DRAWN: dict[str, Any] = {"top_p": 1.0, "top_k": 0}  # where tokens are drawn; these values change nothing
+_BATCH_TOKENS = 4096  # limit on the prompt and reply tokens of one batch
+_NEUTRAL: dict[str, float] = {"top_p": 1.0, "top_k": 0}  # used only when sampling; these values have no effect
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. temperature 0: always the likeliest token (reproducible).
+    """How tokens are sampled. temperature 0: always the most likely token (reproducible).
 
-    max_seconds: after it replies are cut where they are; several replies share it.
+    max_seconds: time limit; unfinished replies are cut off. Several replies share it.
     repetition_penalty, no_repeat_ngram_size: as in transformers, over the tokens of prompt and reply; 1 and 0: off.
-    Raises ConfigError where a setting would be ignored.
+    Raises ConfigError if a setting would be ignored.
     """
 
     max_new_tokens: int = 512
@@ -40,45 +41,51 @@ class Sampling:
     no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
-        likeliest = self.temperature == 0
-        unused = [k for k, neutral in _DRAWN.items() if getattr(self, k) != neutral]
-        if likeliest and unused:
+        greedy = self.temperature == 0
+        unused = [k for k, neutral in _NEUTRAL.items() if getattr(self, k) != neutral]
+        if greedy and unused:
             raise ConfigError(
-                f"{' and '.join(unused)} would be ignored: at temperature 0 the likeliest token is always taken",
-                "give a temperature too (--temperature 0.7), or leave it out",
+                f"{' and '.join(unused)} would be ignored: temperature 0 always picks the most likely token",
+                f"set a temperature too (--temperature 0.7), or leave {' and '.join(unused)} out",
             )
-        if not likeliest and self.top_k == 1:
+        if not greedy and self.top_k == 1:
             raise ConfigError(
-                "the temperature would be ignored: top_k 1 leaves only the likeliest token to draw",
-                "use temperature 0 (--temperature 0), which takes the likeliest token, without top_k",
+                "the temperature would be ignored: top_k 1 allows only the most likely token",
+                "use temperature 0 (--temperature 0), which picks the most likely token, without top_k",
             )
 
     @classmethod
     def of(cls, chosen: GenerationSettings, seed: int = 0) -> Self:
-        """A run's own settings."""
-        drawn = {k: getattr(chosen, k) for k in _DRAWN} if chosen.do_sample else {}
+        """Convert the generation settings of a run."""
+        sampled = {k: getattr(chosen, k) for k in _NEUTRAL} if chosen.do_sample else {}
         return cls(
             max_new_tokens=chosen.max_new_tokens,
             temperature=chosen.temperature if chosen.do_sample else 0.0,
             seed=seed,
             repetition_penalty=chosen.repetition_penalty,
             no_repeat_ngram_size=chosen.no_repeat_ngram_size,
-            **drawn,
+            **sampled,
         )
 
-    def changed(self, **given: float | None) -> Self:
-        """With what is given (not None) in the place of its own; temperature 0 takes its top_p and top_k away."""
-        chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        if chosen.get("temperature") == 0:
-            chosen = {**_DRAWN, **chosen}
-        return replace(self, **chosen)
+    def changed(self, **changes: float | None) -> Self:
+        """Return a copy with these fields replaced; None keeps a field. Temperature 0 resets top_p and top_k.
+
+        Raises ConfigError if a setting would be ignored.
+        """
+        values = asdict(self)
+        if changes.get("temperature") == 0:
+            values.update(_NEUTRAL)
+        values.update({k: v for k, v in changes.items() if v is not None})
+        return type(self)(**values)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """text without the stop token and the template's ``reply_prefix``.
+    """A generated reply.
 
-    stopped: it ended by a stop token, not by ``max_new_tokens``.
+    text:         without the stop token and the template's ``reply_prefix``.
+    stopped:      it ended with a stop token, and was not cut off by ``max_new_tokens`` or ``max_seconds``.
+    reply_tokens: includes the stop token. seconds: time for the whole batch that the reply was generated in.
     """
 
     text: str
@@ -89,50 +96,53 @@ class Reply:
 
 
 class Generator:
-    """A model that answers, in the chat format of its training."""
+    """Generates replies with a model, in the chat format that it was trained with."""
 
-    def __init__(self, model: Any, chat_format: ChatFormat) -> None:
+    def __init__(self, model: CausalLM, chat_format: ChatFormat) -> None:
         self.model = model
         self.chat_format = chat_format
         self.tokenizer = chat_format.tokenizer
         self.stop_ids = list(dict.fromkeys(chat_format.stop_ids))
-        model.generation_config = GenerationConfig()  # what is sampled is in ``Sampling``, never hidden defaults
+        model.generation_config = GenerationConfig()  # ``Sampling`` decides, not defaults hidden in the model's files
 
     def fits(self, messages: Sequence[Message]) -> bool:
-        """Whether the model can read this prompt and write at least one token."""
+        """Whether the prompt and at least one reply token fit into the model's context."""
         return self._room(len(self.chat_format.prompt_ids(messages)), 1) >= 1
 
     def reply(
         self, messages: Sequence[Message], sampling: Sampling, on_text: Callable[[str], None] | None = None
     ) -> Reply:
-        """One reply; ``on_text`` gets the text as it is written."""
+        """Generate one reply. on_text: called with each new piece of text.
+
+        Raises UserError if the prompt is too long.
+        """
         prefix = self.chat_format.template.reply_prefix
         streamer = _Stream(self.tokenizer, self.stop_ids, prefix, on_text) if on_text else None
         return self._generate([self.chat_format.prompt_ids(messages)], sampling, streamer)[0]
 
     def replies(self, prompts: Sequence[Sequence[Message]], sampling: Sampling) -> list[Reply]:
-        """One reply to each, in the prompts' order; without sampling and in fp32 each is what ``reply`` gives.
+        """Generate one reply for each prompt, in order. Greedy and in fp32, each equals what ``reply`` returns.
 
-        Prompts of like length are generated together (padded on the left, positions kept), ``_BATCH_TOKENS`` tokens
-        at most. With a penalty one by one, since padding would count as prompt.
+        Prompts of similar length are batched (padded on the left, with unchanged positions), up to ``_BATCH_TOKENS``
+        tokens per batch. With a repetition setting prompts run one by one, since padding would count as prompt.
         """
         encoded = [self.chat_format.prompt_ids(m) for m in prompts]
         end = None if sampling.max_seconds is None else time.monotonic() + sampling.max_seconds
-        found: dict[int, Reply] = {}
+        replies: dict[int, Reply] = {}
         for batch in self._batches([len(p) for p in encoded], sampling):
             left = None if end is None else max(0.0, end - time.monotonic())
-            made = self._generate([encoded[i] for i in batch], replace(sampling, max_seconds=left), None)
-            found.update(zip(batch, made, strict=True))
-        return [found[i] for i in range(len(encoded))]
+            generated = self._generate([encoded[i] for i in batch], replace(sampling, max_seconds=left), None)
+            replies.update(zip(batch, generated, strict=True))
+        return [replies[i] for i in range(len(encoded))]
 
     def _batches(self, lengths: Sequence[int], s: Sampling) -> Iterator[list[int]]:
-        """Indices of prompts to be generated together, longest first; all of a batch may grow by as many tokens."""
-        alone = s.repetition_penalty != 1 or s.no_repeat_ngram_size > 0
+        """Yield the prompt indices of each batch, longest first; the replies of a batch share one length limit."""
+        one_by_one = s.repetition_penalty != 1 or s.no_repeat_ngram_size > 0
         batch: list[int] = []
         longest = room = 0
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             own = self._room(lengths[i], s.max_new_tokens)
-            if batch and (alone or own != room or (len(batch) + 1) * (longest + room) > _BATCH_TOKENS):
+            if batch and (one_by_one or own != room or (len(batch) + 1) * (longest + room) > _BATCH_TOKENS):
                 yield batch
                 batch = []
             if not batch:
@@ -142,12 +152,12 @@ class Generator:
             yield batch
 
     def _room(self, prompt: int, wanted: int) -> int:
-        """How many tokens may be written after a prompt of so many; none or fewer where it is too long."""
+        """Return how many tokens may follow a prompt of this length; zero or negative if the prompt is too long."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return min(wanted, limit - prompt) if limit else wanted
 
     def check_length(self, tokens: int) -> int | None:
-        """How many tokens the model reads in all. Raises UserError where a prompt leaves no room for a reply."""
+        """Return the model's context length, None if unlimited. Raises UserError if the prompt leaves no room."""
         limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit and tokens + 1 > limit:
             raise UserError(
@@ -186,18 +196,18 @@ class Generator:
 
     def _reply(self, ids: list[int], prompt_tokens: int, seconds: float) -> Reply:
         end = next((i for i, t in enumerate(ids) if t in self.stop_ids), None)
-        kept = ids if end is None else ids[:end]
+        reply_ids = ids if end is None else ids[:end]
         return Reply(
-            text=self.tokenizer.decode(kept).removeprefix(self.chat_format.template.reply_prefix),
+            text=self.tokenizer.decode(reply_ids).removeprefix(self.chat_format.template.reply_prefix),
             stopped=end is not None,
             prompt_tokens=prompt_tokens,
-            reply_tokens=len(kept) + (end is not None),
+            reply_tokens=len(reply_ids) + (end is not None),
             seconds=seconds,
         )
 
 
 class _Stream(BaseStreamer):  # type: ignore[misc]
-    """Hands on text as soon as its bytes are whole characters."""
+    """Passes on text as soon as its bytes form complete characters."""
 
     def __init__(
         self, tokenizer: Tokenizer, stop_ids: Sequence[int], prefix: str, on_text: Callable[[str], None]
@@ -207,7 +217,7 @@ class _Stream(BaseStreamer):  # type: ignore[misc]
         self._prefix = prefix
         self._on_text = on_text
         self._ids: list[int] = []
-        self._shown = ""
+        self._emitted = ""
         self._prompt = True
 
     def put(self, value: torch.Tensor) -> None:
@@ -216,7 +226,7 @@ class _Stream(BaseStreamer):  # type: ignore[misc]
             return
         self._ids += [t for t in value.reshape(-1).tolist() if t not in self._stop]
         text = self._tokenizer.decode(self._ids)
-        if not text.endswith("\ufffd") and not self._prefix.startswith(text):  # more of the prefix may come
+        if not text.endswith("\ufffd") and not self._prefix.startswith(text):  # the prefix may be incomplete
             self._emit(text)
 
     def end(self) -> None:
@@ -224,6 +234,6 @@ class _Stream(BaseStreamer):  # type: ignore[misc]
 
     def _emit(self, text: str) -> None:
         text = text.removeprefix(self._prefix)
-        if len(text) > len(self._shown):
-            self._on_text(text[len(self._shown) :])
-            self._shown = text
+        if len(text) > len(self._emitted):
+            self._on_text(text[len(self._emitted) :])
+            self._emitted = text

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -163,12 +162,22 @@ def _installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def auto(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *args: Any, **kwargs: Any) -> Tensor:
+def auto(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """As ``reference.attention``, by the fastest kernel that supports the input."""
     if query.shape[-1] <= VARLEN_WIDEST and serves(query.device, query.dtype):
         kernel = varlen
     else:
         kernel = padded if max(segments.lengths) <= AUTO_LONGEST else looped
-    return kernel(query, key, value, segments, *args, **kwargs)
+    return kernel(query, key, value, segments, scaling, dropout, sliding_window, softcap)
 
 
 def _causal(queries: int, keys: int, before: int, sliding_window: int | None, device: torch.device) -> Tensor:
@@ -191,7 +200,7 @@ def _adapter(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
         dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        **kwargs: Any,  # noqa: ARG001
+        **kwargs: object,  # noqa: ARG001
     ) -> tuple[Tensor, None]:
         assert segments is not None, "outside segment_attention() models keep their own attention"
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -6,7 +6,9 @@ Source of the mixer: "lowbias32", https://github.com/skeeto/hash-prospector (pub
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,15 +85,30 @@ class _Dropout(torch.autograd.Function):
 
 
 def _dropped(x: Tensor, p: float, key: int) -> Tensor:
+    kernel = _kernel(x.dtype) if x.device.type == "cpu" else None
     columns = x.shape[-1]
     rows = x.numel() // columns
-    if x.device.type == "cpu":
-        try:
-            whole = x.contiguous().view(rows, columns)
-            out = torch.empty_like(whole)
-            native.kernels(x.dtype).dropout(rows, columns, whole, out, key, threshold(p), 1 / (1 - p))
-            return out.view(x.shape)
-        except native.Unavailable:
-            pass
-    mask = keep(key, rows, columns, p, x.device).view(x.shape)
+    if kernel is None:
+        return _defined(x.view(rows, columns), p, key).view(x.shape)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    kernel(rows, columns, x.contiguous().view(rows, columns), out.view(rows, columns), key, threshold(p), 1 / (1 - p))
+    return out
+
+
+def _defined(x: Tensor, p: float, key: int) -> Tensor:
+    """The definition: x [rows, columns], dropped or scaled by 1 / (1 - p)."""
+    mask = keep(key, len(x), x.shape[1], p, x.device)
     return torch.where(mask, x * (1 / (1 - p)), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+@cache
+def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
+    """The compiled function, verified once against the definition; None if there is none or it differs."""
+    try:
+        kernel = native.kernels(dtype).dropout
+    except native.Unavailable:
+        return None
+    x, p, key = torch.linspace(-4, 4, 32 * 48, dtype=dtype).view(32, 48), 0.3, mixed(1)
+    out = torch.empty_like(x)
+    kernel(32, 48, x, out, key, threshold(p), 1 / (1 - p))
+    return kernel if torch.allclose(out.float(), _defined(x, p, key).float(), rtol=torch.finfo(dtype).eps) else None

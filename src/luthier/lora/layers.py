@@ -17,6 +17,7 @@ from luthier.errors import ConfigError
 from luthier.kernels.dropout import DropoutState, dropout
 from luthier.models.directory import check_names
 from luthier.models.families import Modules
+from luthier.models.protocols import ModuleTree
 from luthier.models.quantization import QuantLinear
 
 # layers that read the same input share its dropout mask
@@ -73,7 +74,7 @@ class Targets:
     notes: tuple[str, ...] = ()
 
 
-def resolve(model: nn.Module, requested: Sequence[str] | None, published: Modules | None = None) -> Targets:
+def resolve(model: ModuleTree, requested: Sequence[str] | None, published: Modules | None = None) -> Targets:
     """Which linear layers get an adapter; works on the meta device, before weights are read.
 
     None: every linear layer inside the decoder blocks (the head is not one). A name matches as in PEFT: the whole
@@ -117,7 +118,7 @@ def _native(requested: Sequence[str], linear: Sequence[str], published: Modules)
 
 
 def attach(
-    model: nn.Module,
+    model: ModuleTree,
     config: LoraConfig,
     targets: Targets,
     seed: int,
@@ -144,7 +145,7 @@ def attach(
     return layers
 
 
-def detach(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
+def detach(model: ModuleTree, layers: dict[str, LoraLinear]) -> None:
     """Put the base's own linear layers back."""
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
@@ -172,7 +173,7 @@ def plain(layers: Mapping[str, LoraLinear]) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def frozen_dtype(model: nn.Module) -> torch.dtype:
+def frozen_dtype(model: ModuleTree) -> torch.dtype:
     """The type that the base computes in (adapters are fp32 whatever that is)."""
     return next((p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()), torch.float32)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -72,7 +71,7 @@ class ChatFormat:
 def load_chat_format(
     path: Path,
     choice: str = "auto",
-    described: dict[str, Any] | None = None,
+    described: Mapping[str, object] | None = None,
     system_role: SystemRole = "template",
     rope_theta: float | None = None,
 ) -> ChatFormat:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -127,7 +127,7 @@ class Shards:
         return self._open[file]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """A JSON file of a model directory, empty where it is absent. Raises ModelError where it cannot be read."""
     if not path.is_file():
         return {}
@@ -156,14 +156,23 @@ def weight_files(path: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     found = read_json(index).get("weight_map")
-    names_files = isinstance(found, dict) and all(isinstance(v, str) and Path(v).name == v for v in found.values())
-    if not found or not names_files:
+    names = found if isinstance(found, dict) else {}
+    files = {k: v for k, v in names.items() if isinstance(v, str) and Path(v).name == v}
+    if not files or files != found:
         raise ModelError(f"{index}: names no weight files", "download the model again")
-    return dict(found)
+    return files
 
 
 def _damaged(file: Path, error: Exception) -> ModelError:
     return ModelError(f"{file}: is damaged ({' '.join(str(error).split())[:200]})", "download the model again")
+
+
+class _Entry(TypedDict):
+    """One tensor in a safetensors header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
 
 
 class _Safetensors:
@@ -178,7 +187,7 @@ class _Safetensors:
             header = json.loads(f.read(size))
         header.pop("__metadata__", None)
         self._start = 8 + size
-        self._header: dict[str, Any] = header
+        self._header: dict[str, _Entry] = header
 
     def shapes(self) -> dict[str, Shape]:
         return {name: tuple(entry["shape"]) for name, entry in self._header.items()}
@@ -213,7 +222,7 @@ _TYPES = {
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file written tensor by tensor: the library's own writer copies them all first. Raises OSError."""
     names = {dtype: name for name, dtype in _TYPES.items()}
-    header, at = dict[str, Any](), 0
+    header, at = dict[str, _Entry](), 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
@@ -229,7 +238,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 class _Bin:
     def __init__(self, file: Path) -> None:
         try:
-            found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found: object = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as e:
             if "mmap" not in str(e):
                 raise

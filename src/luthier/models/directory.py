@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -67,7 +66,7 @@ def read_config(path: Path, rope_theta: float | None = None) -> PretrainedConfig
     return config
 
 
-def _native_config(path: Path, raw: dict[str, Any]) -> PretrainedConfig:
+def _native_config(path: Path, raw: dict[str, object]) -> PretrainedConfig:
     family, file = recognise(raw), path / "config.json"
     try:
         if family.config is None:
@@ -99,14 +98,14 @@ def eos_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
     """Ids on which the published model stops: generation_config.json first, then config.json."""
     value = read_json(path / "generation_config.json").get("eos_token_id", getattr(config, "eos_token_id", None))
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    return tuple(int(i) for i in ids)
+    return tuple(int(str(i)) for i in ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
     """What an adapter remembers of its base: shapes that must agree, and a digest of the weights themselves."""
 
-    shape: dict[str, Any]
+    shape: dict[str, object]
     weights: str
 
     def mismatches(self, other: Fingerprint) -> list[str]:
@@ -186,7 +185,7 @@ def _counterpart(name: str, leaves: Sequence[str]) -> str | None:
     return ", ".join(n for n in leaves if n in same) or nearest(name, leaves, cutoff=0.5)
 
 
-def recognise(raw: Mapping[str, Any]) -> Family:
+def recognise(raw: Mapping[str, object]) -> Family:
     """The family of a config.json; a bare record for types that have none of their own."""
     kind = str(raw.get("model_type"))
     return FAMILIES.get(kind, Family(kind, kind))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -16,6 +15,7 @@ from luthier.errors import ModelError
 from luthier.models.checkpoint_reader import Shards
 from luthier.models.directory import family_of, read_config
 from luthier.models.native_model import Fit, collapse, finish, hollow, match, native_tensors, put
+from luthier.models.protocols import CausalLM, HfTokenizer
 from luthier.models.quantization import Quantisation
 from luthier.models.quantized_loader import FourOrEight, load_quantised
 from luthier.models.tokenizer.tokenizer import has_tokenizer, load_tokenizer
@@ -28,7 +28,7 @@ def load_weights(
     device: torch.device | str = "cpu",
     config: PretrainedConfig | None = None,
     say: Say = lambda _: None,
-) -> Any:
+) -> CausalLM:
     """The whole model in ``dtype`` on ``device``, from its published layout, one tensor in memory at a time.
 
     config: what ``read_config`` returned, perhaps with settings of the run's. Raises ModelError listing every tensor
@@ -48,12 +48,13 @@ def load_weights(
     return finish(model, path, fit, device)
 
 
-def _general(path: Path, config: PretrainedConfig, dtype: torch.dtype, problems: Sequence[str]) -> Any:
+def _general(path: Path, config: PretrainedConfig, dtype: torch.dtype, problems: Sequence[str]) -> CausalLM:
     """transformers' own loading, for models whose published names it converts itself."""
     hf_logging.disable_progress_bar()
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
+        model: CausalLM
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -101,7 +102,7 @@ def open_base(
     device: torch.device,
     config: PretrainedConfig,
     say: Callable[[str], None] = lambda _: None,
-) -> Any:
+) -> CausalLM:
     """Load it. config: as ``read_config`` returned it. Raises ModelError."""
     how = quantisation(settings)
     if how is None:
@@ -112,7 +113,7 @@ def open_base(
     )
 
 
-def load_model(path: Path | str, dtype: str = "float32") -> tuple[Any, Any]:
+def load_model(path: Path | str, dtype: str = "float32") -> tuple[CausalLM, HfTokenizer | None]:
     """(model, tokenizer) as training uses them: a native transformers model from any published layout.
 
     dtype: "auto" or a torch type's name. The tokenizer is None where the directory holds none. Raises ModelError.

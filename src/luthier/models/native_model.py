@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -17,6 +16,7 @@ from luthier.errors import ModelError
 from luthier.models.checkpoint_reader import Shards
 from luthier.models.directory import family_of
 from luthier.models.families import Rule
+from luthier.models.protocols import CausalLM
 
 Shape = tuple[int, ...]
 # tables that older checkpoints carry and every native class computes for itself
@@ -37,7 +37,7 @@ class Fit:
         return "; ".join(self.problems[:limit]) + more
 
 
-def match(shapes: Mapping[str, Shape], rules: Sequence[Rule], model: Any) -> Fit:
+def match(shapes: Mapping[str, Shape], rules: Sequence[Rule], model: CausalLM) -> Fit:
     """Hold a checkpoint's headers against a model on the meta device.
 
     rules: the family's; empty: published names are the native ones.
@@ -96,16 +96,15 @@ def _shape(rule: Rule, expected: Mapping[str, Shape]) -> Shape:
     return (sum(p[0] for p in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
 
 
-def _on_its_list(model: Any, name: str) -> bool:
+def _on_its_list(model: CausalLM, name: str) -> bool:
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(p, name) for p in patterns)
 
 
-def empty_model(config: PretrainedConfig) -> nn.Module:
+def empty_model(config: PretrainedConfig) -> CausalLM:
     """The model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
-        model: nn.Module = _build(config)
-    return model
+        return _build(config)
 
 
 def base_parameters(config: PretrainedConfig) -> int:
@@ -113,17 +112,18 @@ def base_parameters(config: PretrainedConfig) -> int:
     return sum(p.numel() for p in empty_model(config).parameters())
 
 
-def _build(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Any:
+def _build(config: PretrainedConfig, dtype: torch.dtype | None = None) -> CausalLM:
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as e:  # sizes that do not fit each other, unknown activations, ...
         raise ModelError(
             f"config.json describes no model that can be built ({' '.join(str(e).split())[:200]})",
             "download the model again",
         ) from None
+    return model
 
 
-def finish(model: Any, path: Path, fit: Fit, device: torch.device | str) -> Any:
+def finish(model: CausalLM, path: Path, fit: Fit, device: torch.device | str) -> CausalLM:
     """Tie what is tied, read generation_config.json, and hand the model over in evaluation mode."""
     model.tie_weights(missing_keys=set(fit.missing), recompute_mapping=False)
     if (path / "generation_config.json").is_file():
@@ -172,13 +172,13 @@ def refuse_unfit(shards: Shards, fit: Fit) -> None:
         raise ModelError(f"{shards.path}: the weights do not fit the model ({fit.told()})", "download the model again")
 
 
-def hollow(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+def hollow(config: PretrainedConfig, dtype: torch.dtype) -> CausalLM:
     """The model with parameters on meta and its computed tables in memory, as ``from_pretrained`` makes them."""
     with init_empty_weights(include_buffers=False):
         return _build(config, dtype)
 
 
-def put(model: Any, name: str, tensor: torch.Tensor) -> None:
+def put(model: CausalLM, name: str, tensor: torch.Tensor) -> None:
     """Give a parameter or a buffer its value."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -51,7 +52,7 @@ class Quantisation:
 
 
 @lru_cache(1)
-def library() -> Any:
+def library() -> ModuleType:
     """bitsandbytes' functions. It fetches compute kernels from a hub where the package ``kernels`` is installed: never.
 
     Raises MissingPackageError.

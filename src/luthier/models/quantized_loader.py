@@ -9,7 +9,6 @@ hundred of its rows. Embedding and head keep 16 bits.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -27,10 +26,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from luthier._util import files
+from luthier.devices.device import trim_freed_memory
 from luthier.errors import UserError
 from luthier.models.checkpoint_reader import Place, Shards, write_safetensors
 from luthier.models.directory import family_of, fingerprint
 from luthier.models.native_model import Fit, finish, hollow, match, native_tensors, put
+from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation, QuantLinear, quantise
 from luthier.types import Say
 
@@ -55,7 +56,7 @@ def load_quantised(
     config: PretrainedConfig,
     wanted: FourOrEight,
     say: Say = lambda _: None,
-) -> Any:
+) -> CausalLM:
     """The model with every linear layer of its decoder quantised, the rest in ``dtype``. Raises ModelError."""
     shards = Shards.open(path)
     model = hollow(config, dtype)
@@ -79,7 +80,7 @@ def load_quantised(
             put(model, name, tensor.to(device))
         passed += tensor.numel() * tensor.element_size()
         if passed > _GROUP:
-            _give_back()
+            trim_freed_memory()
             passed = 0
     if head:
         model.set_output_embeddings(NarrowHead.of(model.get_output_embeddings(), dtype))
@@ -90,18 +91,11 @@ def load_quantised(
         else:  # a pickle file, and no copy was kept
             rule = next(r for r in fit.rules.values() if aside in r.parts)
             put(model, aside, dict(rule.split(shards.read(rule.source), dtype))[aside].to(device))
-    _give_back()
+    trim_freed_memory()  # 16-bit tensors passed through every worker's heap
     return finish(model, path, fit, device)
 
 
-def _give_back() -> None:
-    """Freed memory goes back to the system: 16-bit tensors passed through every worker's heap on the way."""
-    allocator = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(allocator, "malloc_trim"):  # glibc
-        allocator.malloc_trim(0)  # type: ignore[union-attr]
-
-
-def _swap(model: Any, wanted: FourOrEight) -> set[str]:
+def _swap(model: CausalLM, wanted: FourOrEight) -> set[str]:
     """Put an empty ``QuantLinear`` in place of every linear layer of the decoder; returns their weights' names."""
     linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()}
     for name, module in linear.items():
@@ -277,14 +271,14 @@ class _Widened(torch.autograd.Function):
         return found, None
 
 
-def _untied_head(model: Any) -> str | None:
+def _untied_head(model: CausalLM) -> str | None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or getattr(model, "all_tied_weights_keys", None):
         return None
     return next(f"{n}.weight" for n, m in model.named_modules() if m is head)
 
 
-def _untied_embedding(model: Any) -> str | None:
+def _untied_embedding(model: CausalLM) -> str | None:
     """The name of the embedding's weight where it can stay on disk: untied, of the plain kind."""
     embedding = model.get_input_embeddings()
     if type(embedding) is not nn.Embedding or getattr(model, "all_tied_weights_keys", None):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from transformers import PretrainedConfig
 from luthier.models.checkpoint_reader import Shards
 from luthier.models.directory import family_of
 from luthier.models.native_model import empty_model, hollow, match, refuse_unfit
+from luthier.models.protocols import CausalLM
 
 Read = Callable[[str], Tensor]
 
@@ -39,7 +39,7 @@ def reader(path: Path, config: PretrainedConfig) -> Read:
     return read
 
 
-def streamed(config: PretrainedConfig, read: Read) -> Any:
+def streamed(config: PretrainedConfig, read: Read) -> CausalLM:
     """The model without weights; ``read`` gives each one [as stored, fp32] whenever its module runs."""
     model = hollow(config, torch.float32).eval().requires_grad_(False)
     for prefix, module in model.named_modules():
@@ -52,11 +52,11 @@ def streamed(config: PretrainedConfig, read: Read) -> Any:
 def _on_demand(module: nn.Module, names: dict[str, str], read: Read) -> None:
     hollow_ones = {leaf: module._parameters[leaf] for leaf in names}
 
-    def fetch(*_: Any) -> None:
+    def fetch(*_: object) -> None:
         for leaf, name in names.items():
             module._parameters[leaf] = nn.Parameter(read(name), requires_grad=False)
 
-    def drop(*_: Any) -> None:
+    def drop(*_: object) -> None:
         module._parameters.update(hollow_ones)
 
     module.register_forward_pre_hook(fetch)

@@ -1,7 +1,7 @@
-"""Shipped configurations: one for each tutorial, with its numbers; what was wrong in it is put right and said why.
+"""Ship one recipe per tutorial: a configuration with the tutorial's settings and its mistakes corrected.
 
-A recipe is a ``run.yaml`` without model, data and output directory. The reasons are comments in the file itself, beside
-the line that they concern.
+A recipe is a ``run.yaml`` without model, data and output directory. Comments in the file explain each correction, next
+to the setting that it concerns.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from luthier.config import RunConfig, all_keys, build, describe, parse_yaml
+from luthier._util.yaml_text import parse_yaml
+from luthier.config import RunConfig, all_keys, build, describe
 from luthier.errors import ConfigError, nearest
 
 FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """Every recipe's name, sorted."""
+    """Return the names of all recipes, sorted."""
     return sorted(p.stem for p in FOLDER.glob("*.yaml"))
 
 
 def text(name: str) -> str:
-    """The recipe as it is written, comments included. Raises ConfigError with the nearest name."""
+    """Return the text of a recipe, comments included. Raises ConfigError with the nearest name if it is unknown."""
     known = names()
     if name not in known:
         guess = nearest(name, known)
@@ -34,9 +34,15 @@ def text(name: str) -> str:
     return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def read(name: str) -> dict[str, Any]:
-    """The recipe's values, without model.path, data.train and output_dir."""
-    return dict(parse_yaml(text(name), name))
+def read(name: str) -> dict[str, object]:
+    """Return a recipe's settings, without model.path, data.train and output_dir. Raises ConfigError."""
+    return {**_sections(name)}
+
+
+def _sections(name: str) -> dict[str, dict[str, object]]:
+    sections = parse_yaml(text(name), name)
+    assert isinstance(sections, dict)
+    return {section: dict(settings) for section, settings in sections.items()}
 
 
 def recipe(
@@ -44,18 +50,20 @@ def recipe(
     model: Path | str,
     data: Path | str | Sequence[Path | str],
     output_dir: Path | str | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
 ) -> RunConfig:
-    """A configuration that ``luthier.train`` takes; ``overrides`` as {"train.max_steps": 2}."""
-    values = read(name)
-    values["model"]["path"] = model
-    values["data"]["train"] = data
-    values["output_dir"] = output_dir
-    return build(values, overrides)
+    """Build a recipe's configuration, for ``luthier.train``. Raises ConfigError.
+
+    overrides: as {"train.max_steps": 2}.
+    """
+    sections = _sections(name)
+    sections["model"]["path"] = model
+    sections["data"]["train"] = data
+    return build({**sections, "output_dir": output_dir}, overrides)
 
 
 def filled(name: str, model: str, data: Sequence[str], output_dir: str) -> str:
-    """The recipe's text as a whole ``run.yaml``, comments kept."""
+    """Return a recipe as a complete ``run.yaml``, comments included."""
     lines = [f"# From the recipe {name}. Start it with: luthier train FILE"]
     added = {
         "model:": f"  path: {json.dumps(model, ensure_ascii=False)}",
@@ -70,11 +78,11 @@ def filled(name: str, model: str, data: Sequence[str], output_dir: str) -> str:
 
 
 def blank(model: str, data: Sequence[str], output_dir: str) -> str:
-    """A commented ``run.yaml``: every key with its default and what it means."""
+    """Return a commented ``run.yaml`` with every key, its default and its meaning."""
     values = build({"model": {"path": model}, "data": {"train": list(data)}, "output_dir": output_dir}).dump()
     lines = [
         "# A run of luthier. Start it with: luthier train FILE",
-        "# Every setting is here; what you delete keeps its default.",
+        "# All settings are listed; a setting that you delete gets its default.",
     ]
     section = None
     for key in all_keys():
@@ -84,8 +92,9 @@ def blank(model: str, data: Sequence[str], output_dir: str) -> str:
         elif not head:
             lines.append("")
         section = head
-        value: Any = values
+        value: object = values
         for part in key.split("."):
+            assert isinstance(value, Mapping)
             value = value[part]
         text = f"{'  ' if head else ''}{leaf}: {json.dumps(value, ensure_ascii=False)}"
         lines.append(f"{text:44}  # {describe(key)}")

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server: a batching engine of our own, several adapters over one base."""
+"""Serve models over an OpenAI-compatible API, with continuous batching and several adapters on one base model."""

@@ -1,4 +1,4 @@
-"""Several adapters over one base in memory: every row of a batch gets the update of its own."""
+"""Run several adapters on one base model in memory: each row of a batch gets the update of its own adapter."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier.lora.layers import LoraLinear
+from luthier.models.protocols import ModuleTree
 from luthier.models.quantization import QuantLinear
 
 
 @dataclass(slots=True)
 class Routes:
-    """Which rows of the batch in progress belong to which adapter; rows that are in no group are the base's.
+    """Which rows of the current batch belong to which adapter. Rows in no group use the base model.
 
-    groups: (adapter, row indices), None for a batch that is all the adapter's.
+    groups: (adapter, row indices); None instead of indices if the whole batch uses this adapter.
     """
 
     groups: list[tuple[str, Tensor | None]] = field(default_factory=list)
 
     def set(self, adapters: list[str | None], device: torch.device) -> None:
-        """adapters: of each row, None for the base."""
+        """Assign adapters to the rows of the next batch. adapters: one per row, None for the base model."""
         names = dict.fromkeys(a for a in adapters if a is not None)
         if len(set(adapters)) == 1:
             self.groups = [(name, None) for name in names]
@@ -34,7 +35,7 @@ class Routes:
 
 
 class BankLinear(nn.Module):
-    """A frozen linear layer and its updates by adapter; computes what that adapter's ``LoraLinear`` would."""
+    """A frozen linear layer with the updates of several adapters; equals each adapter's ``LoraLinear`` on its rows."""
 
     def __init__(self, base: nn.Linear | QuantLinear, routes: Routes) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ class BankLinear(nn.Module):
         self._updates: dict[str, tuple[Tensor, Tensor, float]] = {}
 
     def add(self, adapter: str, layer: LoraLinear, dtype: torch.dtype) -> None:
-        """dtype: the base's, so that A and B are converted once."""
+        """Add an adapter's update. dtype: of the base model, so that A and B are converted only once."""
         self._updates[adapter] = (layer.lora_A.detach().to(dtype), layer.lora_B.detach().to(dtype), layer.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,16 +60,19 @@ class BankLinear(nn.Module):
         return out
 
 
-def install(model: nn.Module, adapters: Iterable[tuple[str, Mapping[str, LoraLinear]]], dtype: torch.dtype) -> Routes:
-    """Put a ``BankLinear`` in place of every layer that some adapter changes. adapters: name, layers by module."""
+def install(model: ModuleTree, adapters: Iterable[tuple[str, Mapping[str, LoraLinear]]], dtype: torch.dtype) -> Routes:
+    """Replace every layer that an adapter changes with a ``BankLinear``. Returns the routes that select adapters.
+
+    adapters: (name, layers by module name) of each. dtype: of the base model.
+    """
     routes = Routes()
     for adapter, layers in adapters:
         for name, layer in layers.items():
             parent, _, leaf = name.rpartition(".")
-            found = model.get_submodule(name)
-            if not isinstance(found, BankLinear):
-                assert isinstance(found, nn.Linear | QuantLinear)
-                found = BankLinear(found, routes)
-                setattr(model.get_submodule(parent), leaf, found)
-            found.add(adapter, layer, dtype)
+            bank = model.get_submodule(name)
+            if not isinstance(bank, BankLinear):
+                assert isinstance(bank, nn.Linear | QuantLinear)
+                bank = BankLinear(bank, routes)
+                setattr(model.get_submodule(parent), leaf, bank)
+            bank.add(adapter, layer, dtype)
     return routes

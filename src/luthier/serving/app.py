@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's routes over the engine. Needs the extra ``serve``."""
+"""The HTTP application: OpenAI's routes on top of the engine. Needs the extra ``serve``."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from luthier.errors import MissingPackageError, UserError
 from luthier.inference.generation import Generator
-from luthier.serving.engine import Engine
+from luthier.serving.engine import Engine, Token
 from luthier.serving.metrics import TYPE, Metrics
 from luthier.serving.models import Served
 from luthier.serving.protocol import ChatRequest, CompletionRequest, RequestError, error_body, parse, status_of
 from luthier.serving.replies import ChatShape, CompletionShape, Entries, Shape, entries, usage
-from luthier.serving.session import Session
+from luthier.serving.session import ReplySession
 
 try:
     from fastapi import Depends, FastAPI, Request
@@ -24,22 +23,22 @@ try:
     from starlette.exceptions import HTTPException
 
     _INSTALLED = True
-except ModuleNotFoundError:  # create() says what to install
+except ModuleNotFoundError:  # require() reports what to install
     _INSTALLED = False
 
 MAX_BODY_BYTES = 16 << 20
-_HUNG_UP = 499  # nginx's, as nobody is there to read it
+_DISCONNECTED = 499  # nginx's status for a client that disconnected; only metrics show it
 _LOG = logging.getLogger("luthier.serving")
 
 
 def require() -> None:
-    """Raise MissingPackageError without the extra."""
+    """Raise MissingPackageError if the extra ``serve`` is not installed."""
     if not _INSTALLED:
         raise MissingPackageError("serving needs FastAPI and uvicorn", "pip install 'luthier[serve]'")
 
 
 def create(models: Sequence[Served], engine: Engine, api_key: str) -> FastAPI:
-    """The application. models: as they are listed. The engine must be started, or be stepped elsewhere."""
+    """Create the application. models: in the order of ``GET /v1/models``. The engine must be started separately."""
     require()
     app = FastAPI(title="luthier", docs_url=None, redoc_url=None, openapi_url=None)
     service = Service(models, engine)
@@ -49,29 +48,29 @@ def create(models: Sequence[Served], engine: Engine, api_key: str) -> FastAPI:
         if scheme.lower() != "bearer" or not secrets.compare_digest(token.strip().encode(), api_key.encode()):
             raise RequestError("the API key is missing or wrong", "send Authorization: Bearer KEY", status=401)
 
-    guarded: dict[str, Any] = {"dependencies": [Depends(authorised)]}
+    guard = [Depends(authorised)]
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/metrics", **guarded)
+    @app.get("/metrics", dependencies=guard)
     async def metrics() -> Response:
         return Response(service.metrics.text(engine), media_type=TYPE)
 
-    @app.get("/v1/models", **guarded)
-    async def listed() -> dict[str, Any]:
+    @app.get("/v1/models", dependencies=guard)
+    async def listed() -> dict[str, object]:
         return {"object": "list", "data": [service.describe(m) for m in models]}
 
-    @app.get("/v1/models/{name:path}", **guarded)
-    async def one(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", dependencies=guard)
+    async def one(name: str) -> dict[str, object]:
         return service.describe(service.find(name))
 
-    @app.post("/v1/chat/completions", **guarded)
+    @app.post("/v1/chat/completions", dependencies=guard)
     async def chat(request: Request) -> Response:
         return await service.answer(request, ChatRequest)
 
-    @app.post("/v1/completions", **guarded)
+    @app.post("/v1/completions", dependencies=guard)
     async def completions(request: Request) -> Response:
         return await service.answer(request, CompletionRequest)
 
@@ -81,8 +80,8 @@ def create(models: Sequence[Served], engine: Engine, api_key: str) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        told = RequestError(f"{request.method} {request.url.path}: {error.detail}", "see /v1/models", error.status_code)
-        return service.refusal(told)
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return service.refusal(RequestError(message, "see /v1/models", error.status_code))
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
@@ -92,14 +91,15 @@ def create(models: Sequence[Served], engine: Engine, api_key: str) -> FastAPI:
 
 
 class Service:
-    """Requests to replies; no routes."""
+    """Answers requests with the engine, independently of the routes."""
 
     def __init__(self, models: Sequence[Served], engine: Engine) -> None:
         self.models = {m.name: m for m in models}
         self.engine = engine
         self.metrics = Metrics()
 
-    def describe(self, served: Served) -> dict[str, Any]:
+    def describe(self, served: Served) -> dict[str, object]:
+        """Return the JSON that describes a model in ``GET /v1/models``."""
         base = next(reversed(self.models))
         parent = base if served.adapter else None
         limit = self.engine.limit
@@ -107,8 +107,9 @@ class Service:
                 "max_model_len": limit}  # fmt: skip
 
     def find(self, name: str) -> Served:
-        found = self.models.get(name)
-        if found is None:
+        """Return the model with this name. Raises RequestError if it is not served."""
+        served = self.models.get(name)
+        if served is None:
             raise RequestError(
                 f"the model {name!r} is not served here",
                 f"use {', '.join(self.models)}",
@@ -116,9 +117,10 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        return found
+        return served
 
     def refusal(self, error: Exception, model: str = "") -> Response:
+        """Return the response for an error, and count the request. Logs internal errors."""
         status = status_of(error)
         if status == 500:
             _LOG.error("a request failed", exc_info=error)
@@ -126,15 +128,15 @@ class Service:
         return JSONResponse(error_body(error), status, headers={"Retry-After": "1"} if status == 429 else None)
 
     async def answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+        """Parse a request, submit it to the engine, and return its reply, complete or as a stream."""
         asked = parse(kind, await _body(request))
         served = self.find(asked.model)
         try:
-            # templates and tokenizers take their time with long prompts; others' tokens are not to wait for them
+            # rendering and encoding a long prompt takes time that other requests should not wait for
             ids = await asyncio.to_thread(_prompt, asked, served)
             stops, raw = asked.stops, isinstance(asked, CompletionRequest)
-            session = Session(
-                served, ids, asked.sampling(served.sampling, asked.longest), stops, asked.logprob_count, raw
-            )
+            sampling = asked.sampling(served.sampling, asked.max_new_tokens)
+            session = ReplySession(served, ids, sampling, stops, asked.logprob_count, raw)
             session.submit(self.engine)
         except Exception as e:
             return self.refusal(e, served.name)
@@ -145,35 +147,35 @@ class Service:
         reply = _Reply(served, session, shape)
         if asked.stream:
             lines = self._lines(reply, asked.usage_wanted)
-            first = await anext(lines)  # begun, so that it is closed even if nobody ever reads on
+            first = await anext(lines)  # start the generator, so that it is closed even if the client never reads
             return StreamingResponse(_chained(first, lines), media_type="text/event-stream")
         return await self._whole(request, reply)
 
     async def _whole(self, request: Request, reply: _Reply) -> Response:
         session = reply.session
-        ended, gone = asyncio.ensure_future(session.whole()), asyncio.ensure_future(_hung_up(request))
+        whole, disconnected = asyncio.ensure_future(session.whole()), asyncio.ensure_future(_disconnect(request))
         try:
-            await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({whole, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            gone.cancel()
-            if not ended.done():
+            disconnected.cancel()
+            if not whole.done():
                 session.cancel()
-                ended.cancel()
+                whole.cancel()
         name = reply.served.name
-        if not ended.done() or ended.cancelled():
-            self.metrics.request(name, _HUNG_UP)
-            return Response(status_code=_HUNG_UP)
-        if error := ended.exception():
+        if not whole.done() or whole.cancelled():
+            self.metrics.request(name, _DISCONNECTED)
+            return Response(status_code=_DISCONNECTED)
+        if error := whole.exception():
             assert isinstance(error, Exception)
             return self.refusal(error, name)
-        text, tokens = ended.result()
+        text, tokens = whole.result()
         self.metrics.request(name, 200, session.first_token_s)
-        found = reply.entries(tokens)
-        return JSONResponse({**reply.shape.whole(text, found, session.finish), "usage": reply.usage()})
+        content = reply.shape.whole(text, reply.entries(tokens), session.finish)
+        return JSONResponse({**content, "usage": reply.usage()})
 
-    async def _lines(self, reply: _Reply, with_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events. Left early (the client hung up), the request's work stops."""
-        session, shape, status = reply.session, reply.shape, _HUNG_UP
+    async def _lines(self, reply: _Reply, with_usage: bool) -> AsyncGenerator[str, None]:
+        """Yield server-sent events. If closed early because the client disconnected, generation stops."""
+        session, shape, status = reply.session, reply.shape, _DISCONNECTED
         try:
             yield _event(shape.opening())
             async for text, tokens in session.pieces():
@@ -183,7 +185,7 @@ class Service:
                 yield _event(shape.usage_piece(reply.usage()))
             yield "data: [DONE]\n\n"
             status = 200
-        except Exception as e:  # the status line is sent already; the client reads the error from the stream
+        except Exception as e:  # the status line has been sent; the client reads the error from the stream
             status = status_of(e)
             if status == 500:
                 _LOG.error("a request failed", exc_info=e)
@@ -194,27 +196,27 @@ class Service:
 
 
 class _Reply:
-    """What becomes JSON: one request's session in one of the two shapes."""
+    """The session of one request, and the shape of its JSON."""
 
-    def __init__(self, served: Served, session: Session, shape: Shape) -> None:
+    def __init__(self, served: Served, session: ReplySession, shape: Shape) -> None:
         self.served, self.session, self.shape = served, session, shape
         self._before: int | None = None
 
-    def entries(self, tokens: Sequence[Any]) -> Entries:
+    def entries(self, tokens: Sequence[Token]) -> Entries:
         if self.session.request.logprobs is None:
             return None
-        found = entries(self.served.generator.tokenizer, tokens, self._before)
+        result = entries(self.served.generator.tokenizer, tokens, self._before)
         if tokens:
             self._before = tokens[-1].id
-        return found
+        return result
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, object]:
         request = self.session.request
         return usage(len(request.ids), request.reused, self.session.reply_tokens)
 
 
 def _prompt(asked: ChatRequest | CompletionRequest, served: Served) -> list[int]:
-    """The ids that the model reads. Raises UserError."""
+    """Encode the prompt of a request. Raises UserError if it cannot be rendered or is too long."""
     generator, chat_format = served.generator, served.generator.chat_format
     if isinstance(asked, ChatRequest):
         conversation = asked.conversation(served.system)
@@ -232,18 +234,20 @@ def _prompt(asked: ChatRequest | CompletionRequest, served: Served) -> list[int]
 
 
 def _raw_prompt(asked: CompletionRequest, generator: Generator) -> list[int]:
-    """Text as the tokenizer begins a document (with <s>, where the model has that), or ids as they are."""
+    """Encode text like the start of a document (with <s> if the model has one); token ids are used unchanged."""
     text = asked.text
     if text is None:
         ids = [int(i) for i in asked.prompt]
         size = generator.model.config.get_text_config().vocab_size
-        if wrong := [i for i in ids if not 0 <= i < size]:
-            raise RequestError(f"prompt: the model has no token {wrong[0]}", f"ids are below {size}", param="prompt")
+        if unknown := [i for i in ids if not 0 <= i < size]:
+            raise RequestError(
+                f"prompt: the model has no token {unknown[0]}", f"send token ids below {size}", param="prompt"
+            )
         return ids
     generator.chat_format.check_text(text, "the prompt")
     ids = list(generator.tokenizer.hf.backend_tokenizer.encode(text).ids)
     if not ids:
-        raise RequestError("prompt: is empty", "give some text to go on from", param="prompt")
+        raise RequestError("prompt: is empty", "send a text to continue", param="prompt")
     return ids
 
 
@@ -252,23 +256,24 @@ async def _body(request: Request) -> bytes:
     async for part in request.stream():
         body += part
         if len(body) > MAX_BODY_BYTES:
-            raise RequestError(f"the request is longer than {MAX_BODY_BYTES} bytes", "send less", status=413)
+            raise RequestError(f"the request is longer than {MAX_BODY_BYTES} bytes", "send a shorter one", status=413)
     return bytes(body)
 
 
-async def _hung_up(request: Request) -> None:
+async def _disconnect(request: Request) -> None:
+    """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _chained(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     try:
         yield first
         async for line in rest:
             yield line
     finally:
-        await rest.aclose()  # type: ignore[attr-defined]
+        await rest.aclose()
 
 
-def _event(value: dict[str, Any]) -> str:
+def _event(value: Mapping[str, object]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

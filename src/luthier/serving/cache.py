@@ -1,9 +1,10 @@
-"""Keys and values: of the rows that run together, and of prompts that may come again.
+"""Caches of keys and values: for the rows of the running batch, and for prompts whose prefix may be reused.
 
-``Rows`` keeps one buffer a layer. Rows have lengths of their own; a step writes each row's token at its own end:
+``BatchCache`` holds one buffer of keys and one of values per layer. Rows differ in length; each step writes one token
+per row, at the end of that row:
 
     row 0  k k k k k n .      n: this step's token, at position lengths[row]
-    row 1  k k n . . . .      .: not there yet, masked
+    row 1  k k n . . . .      .: empty, masked
     row 2  k k k k k k n
 """
 
@@ -11,18 +12,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [1, heads, tokens, dim]
-_CHUNK = 64
+_CHUNK = 64  # buffers grow in multiples of this many tokens
 
 
-class Rows(Cache):  # type: ignore[misc]
-    """The running rows' keys and values, as transformers' forward passes write and read them."""
+class BatchCache(Cache):  # type: ignore[misc]
+    """Keys and values of the running rows, in the form that transformers' forward passes write and read."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -33,7 +33,7 @@ class Rows(Cache):  # type: ignore[misc]
         self._longest = 0
 
     def add(self, layers: Layers) -> None:
-        """A row more, at the end."""
+        """Append a row."""
         length, row = layers[0][0].shape[2], len(self.lengths)
         self._ensure(layers, row + 1, length + 1)
         for mine, part in ((self._keys, 0), (self._values, 1)):
@@ -42,7 +42,7 @@ class Rows(Cache):  # type: ignore[misc]
         self.lengths.append(length)
 
     def remove(self, row: int) -> None:
-        """Take a row away; the last one moves to its place. Buffers go with the last row."""
+        """Remove a row; the last row moves to its index. Removing the only row frees the buffers."""
         last = len(self.lengths) - 1
         if last == 0:
             self._keys, self._values, self.lengths = [], [], []
@@ -50,12 +50,12 @@ class Rows(Cache):  # type: ignore[misc]
         length = self.lengths[last]
         for buffer in (*self._keys, *self._values):
             buffer[row, :, :length] = buffer[last, :, :length]
-            buffer[last].zero_()  # what is masked must be finite all the same
+            buffer[last].zero_()  # masked values must be finite too
         self.lengths[row] = length
         self.lengths.pop()
 
     def layers_of(self, row: int) -> Layers:
-        """A copy of a row."""
+        """Return a copy of a row's keys and values."""
         part = slice(0, self.lengths[row])
         return [
             (k[row : row + 1, :, part].clone(), v[row : row + 1, :, part].clone())
@@ -63,7 +63,7 @@ class Rows(Cache):  # type: ignore[misc]
         ]
 
     def begin(self, device: torch.device) -> Tensor:
-        """Before a forward pass of one token a row; returns the positions [rows, 1]."""
+        """Prepare a forward pass of one token per row; returns the positions [rows, 1]."""
         positions = torch.tensor(self.lengths, device=device)
         self._at = torch.arange(len(self.lengths), device=device), positions
         self._longest = max(self.lengths) + 1
@@ -71,15 +71,16 @@ class Rows(Cache):  # type: ignore[misc]
         return positions[:, None]
 
     def end(self) -> None:
-        """After it."""
+        """Count the new tokens, after the forward pass."""
         self.lengths = [n + 1 for n in self.lengths]
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """key, value [rows, heads, 1, dim]. Returns those of all tokens so far."""
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Store the new key and value [rows, heads, 1, dim]; returns those of all tokens so far."""
         rows, positions = self._at
         for buffer, new in ((self._keys[layer_idx], key), (self._values[layer_idx], value)):
             buffer[rows, :, positions] = new[:, :, 0]
-        return tuple(b[layer_idx][: len(rows), :, : self._longest] for b in (self._keys, self._values))  # type: ignore[return-value]
+        keys, values = (b[layer_idx][: len(rows), :, : self._longest] for b in (self._keys, self._values))
+        return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - transformers' signature
         return max(self.lengths, default=0)
@@ -91,7 +92,7 @@ class Rows(Cache):  # type: ignore[misc]
         self._grow(rows, length)
 
     def _grow(self, rows: int, length: int) -> None:
-        """Room for so many rows of so many tokens; half as much again, so that copies stay rare."""
+        """Make room for ``rows`` rows of ``length`` tokens; buffers grow by half, so that copies stay rare."""
         have_rows, _, have_length, _ = self._keys[0].shape
         if rows <= have_rows and length <= have_length:
             return
@@ -106,8 +107,8 @@ class Rows(Cache):  # type: ignore[misc]
                 buffers[i] = new
 
 
-def filled(layers: Layers) -> DynamicCache:
-    """A cache that goes on after these tokens."""
+def dynamic_cache(layers: Layers) -> DynamicCache:
+    """Return a transformers cache that already holds these keys and values."""
     return DynamicCache(layers) if layers else DynamicCache()
 
 
@@ -116,48 +117,52 @@ def layers_in(cache: DynamicCache) -> Layers:
 
 
 class Prefixes:
-    """The least recently used prompts' keys and values, to be gone on from where a new prompt begins alike.
+    """Keys and values of earlier prompts, so that a new prompt with the same prefix need not compute it again.
 
-    Keys depend on the adapter, so each has its own.
+    Least recently used entries are evicted to stay within ``max_bytes``. Keys and values depend on the adapter, so
+    entries are shared only between requests for the same one.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
-        self._kept: OrderedDict[tuple[str | None, tuple[int, ...]], Layers] = OrderedDict()
+        self._entries: OrderedDict[tuple[str | None, tuple[int, ...]], Layers] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     def longest(self, adapter: str | None, ids: Sequence[int]) -> Layers:
-        """Of the tokens that some kept prompt has in common with the start of ``ids``, but the last of these."""
-        best, found = 0, None
-        for entry in self._kept:
-            if entry[0] == adapter and (n := _common(entry[1], ids)) > best:
-                best, found = n, entry
-        best = min(best, len(ids) - 1)
-        if found is None or best == 0:
+        """Return the keys and values of the longest prefix of ``ids`` in any entry, [] if there is none.
+
+        The last token of ``ids`` is never included, since its logits must be computed.
+        """
+        length, best = 0, None
+        for entry in self._entries:
+            if entry[0] == adapter and (n := _shared_length(entry[1], ids)) > length:
+                length, best = n, entry
+        length = min(length, len(ids) - 1)
+        if best is None or length == 0:
             return []
-        self._kept.move_to_end(found)
-        return [(k[:, :, :best], v[:, :, :best]) for k, v in self._kept[found]]
+        self._entries.move_to_end(best)
+        return [(k[:, :, :length], v[:, :, :length]) for k, v in self._entries[best]]
 
     def keep(self, adapter: str | None, ids: Sequence[int], layers: Layers) -> None:
-        """Unless a kept one goes further; shorter ones that this one holds go."""
+        """Store a prompt's keys and values, unless an entry already covers it; drops entries that it covers."""
         new = tuple(ids)
-        for entry in [e for e in self._kept if e[0] == adapter]:
+        for entry in [e for e in self._entries if e[0] == adapter]:
             if entry[1][: len(new)] == new:
-                self._kept.move_to_end(entry)
+                self._entries.move_to_end(entry)
                 return
             if new[: len(entry[1])] == entry[1]:
-                self.bytes -= _size(self._kept.pop(entry))
+                self.bytes -= _size(self._entries.pop(entry))
         if (size := _size(layers)) <= self.max_bytes:
-            self._kept[adapter, new] = layers
+            self._entries[adapter, new] = layers
             self.bytes += size
         while self.bytes > self.max_bytes:
-            self.bytes -= _size(self._kept.popitem(last=False)[1])
+            self.bytes -= _size(self._entries.popitem(last=False)[1])
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 

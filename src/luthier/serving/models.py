@@ -1,11 +1,10 @@
-"""What a server offers: the adapters of its runs over the one base that they share, and that base."""
+"""Find and load the models of a server: the adapters of several runs, and the base model that they share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,15 +19,17 @@ from luthier.lora.layers import detach
 from luthier.models.chat_format import ChatFormat, load_chat_format
 from luthier.models.directory import fingerprint, read_config
 from luthier.models.loader import open_base, quantisation
+from luthier.models.protocols import CausalLM
 from luthier.serving.adapters import Routes, install
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One name that a request can ask for.
+    """A model that requests can ask for by name.
 
-    adapter: its key in the engine, None for the base. system: of its training, for requests that have none.
-    sampling: how replies are drawn where a request does not say: the run's own settings.
+    adapter:  its name in the engine, None for the base model.
+    system:   the system prompt of its training, used for requests that have none.
+    sampling: the settings of its run, used for what a request does not set.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class NamedModel:
-    """A model that is to be served, before a weight is read. tuned: None for the base by itself."""
+    """A model to be served, before its weights are loaded. tuned: None for the base model itself."""
 
     name: str
     base: Path
@@ -48,7 +49,7 @@ class NamedModel:
 
     @property
     def settings(self) -> ModelConfig:
-        """How the base is opened."""
+        """The settings with which the base model is loaded."""
         return self.tuned.model_settings if self.tuned else ModelConfig.model_validate({"path": self.base})
 
     @property
@@ -59,57 +60,65 @@ class NamedModel:
 def places(
     paths: Sequence[Path | str], model: Path | str | None = None, adapter: Path | str | None = None
 ) -> list[NamedModel]:
-    """Every directory found and named, tuned ones first, the base last. Raises UserError unless they share a base."""
-    found = [_place(p, locate(p)) for p in paths]
+    """Locate and name the models to serve: tuned ones first, their base model last.
+
+    paths: run, adapter or model directories. model, adapter: a base model and a PEFT adapter for it.
+    Raises UserError if a directory is not a model, or if they do not share a base model.
+    """
+    models = [_place(p, locate(p)) for p in paths]
     if model is not None or adapter is not None:
-        found.append(_place(adapter or "", locate(None, model, adapter)))
-    if not found:
+        models.append(_place(adapter or "", locate(None, model, adapter)))
+    if not models:
         raise ConfigError("no directory was given", "give a run or model directory, or --model BASE --adapter DIR")
-    tuned = [p for p in found if p.tuned]
-    first = (tuned or found)[0]
-    for other in found:
+    tuned = [m for m in models if m.tuned]
+    first = (tuned or models)[0]
+    for other in models:
         if why := _another_base(first, other):
             raise ConfigError(
-                f"{other.name} and {first.name} do not share a base: {why}", "serve them apart, each at its own --port"
+                f"{other.name} and {first.name} do not share a base model: {why}",
+                "serve them separately, each on its own --port",
             )
-    everything = [*tuned, NamedModel(_name(first.base), first.base)]
-    names = [p.name for p in everything]
-    double = next((n for n in names if names.count(n) > 1), None)
-    if double is not None:
-        raise ConfigError(f"two models would be called {double}", "rename one of the directories")
-    return everything
+    served = [*tuned, NamedModel(_name(first.base), first.base)]
+    names = [m.name for m in served]
+    duplicate = next((n for n in names if names.count(n) > 1), None)
+    if duplicate is not None:
+        raise ConfigError(f"two models would have the name {duplicate}", "rename one of the directories")
+    return served
 
 
-def open_models(served: Sequence[NamedModel], dtype: str = "auto") -> tuple[Any, Routes, list[Served]]:
-    """Load the base once and every adapter over it. served: as ``places`` returned it."""
+def open_models(served: Sequence[NamedModel], dtype: str = "auto") -> tuple[CausalLM, Routes, list[Served]]:
+    """Load the base model once, and install every adapter on it. served: as returned by ``places``.
+
+    Returns the model, the routes that select adapters, and what requests can ask for. Raises UserError.
+    """
     first = served[0]
     device = pick_device()
     kind = torch.float32 if dtype == "auto" and device.type == "cpu" else pick_dtype(dtype, device)
-    formats = [p.tuned.chat_format() if p.tuned else _own_chat_format(p, first) for p in served]
+    formats = [m.tuned.chat_format() if m.tuned else _base_chat_format(m, first) for m in served]
     model = open_base(first.settings, kind, device, formats[0].config)
     updates = []
-    for place, found in zip(served, formats, strict=True):
-        if place.tuned:
-            layers = adapters.apply(model, place.tuned.adapter, found.modules())
+    for named, chat_format in zip(served, formats, strict=True):
+        if named.tuned:
+            layers = adapters.apply(model, named.tuned.adapter, chat_format.modules())
             detach(model, layers)
-            updates.append((place.name, layers))
+            updates.append((named.name, layers))
     routes = install(model, updates, model.dtype)
-    return model, routes, [_served(p, v, model) for p, v in zip(served, formats, strict=True)]
+    return model, routes, [_served(m, f, model) for m, f in zip(served, formats, strict=True)]
 
 
-def _served(place: NamedModel, found: ChatFormat, model: Any) -> Served:
-    generator = Generator(model, found)
-    if place.tuned is None:
-        return Served(place.name, None, generator)
-    config = place.tuned.config
+def _served(named: NamedModel, chat_format: ChatFormat, model: CausalLM) -> Served:
+    generator = Generator(model, chat_format)
+    if named.tuned is None:
+        return Served(named.name, None, generator)
+    config = named.tuned.config
     sampling = Sampling.of(config.generation) if config else Sampling()
-    if place.tuned.system:
-        found.check_text(place.tuned.system, "the system prompt")
-    return Served(place.name, place.name, generator, place.tuned.system, sampling)
+    if named.tuned.system:
+        chat_format.check_text(named.tuned.system, "the system prompt")
+    return Served(named.name, named.name, generator, named.tuned.system, sampling)
 
 
-def _own_chat_format(base: NamedModel, first: NamedModel) -> ChatFormat:
-    """The base's own; one published without a chat template is spoken to as the first run was."""
+def _base_chat_format(base: NamedModel, first: NamedModel) -> ChatFormat:
+    """Return the base model's own chat format, or that of the first run if the base model has no chat template."""
     try:
         return load_chat_format(base.base, rope_theta=first.rope_theta)
     except TemplateError:
@@ -131,7 +140,7 @@ def _name(path: Path) -> str:
 
 
 def _another_base(one: NamedModel, other: NamedModel) -> str | None:
-    """Why two places cannot be served over one model in memory."""
+    """Return why two models cannot share one base model in memory, or None if they can."""
     if _weights(one) != _weights(other):
         return f"{one.base} and {other.base} are different models"
     if other.tuned is None:
@@ -143,8 +152,8 @@ def _another_base(one: NamedModel, other: NamedModel) -> str | None:
     return None
 
 
-def _weights(place: NamedModel) -> str:
-    facts = place.tuned.adapter.facts if place.tuned else None
+def _weights(named: NamedModel) -> str:
+    facts = named.tuned.adapter.facts if named.tuned else None
     if facts:
         return facts.base.weights
-    return fingerprint(place.base, read_config(place.base)).weights
+    return fingerprint(named.base, read_config(named.base)).weights

@@ -1,13 +1,13 @@
-"""OpenAI's protocol: what a request may hold, and the JSON of errors (``replies`` has that of replies).
+"""Validate requests of OpenAI's protocol, and build the JSON of errors (``replies`` builds that of replies).
 
 Source: the public API reference of OpenAI (chat completions, legacy completions, models, errors). A setting that
-would be ignored is refused, unless its value changes nothing.
+would be ignored is refused, unless its value has no effect.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,7 +17,7 @@ from luthier.serving.engine import QueueFull
 from luthier.serving.sampler import random_seed
 from luthier.types import Message
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {  # what is not served, and its values that ask for nothing
+_NEUTRAL: dict[str, tuple[object, ...]] = {  # unsupported settings, and the values of them that have no effect
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -35,11 +35,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # what is not served, and its values t
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
-_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # these say nothing about the reply
+_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # these do not affect the reply
 
 
 class RequestError(UserError):
-    """A request that cannot be answered: its HTTP status, and which part of it is at fault."""
+    """A request that cannot be answered. status: HTTP status; param, code: as in OpenAI's error objects."""
 
     def __init__(
         self, message: str, fix: str, status: int = 400, param: str | None = None, code: str | None = None
@@ -75,7 +75,10 @@ class StreamOptions(_Strict):
 
 
 class _Common(_Strict):
-    """What chat and completions share. top_k, repetition_penalty, no_repeat_ngram_size: extensions of OpenAI's."""
+    """The settings that both kinds of requests have.
+
+    top_k, repetition_penalty and no_repeat_ngram_size are not part of OpenAI's API.
+    """
 
     model: str
     stream: bool = False
@@ -91,20 +94,20 @@ class _Common(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _asks_for_nothing_else(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        asked = [k for k, neutral in _NEUTRAL.items() if given.get(k) is not None and given[k] not in neutral]
-        if asked:
-            raise ValueError(f"{', '.join(asked)}: would be ignored here, so leave it out")
-        return {k: v for k, v in given.items() if k not in _NEUTRAL and k not in _LABELS}
+    def _no_unsupported_settings(cls, values: object) -> object:
+        if not isinstance(values, Mapping):
+            return values
+        unsupported = [k for k, neutral in _NEUTRAL.items() if values.get(k) is not None and values[k] not in neutral]
+        if unsupported:
+            raise ValueError(f"{', '.join(unsupported)}: not supported by this server, leave it out")
+        return {k: v for k, v in values.items() if k not in _NEUTRAL and k not in _LABELS}
 
     @field_validator("stop")
     @classmethod
     def _few_stops(cls, stop: str | list[str] | None) -> list[str] | None:
         stops = [stop] if isinstance(stop, str) else stop
         if stops is not None and (len(stops) > 4 or not all(stops)):
-            raise ValueError("up to four texts, none of them empty")
+            raise ValueError("must be at most four strings, none of them empty")
         return stops
 
     @property
@@ -115,11 +118,12 @@ class _Common(_Strict):
     def usage_wanted(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, own: Sampling, longest: int | None) -> Sampling:
-        """The run's own settings, with what the request gives in their place. Raises ConfigError.
+    def sampling(self, own: Sampling, max_new_tokens: int | None) -> Sampling:
+        """Return the sampling settings of the run, overridden by those of the request. Raises ConfigError.
 
-        longest: where neither says how long. Temperature 0 takes the likeliest token, whatever top_p says; top_p
-        without a temperature means the protocol's default of 1 where the run draws nothing.
+        own: the settings of the run. max_new_tokens: the limit of the request, None to use the run's.
+        With temperature 0, top_p and top_k are ignored. If the request sets top_p or top_k without a temperature and
+        the run is greedy, the temperature is 1, the protocol's default.
         """
         temperature, top_p, top_k = self.temperature, self.top_p, self.top_k
         if temperature is None and own.temperature == 0 and (top_p not in (None, 1) or top_k):
@@ -127,7 +131,7 @@ class _Common(_Strict):
         if (own.temperature if temperature is None else temperature) == 0:
             top_p = top_k = None
         return own.changed(
-            max_new_tokens=longest,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -148,11 +152,11 @@ class ChatRequest(_Common):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs=true")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ: give one")
+            raise ValueError("max_tokens and max_completion_tokens differ: set only one of them")
         return self
 
     @property
-    def longest(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -160,19 +164,22 @@ class ChatRequest(_Common):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def conversation(self, system: str | None) -> list[Message]:
-        """With the run's system prompt where the request has none. Raises RequestError unless turns alternate."""
-        said = [Message("system" if m.role == "developer" else m.role, m.text) for m in self.messages]
-        if said[0].role != "system" and system:
-            said.insert(0, Message("system", system))
-        turns = said[1:] if said[0].role == "system" else said
+        """Return the messages, with the run's system prompt if the request has none.
+
+        Raises RequestError unless user and assistant messages alternate and end with a user message.
+        """
+        messages = [Message("system" if m.role == "developer" else m.role, m.text) for m in self.messages]
+        if messages[0].role != "system" and system:
+            messages.insert(0, Message("system", system))
+        turns = messages[1:] if messages[0].role == "system" else messages
         expected = ["user", "assistant"] * len(turns)
         if not turns or [m.role for m in turns] != expected[: len(turns)] or turns[-1].role != "user":
             raise RequestError(
                 f"messages: the roles are {', '.join(m.role for m in self.messages)}",
-                "send an optional system message, then user and assistant in turn, a user message last",
+                "send an optional system message, then user and assistant messages in turn, ending with a user message",
                 param="messages",
             )
-        return said
+        return messages
 
 
 class CompletionRequest(_Common):
@@ -180,7 +187,7 @@ class CompletionRequest(_Common):
     logprobs: int | None = Field(None, ge=0, le=5)
 
     @property
-    def longest(self) -> int:
+    def max_new_tokens(self) -> int:
         return self.max_tokens or 16  # the protocol's default
 
     @property
@@ -189,14 +196,16 @@ class CompletionRequest(_Common):
 
     @property
     def text(self) -> str | None:
-        """None where the prompt is token ids. Raises RequestError for several prompts."""
+        """The prompt, None if it consists of token ids. Raises RequestError if there are several prompts."""
         if isinstance(self.prompt, str):
             return self.prompt
         if self.prompt and all(isinstance(p, int) for p in self.prompt):
             return None
         if len(self.prompt) != 1:
             raise RequestError(
-                f"prompt: holds {len(self.prompt)} prompts", "send one a request; they are batched here", param="prompt"
+                f"prompt: contains {len(self.prompt)} prompts",
+                "send one prompt per request; the server batches concurrent requests",
+                param="prompt",
             )
         return str(self.prompt[0])
 
@@ -205,13 +214,17 @@ R = TypeVar("R", bound=_Common)
 
 
 def parse(kind: type[R], body: bytes) -> R:
-    """Raises RequestError naming everything that is wrong."""
+    """Parse and validate the body of a request. Raises RequestError listing every problem."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as e:
-        told = [(".".join(str(p) for p in one["loc"]), one["msg"].removeprefix("Value error, ")) for one in e.errors()]
-        message = "; ".join(f"{where}: {what}" if where else what for where, what in dict(told).items())
-        raise RequestError(f"the request is not valid: {message}", "correct it", param=told[0][0] or None) from None
+        problems = [
+            (".".join(str(p) for p in one["loc"]), one["msg"].removeprefix("Value error, ")) for one in e.errors()
+        ]
+        message = "; ".join(f"{where}: {what}" if where else what for where, what in dict(problems).items())
+        raise RequestError(
+            f"the request is not valid: {message}", "correct the request", param=problems[0][0] or None
+        ) from None
 
 
 def status_of(error: Exception) -> int:
@@ -220,8 +233,8 @@ def status_of(error: Exception) -> int:
     return 429 if isinstance(error, QueueFull) else 400 if isinstance(error, UserError) else 500
 
 
-def error_body(error: Exception) -> dict[str, Any]:
-    """OpenAI's shape. What is our own fault is told without details: they are in the log."""
+def error_body(error: Exception) -> dict[str, object]:
+    """Build the JSON of an error in OpenAI's format. Details of internal errors are only logged, not sent."""
     status = status_of(error)
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
     codes = {401: "invalid_api_key", 429: "queue_full"}

@@ -1,27 +1,43 @@
-"""The JSON of replies: chat and legacy completions, whole and in pieces."""
+"""Build the JSON of replies: chat and legacy completions, complete or as streamed chunks."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.serving.engine import Token
 
-Json = dict[str, Any]
-Entries = list[Json] | None  # one a token, None where no log probabilities were asked for
+Json = dict[str, object]
+
+
+class Candidate(TypedDict):
+    """A token and its log probability. bytes: its UTF-8 bytes, None if it is only part of a character."""
+
+    token: str
+    logprob: float | None
+    bytes: list[int] | None
+
+
+class Entry(Candidate):
+    """A token of the reply, and the most likely tokens at its position."""
+
+    top_logprobs: list[Candidate]
+
+
+Entries = list[Entry] | None  # one entry per token; None if no log probabilities were requested
 
 
 class Shape(Protocol):
-    """One reply's JSON. finish: "stop", "length", None while it goes on."""
+    """Builds the JSON of one reply. finish: "stop" or "length"; None while the reply is not finished."""
 
     def whole(self, text: str, entries: Entries, finish: str) -> Json: ...
 
     def opening(self) -> Json:
-        """What is sent before the first token."""
+        """Return the chunk that is sent before the first token."""
         ...
 
     def piece(self, text: str, entries: Entries, finish: str | None = None) -> Json: ...
@@ -31,6 +47,8 @@ class Shape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ChatShape:
+    """Builds the JSON of a chat completion."""
+
     model: str
     head: Json = field(default_factory=lambda: _head("chatcmpl"))
 
@@ -56,7 +74,7 @@ class ChatShape:
 
 @dataclass(slots=True)
 class CompletionShape:
-    """offset: characters before the next piece, the prompt's included."""
+    """Builds the JSON of a legacy completion. offset: characters before the next piece, including the prompt's."""
 
     model: str
     offset: int = 0
@@ -69,7 +87,7 @@ class CompletionShape:
         return self.piece("", None)
 
     def piece(self, text: str, entries: Entries, finish: str | None = None) -> Json:
-        choice = {"text": text, "logprobs": _legacy(entries, self.offset), "finish_reason": finish}
+        choice: Json = {"text": text, "logprobs": _legacy(entries, self.offset), "finish_reason": finish}
         self.offset += len(text)
         return self._around(choice)
 
@@ -89,18 +107,18 @@ def usage(prompt: int, reused: int, reply: int) -> Json:
     }
 
 
-def entries(tokenizer: Tokenizer, tokens: Iterable[Token], before: int | None) -> list[Json]:
-    """Log probabilities as chat tells them. before: the token that stands before the first one."""
-    found = []
+def entries(tokenizer: Tokenizer, tokens: Iterable[Token], before: int | None) -> list[Entry]:
+    """Convert log probabilities to the format of chat completions. before: the token before the first one."""
+    result: list[Entry] = []
     for token in tokens:
-        top = [_entry(tokenizer, before, i, value) for i, value in token.top]
-        found.append({**_entry(tokenizer, before, token.id, token.logprob), "top_logprobs": top})
+        top = [_candidate(tokenizer, before, i, value) for i, value in token.top]
+        result.append({**_candidate(tokenizer, before, token.id, token.logprob), "top_logprobs": top})
         before = token.id
-    return found
+    return result
 
 
-def _entry(tokenizer: Tokenizer, before: int | None, token: int, logprob: float | None) -> Json:
-    text = tokenizer.pieces([token] if before is None else [before, token])[-1]  # spaces depend on what is before
+def _candidate(tokenizer: Tokenizer, before: int | None, token: int, logprob: float | None) -> Candidate:
+    text = tokenizer.pieces([token] if before is None else [before, token])[-1]  # the token before decides on spaces
     return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
@@ -108,20 +126,20 @@ def _head(kind: str) -> Json:
     return {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time())}
 
 
-def _logprobs(found: Entries) -> Json:
-    return {"logprobs": None if found is None else {"content": found, "refusal": None}}
+def _logprobs(entries: Entries) -> Json:
+    return {"logprobs": None if entries is None else {"content": entries, "refusal": None}}
 
 
-def _legacy(found: Sequence[Mapping[str, Any]] | None, start: int) -> Json | None:
-    """As legacy completions tell them. start: characters before the first token."""
-    if found is None:
+def _legacy(entries: Sequence[Entry] | None, start: int) -> Json | None:
+    """Convert log probabilities to the format of legacy completions. start: characters before the first token."""
+    if entries is None:
         return None
     offsets = [start]
-    for e in found:
+    for e in entries:
         offsets.append(offsets[-1] + len(e["token"]))
     return {
-        "tokens": [e["token"] for e in found],
-        "token_logprobs": [e["logprob"] for e in found],
-        "top_logprobs": [{t["token"]: t["logprob"] for t in e["top_logprobs"]} for e in found],
+        "tokens": [e["token"] for e in entries],
+        "token_logprobs": [e["logprob"] for e in entries],
+        "top_logprobs": [{t["token"]: t["logprob"] for t in e["top_logprobs"]} for e in entries],
         "text_offset": offsets[:-1],
     }

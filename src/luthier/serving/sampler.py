@@ -1,4 +1,4 @@
-"""Which token comes next: one row's settings, as transformers' ``generate`` applies them."""
+"""Choose the next token of one row, applying its settings as transformers' ``generate`` does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from luthier.inference.generation import Sampling
 
 
 class Sampler:
-    """Draws one row's tokens with a random generator of its own, so that what runs beside it changes nothing."""
+    """Samples the tokens of one row with its own random generator, so that other rows of the batch do not affect it."""
 
     def __init__(self, s: Sampling, device: torch.device) -> None:
         self._device = device
@@ -39,14 +39,14 @@ class Sampler:
                 self._warpers.append(TopPLogitsWarper(float(s.top_p)))
 
     @property
-    def plain(self) -> bool:
-        """The likeliest token is taken, whatever was said before."""
+    def greedy(self) -> bool:
+        """Whether the next token is always the most likely one, without penalties."""
         return self._generator is None and not self._penalties
 
-    def next(self, logits: Tensor, said: Sequence[int]) -> int:
-        """logits [1, vocabulary] fp32; said: prompt and reply so far."""
+    def next(self, logits: Tensor, previous: Sequence[int]) -> int:
+        """Choose the next token. logits [1, vocabulary] fp32; previous: ids of the prompt and the reply so far."""
         if self._penalties:
-            ids = torch.tensor([list(said)], device=self._device)
+            ids = torch.tensor([list(previous)], device=self._device)
             for penalty in self._penalties:
                 logits = penalty(ids, logits)
         if self._generator is None:

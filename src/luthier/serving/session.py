@@ -1,4 +1,4 @@
-"""One request on its way: tokens from the engine's thread become text on the event loop."""
+"""Turn the tokens of one request, which arrive from the engine's thread, into text on the event loop."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from luthier.serving.engine import Engine, Request, Token
 from luthier.serving.models import Served
 from luthier.serving.text import ReplyText
 
-Piece = tuple[str, list[Token]]  # new text, and its tokens where log probabilities were asked for
+Piece = tuple[str, list[Token]]  # new text, and its tokens if log probabilities were requested
 
 
-class Session:
-    """Made and read on an event loop. ``pieces`` ends with the reply, or raises what ended it.
+class ReplySession:
+    """One request and its reply. Create and read it on an event loop.
 
-    finish: "stop" or "length" then. reply_tokens: the stop token counts.
+    ``pieces`` ends when the reply does, or raises the error that ended it.
+
+    finish:        "stop" or "length" once the reply has ended.
+    reply_tokens:  tokens generated so far, including the stop token.
+    first_token_s: seconds from the request to its first token.
     """
 
     def __init__(
@@ -29,7 +33,7 @@ class Session:
         logprobs: int | None = None,
         raw: bool = False,
     ) -> None:
-        """raw: nothing was rendered, so the template's ``reply_prefix`` is not expected either."""
+        """raw: the prompt was not rendered with a template, so no ``reply_prefix`` is expected in the reply."""
         prefix = "" if raw else served.generator.chat_format.template.reply_prefix
         self.text = ReplyText(served.generator.tokenizer, prefix, stop)
         self.finish = ""
@@ -38,7 +42,7 @@ class Session:
         self.first_token_s: float | None = None
         self._stop_ids = frozenset(served.generator.stop_ids)
         self._logprobs = logprobs is not None
-        self._open: list[tuple[int, Token]] = []  # where its text begins; not yet in a piece
+        self._open: list[tuple[int, Token]] = []  # (start of its text, token) of tokens not yet in a piece
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[Piece | str | Exception] = asyncio.Queue()
         self.request = Request(
@@ -46,15 +50,15 @@ class Session:
         )
 
     def submit(self, engine: Engine) -> None:
-        """Raises QueueFull."""
+        """Add the request to the engine's queue. Raises QueueFull."""
         engine.submit(self.request)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        while not isinstance(found := await self._pieces.get(), str):
-            if isinstance(found, Exception):
-                raise found
-            yield found
-        self.finish = found
+        while not isinstance(item := await self._pieces.get(), str):
+            if isinstance(item, Exception):
+                raise item
+            yield item
+        self.finish = item
 
     async def whole(self) -> Piece:
         tokens = [t async for _, part in self.pieces() for t in part]
@@ -69,33 +73,33 @@ class Session:
         self.reply_tokens += 1
         if token.id in self._stop_ids:
             return False
-        begins = self.text.length
+        start = self.text.length
         new = self.text.push(token.id)
-        if self._logprobs and not self.text.opening:
-            self._open.append((begins, token))
+        if self._logprobs and not self.text.in_prefix:
+            self._open.append((start, token))
         if new:
             self._put((new, self._covered(len(self.text.text))))
         return not self.text.ended
 
-    def _end(self, how: str | Exception) -> None:
-        if isinstance(how, str):
+    def _end(self, finish: str | Exception) -> None:
+        if isinstance(finish, str):
             ended = self.text.ended
             rest = self.text.end()
-            if self.text.ended:  # also where the end made a stop string certain
-                how = "stop"
+            if self.text.ended:  # a stop string may be complete only now
+                finish = "stop"
             covered = self._covered(len(self.text.text) if self.text.ended else None)
             if rest or (covered and not ended):
                 self._put((rest, covered))
-        self._put(how)
+        self._put(finish)
 
     def _covered(self, length: int | None) -> list[Token]:
-        """Tokens whose text begins before ``length``; None: all."""
-        here = [t for at, t in self._open if length is None or at < length]
-        self._open = self._open[len(here) :]
-        return here
+        """Remove and return the open tokens whose text starts before ``length``; None: all of them."""
+        covered = [token for start, token in self._open if length is None or start < length]
+        self._open = self._open[len(covered) :]
+        return covered
 
-    def _put(self, what: Piece | str | Exception) -> None:
+    def _put(self, item: Piece | str | Exception) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, what)
-        except RuntimeError:  # the server has stopped meanwhile
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
+        except RuntimeError:  # the event loop has been closed
             self.cancel()

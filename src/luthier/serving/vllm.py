@@ -1,4 +1,4 @@
-"""The same models served by vLLM: its command line, and its process in the place of ours.
+"""Serve the same models with vLLM: build its command line, and replace this process with it.
 
 Source: vLLM's public documentation of ``vllm serve`` and of LoRA adapters.
 """
@@ -20,7 +20,7 @@ from luthier.serving.models import NamedModel, places
 from luthier.templates import Turns
 from luthier.types import Say
 
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
 _KEY = "VLLM_API_KEY"
 
 
@@ -35,62 +35,68 @@ def hand_over(
     only_print: bool,
     say: Say,
 ) -> None:
-    """Print the command; unless ``only_print``, become it. Raises UserError where vLLM cannot serve the same."""
-    found = places(paths, model, adapter)
-    argv = command(found, host, port, dtype)
-    for note in notes(found):
+    """Report vLLM's command, and replace this process with it; with ``only_print``, print it and return.
+
+    api_key: None chooses a random one. Raises UserError if vLLM cannot serve these models.
+    """
+    models = places(paths, model, adapter)
+    argv = command(models, host, port, dtype)
+    for note in notes(models):
         say(f"note: {note}")
-    shown = shlex.join(argv)
+    command_line = shlex.join(argv)
     if only_print:
-        print(f"{_KEY}={shlex.quote(api_key) if api_key else 'KEY'} {shown}")
+        print(f"{_KEY}={shlex.quote(api_key) if api_key else 'KEY'} {command_line}")
         return
-    say(shown)
+    say(command_line)
     program = shutil.which("vllm")
     if program is None:
-        raise MissingPackageError("vLLM is not installed here", "pip install vllm, or leave --engine vllm out")
+        raise MissingPackageError("the program vllm is not installed", "pip install vllm, or leave --engine vllm out")
     key = api_key or secrets.token_urlsafe(24)
     if api_key is None:
         say(f"API key: {key}")
-    os.execve(program, argv, {**os.environ, _KEY: key})  # noqa: S606 - no shell: that is the point
+    os.execve(program, argv, {**os.environ, _KEY: key})  # noqa: S606 - on purpose without a shell
 
 
-def command(found: Sequence[NamedModel], host: str, port: int, dtype: str) -> list[str]:
-    """``vllm serve`` for these places; the key is not in it, since everybody can read a command line."""
-    base = found[-1]
+def command(models: Sequence[NamedModel], host: str, port: int, dtype: str) -> list[str]:
+    """Build the ``vllm serve`` command. It leaves out the API key, since other users can read a command line.
+
+    models: as returned by ``places``. Raises ConfigError if vLLM cannot serve them.
+    """
+    base = models[-1]
     family = family_of(base.base)
     if family.layer_rules is not None:
         raise ConfigError(
             f"{base.base}: vLLM needs the model's own code for this layout, which luthier never runs",
-            f"write a plain model first: luthier merge {found[0].name} --output-dir merged, then serve that",
+            f"merge into a standard model first: luthier merge {models[0].name} --output-dir merged, then serve that",
         )
-    if theta := found[0].rope_theta:
-        raise ConfigError(f"{found[0].name}: vLLM would not use its rope_theta {theta:g}", "leave --engine vllm out")
+    if theta := models[0].rope_theta:
+        raise ConfigError(f"{models[0].name}: vLLM would ignore its rope_theta {theta:g}", "leave --engine vllm out")
     argv = ["vllm", "serve", str(base.base), "--host", host, "--port", str(port), "--dtype", dtype]
     argv += ["--served-model-name", base.name]
-    tuned = [p.tuned for p in found if p.tuned]
+    tuned = [m.tuned for m in models if m.tuned]
     if tuned:
         ranks = [c.r for t in tuned for c in (t.adapter.lora, *t.adapter.configs.values())]
         rank = next((r for r in _RANKS if r >= max(ranks)), max(ranks))
         argv += ["--enable-lora", "--max-loras", str(len(tuned)), "--max-lora-rank", str(rank), "--lora-modules"]
-        argv += [f"{p.name}={p.tuned.adapter.path}" for p in found if p.tuned]
-    spoken = _chat_format(found)
-    if spoken.tokenizer.chat_template is None and isinstance(spoken.template, Turns):
-        argv += ["--chat-template", spoken.template.jinja()]
+        argv += [f"{m.name}={m.tuned.adapter.path}" for m in models if m.tuned]
+    chat_format = _chat_format(models)
+    if chat_format.tokenizer.chat_template is None and isinstance(chat_format.template, Turns):
+        argv += ["--chat-template", chat_format.template.jinja()]
     return argv
 
 
-def notes(found: Sequence[NamedModel]) -> list[str]:
-    """What vLLM does otherwise than luthier."""
-    said = [
-        f"vLLM sends no system prompt of its own: requests to {p.name} must begin with {p.tuned.system!r}"
-        for p in found
-        if p.tuned and p.tuned.system
+def notes(models: Sequence[NamedModel]) -> list[str]:
+    """List the differences between serving with vLLM and with luthier that the user should know."""
+    differences = [
+        f"vLLM does not add the system prompt of the training: requests to {m.name} must begin with {m.tuned.system!r}"
+        for m in models
+        if m.tuned and m.tuned.system
     ]
-    if any(quantisation(p.settings) for p in found):
-        said.append("the base was quantised in training; vLLM computes with its whole weights")
-    return said
+    if any(quantisation(m.settings) for m in models):
+        differences.append("the base model was quantised in training; vLLM uses its unquantised weights")
+    return differences
 
 
-def _chat_format(found: Sequence[NamedModel]) -> ChatFormat:
-    tuned = found[0].tuned
-    return tuned.chat_format() if tuned else load_chat_format(found[0].base)
+def _chat_format(models: Sequence[NamedModel]) -> ChatFormat:
+    tuned = models[0].tuned
+    return tuned.chat_format() if tuned else load_chat_format(models[0].base)

@@ -1,7 +1,7 @@
-"""Choosing the renderer. ``auto`` takes the model's own chat template, natively where it provably is one we know.
+"""Render conversations with chat templates, and choose the one of a model.
 
-A native template is only taken for a model's own one when both give the same text on every probe, default system
-prompt included; otherwise the model's own template is run as it is.
+``auto`` runs the model's own template, or uses a native one in its place if both write the same text for every probe
+conversation, including the default system prompt.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from luthier.errors import TemplateError, nearest
 from luthier.templates import baichuan2, deepseek, glm4, llama3, phi3
@@ -24,7 +23,7 @@ __all__ = [
     "digest", "from_description", "pick", "same_text", "stop_ids",
 ]  # fmt: skip
 
-# the published forms of each, the current one first; ChatML has one, with or without a default system prompt
+# the published versions of each format, the current one first; ChatML only varies in its default system prompt
 NATIVE: dict[str, tuple[Turns, ...]] = {
     "phi3": phi3.FORMS,
     "baichuan2": baichuan2.FORMS,
@@ -32,7 +31,7 @@ NATIVE: dict[str, tuple[Turns, ...]] = {
     "deepseek": deepseek.FORMS,
     "llama3": llama3.FORMS,
 }
-# what the published jinja may write after the last reply's text in place of our stop and gap
+# what the published jinja template writes after the last reply's text, in place of our stop token and gap
 _ENDINGS = {"phi3": phi3.ENDING, "glm4": glm4.ENDING}
 
 
@@ -44,16 +43,16 @@ def pick(
     family: str | None = None,
     system_role: SystemRole = "template",
 ) -> Template:
-    """The template of a run.
+    """Choose the template of a run. Raises TemplateError.
 
     choice:      ``data.template``.
-    render:      the tokenizer's own template, None where it has none; source: its text.
+    render:      runs the tokenizer's own template; None if it has none. source: the template's text.
     stop:        texts of the model's stop tokens.
-    family:      name of the template that the model was taught, for models published without one.
+    family:      name of the template that the model was trained with, for models that are published without one.
     system_role: ``data.system_role``.
     """
-    found = _pick(choice, render, source, stop, family)
-    return MergedSystem(found) if system_role == "merge" else found
+    template = _pick(choice, render, source, stop, family)
+    return MergedSystem(template) if system_role == "merge" else template
 
 
 def _pick(
@@ -65,27 +64,27 @@ def _pick(
         if choice == "auto" and family is not None:
             return _named(family, None)
         raise TemplateError(
-            "the model has no chat template (is it a base model?), so it does not say how a prompt looks",
-            f"take a chat model, or choose a template: --set data.template={family or 'chatml'}",
+            "the model has no chat template (is it a base model?), so its prompt format is unknown",
+            f"use a chat model, or choose a template: --set data.template={family or 'chatml'}",
         )
     native = next((n for n in _natives(render) if same_text(n, render)), None)
     if choice == "auto" and native:
         return native
-    found = Jinja(render, source, stop)
+    template = Jinja(render, source, stop)
     if native:
         try:
-            found.spans((Message("user", "a"), Message("assistant", "b")))
+            template.spans((Message("user", "a"), Message("assistant", "b")))
         except TemplateError as e:
             raise TemplateError(e.message, f"--set data.template={native.name}") from None
-    return found
+    return template
 
 
 def _named(name: str, render: Render | None) -> Template:
-    """A native template by name: the form that is the model's own where one is, else the current one."""
+    """Return a native template by name, in the version that matches the model's own template, else the current one."""
     if name not in ("chatml", *NATIVE):
         known = ("auto", "jinja", "chatml", *NATIVE)
         raise TemplateError(
-            f"data.template: '{name}' is not a template; they are {', '.join(known)}",
+            f"data.template: '{name}' is not a template; choose one of {', '.join(known)}",
             f"--set data.template={nearest(name, known) or 'auto'}",
         )
     if name == "chatml":
@@ -101,20 +100,21 @@ def _natives(render: Render) -> Iterator[ChatML | Turns]:
 
 
 def from_description(
-    described: Mapping[str, Any], render: Render | None, source: str | None, stop: tuple[str, ...]
+    described: Mapping[str, object], render: Render | None, source: str | None, stop: tuple[str, ...]
 ) -> Template:
-    """The template an adapter was trained with, from what ``describe`` recorded."""
+    """Rebuild the template that an adapter was trained with, from what ``describe`` recorded. Raises TemplateError."""
     plain = {k: v for k, v in described.items() if k != "system_role"}
-    found = _described(plain, render, source, stop)
-    return MergedSystem(found) if described.get("system_role") == "merge" else found
+    template = _described(plain, render, source, stop)
+    return MergedSystem(template) if described.get("system_role") == "merge" else template
 
 
 def _described(
-    described: Mapping[str, Any], render: Render | None, source: str | None, stop: tuple[str, ...]
+    described: Mapping[str, object], render: Render | None, source: str | None, stop: tuple[str, ...]
 ) -> Template:
     name = described["name"]
     if name == "chatml":
-        return ChatML(described["default_system"])
+        default = described["default_system"]
+        return ChatML(None if default is None else str(default))
     if name in NATIVE:
         try:
             return Turns.read(described)
@@ -134,32 +134,32 @@ def _described(
     if source is None or source != described["source"]:
         raise TemplateError(
             "the base model's chat template is not the one that the adapter was trained with",
-            "put the base model's original chat_template back",
+            "restore the base model's original chat_template",
         )
     return Jinja(render, source, stop)
 
 
 def digest(template: Template) -> str:
-    """SHA-256 of what identifies a template."""
+    """Return the hex SHA-256 of what identifies a template."""
     text = json.dumps(dict(template.describe()), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def stop_ids(template: Template, tokenizer: ChatTokenizer) -> tuple[int, ...]:
-    """Ids of the template's stop tokens. Raises TemplateError where a stop or another marker is not one token."""
+    """Return the ids of the template's stop tokens. Raises TemplateError if a marker is not one token."""
     for text in (*template.stop, *template.markers):
         if tokenizer.token_id(text) is None:
-            fits = _fitting(tokenizer)
+            fitting = _fitting(tokenizer)
             raise TemplateError(
-                f"{text} is not one token of this model's tokenizer, so template {template.name} is not the model's: "
-                "it would read markers as ordinary text",
-                f"--set data.template={fits}" if fits else "use the model's own template: --set data.template=auto",
+                f"{text} is not one token of this model's tokenizer, so the template {template.name} does not fit: the "
+                "model would read its markers as ordinary text",
+                f"--set data.template={fitting or 'auto'}",
             )
     return tuple(token for text in template.stop if (token := tokenizer.token_id(text)) is not None)
 
 
 def _fitting(tokenizer: ChatTokenizer) -> str | None:
-    """The template whose markers this vocabulary has, if any."""
+    """Return the name of a template whose markers are all in this vocabulary, or None."""
     markers = {"chatml": ChatML().markers, **{name: forms[0].markers for name, forms in NATIVE.items()}}
     return next((n for n, texts in markers.items() if all(tokenizer.token_id(t) is not None for t in texts)), None)
 
@@ -173,7 +173,7 @@ _PROBES: tuple[tuple[Message, ...], ...] = (
 
 
 def _chatml_default(render: Render) -> str | None:
-    """The system prompt that a ChatML-like template adds by itself, None where it adds none."""
+    """Return the system prompt that a ChatML-like template adds by itself, or None if it adds none."""
     try:
         text = render([Message("user", "probe")], True)
     except RefusedConversation:
@@ -184,16 +184,19 @@ def _chatml_default(render: Render) -> str | None:
 
 
 def same_text(native: ChatML | Turns, render: Render) -> bool:
-    """Prompts must be equal, and conversations too, but for the ending that a published template is known to have."""
-    system = not isinstance(native, Turns) or native.system is not None
+    """Whether a native template writes the same prompts and conversations as ``render``, for every probe conversation.
+
+    After the last reply, the known ending of a published template is accepted too.
+    """
+    has_system = not isinstance(native, Turns) or native.system is not None
     try:
         for probe in _PROBES:
-            if probe[0].role == "system" and not system:
+            if probe[0].role == "system" and not has_system:
                 continue
             prompt, reply = native.prompt(probe), Message("assistant", " x \n")
             spans = native.spans((*probe, reply))
-            whole = "".join(s.text for s in spans)
-            allowed = [whole]
+            text = "".join(s.text for s in spans)
+            allowed = [text]
             if native.name in _ENDINGS:
                 allowed.append(prompt + spans[-2].text.removesuffix(native.stop[0]) + _ENDINGS[native.name])
             if prompt != render(probe, True) or render((*probe, reply), False) not in allowed:

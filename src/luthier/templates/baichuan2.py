@@ -1,7 +1,8 @@
-"""Baichuan2: ``{system}<reserved_106>q<reserved_107>a</s>``; no jinja was published, no BOS, no newline.
+"""Define Baichuan2's chat format: ``{system}<reserved_106>q<reserved_107>a</s>``, without BOS and newlines.
 
-A reply's ``</s>`` stays where it is in a longer conversation (docs/decisions/0007-baichuan2-turns.md).
-``<reserved_106>`` opens the user's turn: a model that writes it has ended its own.
+No jinja template was published. A reply keeps its ``</s>`` in longer conversations
+(docs/decisions/0007-baichuan2-turns.md). ``<reserved_106>`` starts the user's turn, so a model that writes it has ended
+its own turn.
 Source: the published generation_utils.py (build_chat_input) and fine-tune.py.
 """
 

@@ -1,6 +1,6 @@
-"""ChatML: ``<|im_start|>role\\ncontent<|im_end|>\\n``, with the default system prompt a model may have.
+"""Define ChatML: ``<|im_start|>role\\ncontent<|im_end|>\\n``, with the default system prompt that a model may have.
 
-Source: the format's own publication (OpenAI, 2023) and the templates of Yi, Qwen2 and SmolLM2.
+Source: the format's publication (OpenAI, 2023) and the templates of Yi, Qwen2 and SmolLM2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 @dataclass(frozen=True, slots=True)
 class ChatML:
-    """``default_system`` is what the model's own template adds when a conversation has no system message."""
+    """The ChatML template.
+
+    default_system: what the model's own template adds to conversations without a system message; None for nothing.
+    """
 
     default_system: str | None = None
     name: str = "chatml"
@@ -26,15 +29,15 @@ class ChatML:
 
     def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
         spans: list[Span] = []
-        seen = self._opening(messages)
+        pending = self._opening(messages)  # text to be read, up to the next written span
         last = len(messages) - 1
         for i, m in enumerate(messages):
             if m.role == "assistant" and (train_on == "all_replies" or i == last):
-                spans += [Span(f"{seen}{START}assistant\n", False), Span(m.content + END, True)]
-                seen = "\n"
+                spans += [Span(f"{pending}{START}assistant\n", False), Span(m.content + END, True)]
+                pending = "\n"
             else:
-                seen += f"{START}{m.role}\n{m.content}{END}\n"
-        return [*spans, Span(seen, False)]
+                pending += f"{START}{m.role}\n{m.content}{END}\n"
+        return [*spans, Span(pending, False)]
 
     def prompt(self, messages: Sequence[Message]) -> str:
         turns = "".join(f"{START}{m.role}\n{m.content}{END}\n" for m in messages)
@@ -44,7 +47,7 @@ class ChatML:
         return {"name": self.name, "default_system": self.default_system}
 
     def jinja(self) -> str:
-        """The same format as a ``chat_template``, for tools that read one."""
+        """Return the same format as a jinja ``chat_template``, for other tools."""
         default = ""
         if self.default_system is not None:
             text = json.dumps(f"{START}system\n{self.default_system}{END}\n", ensure_ascii=False)

@@ -1,7 +1,8 @@
-"""DeepSeek-LLM: ``<BOS>User: q\\n\\nAssistant:``, then the model writes a space, its answer and ``<EOS>``.
+"""Define DeepSeek-LLM's chat format: ``<BOS>User: q\\n\\nAssistant:``, then a space, the answer and ``<EOS>``.
 
-No system role: the model card says that a system prompt does not suit these models. The published jinja would write it
-bare before the first turn (``data.template=jinja`` does so). Source: the checkpoint's chat_template and model card.
+The model writes the space. There is no system role: the model card advises against system prompts. The published jinja
+template writes one without a marker before the first turn (``data.template=jinja`` does so). Source: the checkpoint's
+chat_template and model card.
 """
 
 from __future__ import annotations

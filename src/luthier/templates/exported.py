@@ -1,4 +1,4 @@
-"""A template as the ``chat_template`` that other tools run, with the run's system prompt as its default."""
+"""Convert a template to a jinja ``chat_template`` for other tools, with the run's system prompt as its default."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from luthier.types import Template
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """The tokenizer's own template. render: it, running; source: its text."""
+    """The tokenizer's own chat template: a function that runs it, and its text."""
 
     render: Render
     source: str
 
 
 def chat_template(template: Template, own: Own | None, system: str | None) -> str:
-    """jinja that writes what ``template`` writes; a conversation without a system message gets ``system``.
+    """Return a jinja template that writes what ``template`` writes; ``system`` is the default system message.
 
-    The tokenizer's own text is kept where both write the same, since it may know more (tools).
+    If the tokenizer's own template writes the same text it is used, since it may support more (such as tools).
     """
     inner = template.inner if isinstance(template, MergedSystem) else template
     opening = ""

@@ -1,7 +1,8 @@
-"""GLM-4: ``[gMASK]<sop><|system|>\\ns<|user|>\\nq<|assistant|>``, then the model writes ``\\na<|user|>``.
+"""Define GLM-4's chat format: ``[gMASK]<sop><|system|>\\ns<|user|>\\nq<|assistant|>\\na<|user|>``.
 
-The model opens its reply with the newline and ends it by opening the next turn, so its stop is the next user's marker.
-The published jinja writes no stop after the last reply. Source: the checkpoint's chat_template and finetune.py.
+The model starts its reply with the newline after ``<|assistant|>``, and ends it with the marker of the next user turn,
+which is its stop token. The published jinja template writes no stop token after the last reply.
+Source: the checkpoint's chat_template and finetune.py.
 """
 
 from __future__ import annotations
@@ -20,4 +21,4 @@ FORMS = (
         markers=("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"),
     ),
 )
-ENDING = ""  # of a conversation, in the published jinja
+ENDING = ""  # of a conversation, in the published jinja template

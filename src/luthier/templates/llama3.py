@@ -1,6 +1,7 @@
-"""Llama 3: ``<|start_header_id|>user<|end_header_id|>\\n\\nq<|eot_id|>``, messages trimmed as in its jinja.
+"""Define Llama 3's chat format: ``<|start_header_id|>user<|end_header_id|>\\n\\nq<|eot_id|>``.
 
-Llama 3.1 and later write a date and run as their own jinja. Source: Meta's Llama 3 model card and chat_template.
+Messages are trimmed, as in the published jinja template. The templates of Llama 3.1 and later write a date, so they are
+run as jinja. Source: Meta's Llama 3 model card and chat_template.
 """
 
 from __future__ import annotations

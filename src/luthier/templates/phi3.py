@@ -1,8 +1,8 @@
-"""Phi-3: ``<|user|>\\nq<|end|>\\n<|assistant|>\\na<|end|>\\n``, in the three forms that were published.
+"""Define Phi-3's chat format: ``<|user|>\\nq<|end|>\\n<|assistant|>\\na<|end|>\\n``, in its three published versions.
 
-2024-07 ("3.1", Phi-3.5): a system role, no BOS; its jinja writes ``<|endoftext|>`` after a finished conversation, which
-no reply ends by and which is not trained. 2024-04 (mini): BOS, no system role. 2024-05 (medium): neither.
-Source: the chat_template of each revision, as llama.cpp's and xinference's tests have them.
+2024-07 ("3.1", Phi-3.5): a system role and no BOS; its jinja template writes ``<|endoftext|>`` after the last reply,
+which is no stop token and is not trained. 2024-04 (mini): BOS and no system role. 2024-05 (medium): neither.
+Source: the chat_template of each revision, as contained in the tests of llama.cpp and xinference.
 """
 
 from __future__ import annotations
@@ -26,4 +26,4 @@ FORMS = (
     replace(_PLAIN, opening="<s>", markers=(*_MARKERS, "<s>")),
     _PLAIN,
 )
-ENDING = "<|end|>\n<|endoftext|>"  # of a conversation, in the published jinja
+ENDING = "<|end|>\n<|endoftext|>"  # of a conversation, in the published jinja template

@@ -1,17 +1,22 @@
-"""``data.system_role: merge``: the system prompt as the first user message's opening, for models without that role."""
+"""Put the system prompt at the start of the first user message, for models without a system role.
+
+This is ``data.system_role: merge``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from luthier.types import Message, Span, Template, TrainOn
 
 
 @dataclass(frozen=True, slots=True)
 class MergedSystem:
-    """``inner``, shown conversations without a system message. A template itself: training and chat cannot differ."""
+    """A template that merges the system message into the first user message, then renders with ``inner``.
+
+    It is a template like any other, so training and chat cannot differ.
+    """
 
     inner: Template
 
@@ -37,7 +42,7 @@ class MergedSystem:
     def prompt(self, messages: Sequence[Message]) -> str:
         return self.inner.prompt(_merged(messages))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {**self.inner.describe(), "system_role": "merge"}
 
 

@@ -1,17 +1,17 @@
-"""Formats that are one text after another, as data: each family's own module holds its texts.
+"""Render chat formats that are described by fixed texts around every message.
 
     opening  user[0] question user[1] reply   reply_prefix answer stop[0]   gap  user[0] ...
-    `-------------- seen, the prompt ------'  `-------- written --------'  `seen'
+    `----------- read, the prompt ---------'  `-------- written --------'  `read'
 
-Where the stop is also the next user's marker (GLM-4) it is written once: by the model.
+The texts of each model family are in a module of their own (``phi3``, ``glm4``, ...). If the stop token is also the
+marker of the next user turn (GLM-4), it occurs once, written by the model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from luthier.errors import TemplateError
 from luthier.types import Message, Span, TrainOn
@@ -19,15 +19,15 @@ from luthier.types import Message, Span, TrainOn
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """A format's texts.
+    """A chat format, described by its texts.
 
-    user, system: what stands before and after such a message; system None: the model knows no system role.
-    reply:        ends a prompt; the model goes on from there.
-    stop:         token texts a reply ends by; a trained one ends in the first of them.
-    markers:      texts that must be one token each, the stops among them.
-    reply_prefix: what the model writes before its answer's first character.
-    gap:          stands between a reply's stop and what follows; never trained.
-    trim:         white space around messages is removed.
+    user, system: the texts before and after a message of that role; system None: the model has no system role.
+    reply:        the end of a prompt; the model continues from there.
+    stop:         texts of the tokens that end a reply; a trained reply ends with the first one.
+    markers:      texts that must be a single token each, including the stop tokens.
+    reply_prefix: what the model writes before its answer.
+    gap:          the text between a reply's stop token and the next message; never trained.
+    trim:         remove white space around messages.
     """
 
     name: str
@@ -43,25 +43,25 @@ class Turns:
 
     def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
         spans: list[Span] = []
-        seen = self.opening
+        pending = self.opening  # text to be read, up to the next written span
         last = len(messages) - 1
         for i, (before, written) in enumerate(self._pieces(messages)):
-            seen += before
+            pending += before
             if written and (train_on == "all_replies" or i == last):
-                spans += [Span(seen, False), Span(written, True)]
-                seen = ""
+                spans += [Span(pending, False), Span(written, True)]
+                pending = ""
             else:
-                seen += written
-        return [*spans, Span(seen + self.gap, False)]
+                pending += written
+        return [*spans, Span(pending + self.gap, False)]
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        return self.opening + "".join(seen + written for seen, written in self._pieces(messages)) + self.reply
+        return self.opening + "".join(before + written for before, written in self._pieces(messages)) + self.reply
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return asdict(self)
 
     def jinja(self) -> str:
-        """The same format as a ``chat_template``, for tools that read one."""
+        """Return the same format as a jinja ``chat_template``, for other tools."""
 
         def text(value: str) -> str:
             return json.dumps(value, ensure_ascii=False)
@@ -83,13 +83,13 @@ class Turns:
         )
 
     @classmethod
-    def read(cls, described: Mapping[str, Any]) -> Turns:
-        """The format that ``describe`` recorded, JSON's lists made tuples again."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
-        return cls(**values)
+    def read(cls, described: Mapping[str, object]) -> Turns:
+        """Rebuild a format from what ``describe`` recorded; JSON's lists become tuples. Raises TypeError."""
+        create: Callable[..., Turns] = cls
+        return create(**{k: tuple(v) if isinstance(v, list) else v for k, v in described.items()})
 
     def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
-        """(seen, written) for each message."""
+        """Yield for each message the text that the model reads and the text that it writes."""
         after_reply = False
         for m in messages:
             gap = self.gap if after_reply else ""
@@ -108,7 +108,7 @@ class Turns:
             return self.user
         if self.system is None:
             raise TemplateError(
-                f"the {self.name} template has no system role, so the model would not know a system prompt as one",
+                f"the {self.name} template has no system role, so the model would not recognise a system prompt",
                 "leave the system prompt out, or train with --set data.system_role=merge, which writes it before the "
                 "first user message",
             )

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,12 +42,12 @@ class Checkpoint:
     path: Path
     progress: Progress
     identity: dict[str, str]
-    machine: dict[str, Any]
-    scaler: dict[str, Any]
+    machine: dict[str, object]
+    scaler: dict[str, object]
     tensors: dict[str, Tensor]
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """What must be the same for the bits to be the same."""
     return {
         "luthier": __version__,
@@ -126,7 +125,7 @@ def read(path: Path) -> Checkpoint:
     )
 
 
-def _seal(state: Mapping[str, Any]) -> str:
+def _seal(state: Mapping[str, object]) -> str:
     """SHA-256 of everything else in ``state.json``, whose numbers survive JSON to the last bit."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +29,9 @@ from luthier.errors import ConfigError, TrainError
 from luthier.kernels import native
 from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype, share_dropout_state
+from luthier.models.protocols import CausalLM
 from luthier.training.checkpoint import Checkpoint, restore
-from luthier.training.forward import checkpointing, loss_sum, prove_compiled, segment_attention
+from luthier.training.forward import checkpointing, loss_sum, segment_attention, verify_compiled
 from luthier.training.metrics import Progress, StepRecord
 from luthier.training.optimizer import Optimizer, learning_rate
 from luthier.types import Batch, Example
@@ -58,7 +58,7 @@ class Session:
 
 
 def train(
-    model: Any,
+    model: CausalLM,
     layers: Mapping[str, LoraLinear],
     examples: Sequence[Example],
     config: TrainConfig,
@@ -106,7 +106,7 @@ def train(
 
 @contextmanager
 def losses(
-    model: Any,
+    model: CausalLM,
     layers: Mapping[str, LoraLinear],
     examples: Sequence[Example],
     config: TrainConfig,
@@ -125,7 +125,7 @@ def losses(
             try:
                 with ExitStack() as tried:
                     compiled = tried.enter_context(compiled_model(model, layers, dropout, recompute))
-                    prove_compiled(compiled, model, examples)
+                    verify_compiled(compiled, model, examples)
                     stack.push(tried.pop_all())
             except Unsuitable as e:
                 if config.fused is True:

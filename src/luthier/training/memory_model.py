@@ -24,6 +24,7 @@ from luthier.devices.device import resident_now
 from luthier.kernels import native
 from luthier.lora.layers import LoraLinear, Targets, attach, trainable_parameters
 from luthier.models.native_model import empty_model
+from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation
 from luthier.training.forward import checkpointing, loss_sum, segment_attention
 from luthier.types import Example, RowRef
@@ -109,7 +110,7 @@ def estimate(
 ) -> Memory:
     """The memory of one run. recompute: gradient checkpointing."""
     kernel = "looped" if kernel == "varlen" else kernel  # keeps as much, and runs on the meta device
-    model: Any = empty_model(config).to(precision.dtype)
+    model = empty_model(config).to(precision.dtype)
     wide = precision.dtype.itemsize
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is None or head.weight is embedding.weight
@@ -138,7 +139,7 @@ def estimate(
             if model.dtype is torch.bfloat16:
                 raise
             # the meta device knows products of experts in bfloat16 alone; what is kept is as many numbers
-            activations = _saved(model.bfloat16(), heaviest, recompute, kernel, train.shared_prefix) * wide / 2
+            activations = _saved(model.to(torch.bfloat16), heaviest, recompute, kernel, train.shared_prefix) * wide / 2
         logits = float(supervised * vocabulary * (8 + wide))
     return Memory(
         base=stored + wide * others,
@@ -192,7 +193,7 @@ def _row(length: int, supervised: int, common: int = 0, token: int = 0) -> Examp
     return Example(np.where(np.arange(length) < common, 0, token), trained, RowRef("", 1))
 
 
-def _saved(model: Any, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
+def _saved(model: CausalLM, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
     """Bytes that autograd keeps for the backward pass, parameters left out; with ``recompute`` also one layer's."""
     if recompute:
         kept = _count(model, examples, True, kernel, share)
@@ -202,10 +203,10 @@ def _saved(model: Any, examples: Sequence[Example], recompute: bool, kernel: str
     return _count(model, examples, False, kernel, share)
 
 
-def _count(model: Any, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
+def _count(model: CausalLM, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
     """Bytes kept by the whole model: of equal layers, two tell what each of the others adds."""
     decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", ())
+    layers = getattr(decoder, "layers", nn.ModuleList())
     if len(layers) < 4 or len({str(layer) for layer in layers}) > 1:
         return _counted(model, examples, recompute, kernel, share)
     kept = []
@@ -218,7 +219,7 @@ def _count(model: Any, examples: Sequence[Example], recompute: bool, kernel: str
     return kept[0] + (len(layers) - 2) * (kept[1] - kept[0])
 
 
-def _counted(model: Any, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
+def _counted(model: CausalLM, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -250,12 +251,12 @@ def with_micro_batch(train: TrainConfig, rows: int) -> TrainConfig:
     )
 
 
-def is_compiled(model: Any, layers: Mapping[str, LoraLinear], dtype: torch.dtype) -> bool:
+def is_compiled(model: CausalLM, layers: Mapping[str, LoraLinear], dtype: torch.dtype) -> bool:
     """Whether this run will be trained by them."""
     return native.obstacle(dtype) is None and unsuitable(model, layers) is None
 
 
-def compiled_kept(model: Any, tokens: int, recompute: bool, width: int) -> float:
+def compiled_kept(model: CausalLM, tokens: int, recompute: bool, width: int) -> float:
     """Bytes of the activations at the peak of a micro-batch of ``tokens`` computed tokens.
 
     width: bytes of an element. The last layer is counted whole, though it works at the supervised positions alone.

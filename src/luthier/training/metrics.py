@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from luthier._util import files
 
@@ -31,7 +32,7 @@ class StepRecord:
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {**asdict(self), "seconds": round(self.seconds, 4), "tokens_per_s": round(self.tokens_per_s, 1)}
 
 
@@ -42,7 +43,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, every: int, resumed: int = 0) -> None:
-        kept = [line for line in _lines(path) if line.get("step", resumed + 1) <= resumed] if resumed else []
+        kept = [line for line in _lines(path) if _step(line, resumed + 1) <= resumed] if resumed else []
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._every = every
@@ -59,8 +60,13 @@ class MetricsFile:
         self._file.close()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+def _step(line: Mapping[str, object], absent: int) -> int:
+    step = line.get("step")
+    return step if isinstance(step, int) else absent
+
+
+def _lines(path: Path) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:

@@ -21,14 +21,14 @@ def substitute(name: str, device: str) -> str | None:
 def _build(name: str, parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """Raises MissingPackageError where the optimizer is bitsandbytes' and that is not installed."""
     device = parameters[0].device.type
-    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if name == "adamw_torch":
-        return torch.optim.AdamW(parameters, fused=device in ("cpu", "cuda"), **common)
+        fused = device in ("cpu", "cuda")
+        return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     library()  # bitsandbytes, imported safely
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW32bit
 
-    kind: Any = {"adamw_8bit": AdamW8bit, "paged_adamw_32bit": PagedAdamW32bit}[name]
-    made: torch.optim.Optimizer = kind(parameters, **common)
+    kind = {"adamw_8bit": AdamW8bit, "paged_adamw_32bit": PagedAdamW32bit}[name]
+    made: torch.optim.Optimizer = kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     return made
 
 
@@ -90,11 +90,11 @@ class Optimizer:
             state["step"] = step
         state.update(moments)
 
-    def scaler_state(self) -> dict[str, Any]:
+    def scaler_state(self) -> dict[str, object]:
         """fp16's loss scaling; empty elsewhere."""
         return dict(self._scaler.state_dict()) if self._scaler else {}
 
-    def restore_scaler(self, state: dict[str, Any]) -> None:
+    def restore_scaler(self, state: dict[str, object]) -> None:
         if self._scaler and state:
             self._scaler.load_state_dict(state)
 

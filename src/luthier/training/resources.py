@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +41,7 @@ class Row:
     seconds: float
     fits: bool
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {
             "precision": self.precision,
             "gradient_checkpointing": self.checkpointing,
@@ -63,7 +62,7 @@ class Estimate:
     rows: tuple[Row, ...]
     fixes: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {
             "parameters": self.parameters,
             "trainable_parameters": self.trainable,
@@ -234,7 +233,7 @@ def _dequantised(dtype: torch.dtype, seconds: float = 0.5) -> float:
     return 2048.0 * 2048 * _times_a_second(lambda: dequantise(parts, how, (2048, 2048), dtype), seconds)
 
 
-def _times_a_second(work: Any, seconds: float) -> float:
+def _times_a_second(work: Callable[[], object], seconds: float) -> float:
     work()
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:

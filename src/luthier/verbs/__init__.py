@@ -1,1 +1,1 @@
-"""One module per verb, named after it: each calls the other packages, in order."""
+"""The verbs: one module per verb, named after it, that calls the other packages in order."""

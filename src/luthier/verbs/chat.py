@@ -1,4 +1,4 @@
-"""``luthier chat``: open a run, one of its checkpoints, an adapter or a base model, ready to be talked to."""
+"""``luthier chat``: open a run, one of its checkpoints, an adapter or a base model for a conversation."""
 
 from __future__ import annotations
 
@@ -33,22 +33,23 @@ def chat(
     sampling: Mapping[str, float | None] | None = None,
     with_adapter: bool = False,
 ) -> Chat:
-    """Open a run, an adapter or a base model directory; or ``model`` with ``adapter`` (a stock PEFT directory too).
+    """Open a run, an adapter or a base model directory; or ``model`` with ``adapter``, which may be a PEFT directory.
 
     system:       system prompt; None: the one of the run's training, if any.
-    dtype:        "auto": fp32 on the CPU, so that greedy replies are reproducible; the device's own type elsewhere.
-    checkpoint:   a step of the run's, in place of its finished adapter.
-    sampling:     fields of ``Sampling`` that take the place of the run's own; None is not given.
+    dtype:        "auto": fp32 on the CPU, so that greedy replies are reproducible; the device's own dtype elsewhere.
+    checkpoint:   step of the run's checkpoint to load instead of the finished adapter.
+    sampling:     fields of ``Sampling`` that override the run's own; None values are ignored.
     with_adapter: refuse a base model.
 
-    What can be refused is, before weights are read. Raises UserError.
+    Raises UserError, before weights are read whenever possible.
     """
     device = pick_device()
-    kind = torch.float32 if dtype == "auto" and device.type == "cpu" else pick_dtype(dtype, device)
+    compute = torch.float32 if dtype == "auto" and device.type == "cpu" else pick_dtype(dtype, device)
+    changes = sampling or {}
     if checkpoint is not None:
         if path is None or model is not None or adapter is not None:
-            raise ConfigError("--checkpoint: is a step of a run's, not of --model and --adapter", "give the RUN alone")
-        return _at_checkpoint(RunDir(Path(path)), checkpoint, system, kind, device, sampling or {})
+            raise ConfigError("--checkpoint: needs a run, not --model and --adapter", "give only the RUN")
+        return _at_checkpoint(RunDir(Path(path)), checkpoint, system, compute, device, changes)
     source = locate(path, model, adapter)
     if source.tuned is None:
         if with_adapter:
@@ -56,26 +57,27 @@ def chat(
             raise ConfigError(f"{source.base}: there is no adapter to compare with its base", GIVE_ADAPTER)
         chat_format = load_chat_format(source.base)
         check_system(chat_format, system)
-        drawn = _sampling(None, sampling or {})
-        return Chat(Generator(load_weights(source.base, kind, device), chat_format), system, sampling=drawn)
+        settings = _sampling(None, changes)
+        return Chat(Generator(load_weights(source.base, compute, device), chat_format), system, sampling=settings)
     tuned = source.tuned
     chat_format = tuned.chat_format()
     system = tuned.system if system is None else system
     check_system(chat_format, system)
-    drawn = _sampling(tuned.config, sampling or {})
-    base = open_base(tuned.model_settings, kind, device, chat_format.config)
+    settings = _sampling(tuned.config, changes)
+    base = open_base(tuned.model_settings, compute, device, chat_format.config)
     layers = adapters.apply(base, tuned.adapter, chat_format.modules())
-    return Chat(Generator(base, chat_format), system, layers, tuned.config, sampling=drawn)
+    return Chat(Generator(base, chat_format), system, layers, tuned.config, sampling=settings)
 
 
 def _at_checkpoint(
     run: RunDir,
     step: int,
     system: str | None,
-    kind: torch.dtype,
+    dtype: torch.dtype,
     device: torch.device,
-    sampling: Mapping[str, float | None],
+    changes: Mapping[str, float | None],
 ) -> Chat:
+    """Open an unfinished adapter as a run's checkpoint holds it. Raises UserError."""
     by_step = {int(p.name.removeprefix("step-")): p for p in checkpoints.steps(run.checkpoints)}
     if step not in by_step:
         fix = f"its checkpoints are: {', '.join(map(str, by_step))}" if by_step else "leave --checkpoint out"
@@ -88,15 +90,15 @@ def _at_checkpoint(
     chat_format = chat_format_of(config)
     system = (config.data.system or None) if system is None else system
     check_system(chat_format, system)
-    drawn = _sampling(config, sampling)
-    model = open_base(config.model, kind, device, chat_format.config)
+    settings = _sampling(config, changes)
+    model = open_base(config.model, dtype, device, chat_format.config)
     targets = resolve(empty_model(chat_format.config), config.lora.target_modules, chat_format.modules())
     layers = attach(model, config.lora, targets, seed=0)
     checkpoints.restore_adapter(saved, layers)
-    return Chat(Generator(model, chat_format), system, layers, config, sampling=drawn)
+    return Chat(Generator(model, chat_format), system, layers, config, sampling=settings)
 
 
 def _sampling(config: RunConfig | None, changes: Mapping[str, float | None]) -> Sampling:
-    """The run's own settings, or greedy ones, with what the caller gave in their place. Raises ConfigError."""
-    own = Sampling.of(config.generation) if config else Sampling()
-    return own.changed(**changes)
+    """Apply ``changes`` to the run's sampling settings, or to greedy sampling without a run. Raises ConfigError."""
+    settings = Sampling.of(config.generation) if config else Sampling()
+    return settings.changed(**changes)

@@ -1,4 +1,4 @@
-"""``luthier check``: verify everything about a run that can be verified before a weight is read.
+"""``luthier check``: check everything about a run that can be checked without reading weights.
 
 ``train``, ``estimate`` and ``demo`` start with the same inspection.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from luthier.config import RunConfig
 from luthier.encoding import row_cache
@@ -22,7 +21,7 @@ from luthier.types import Say
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run that may start: everything that training needs besides the weights."""
+    """Everything that training needs besides the weights."""
 
     config: RunConfig
     rows: EncodedRows
@@ -32,9 +31,9 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What an inspection found; counts are complete even if the run must not start.
+    """The result of checking a run; the counts are complete even if the run cannot start.
 
-    chat_format, targets: None if the model cannot be used. error: every mistake, if there is one.
+    chat_format, targets: None if the model cannot be used. error: all mistakes, None if the run can start.
     """
 
     config: RunConfig
@@ -45,13 +44,14 @@ class Inspection:
     error: UserError | None = None
 
     def prepared(self) -> Prepared:
-        """The run, ready to start. Raises UserError with every mistake."""
+        """Return what training needs. Raises UserError with every mistake."""
         if self.error:
             raise self.error
         assert self.chat_format and self.targets
         return Prepared(self.config, self.rows, self.chat_format, self.targets)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
+        """The report of ``check --json`` and of ``data-report.json``."""
         rows, account, fmt = self.rows, self.rows.account, self.chat_format
         return {
             "ok": self.error is None,
@@ -72,13 +72,13 @@ class Inspection:
         }
 
     def model_notes(self) -> list[str]:
-        """What a user of this checkpoint should know, and which module names were read as others."""
+        """Warnings about this checkpoint, and module names that were translated to others."""
         return [*(self.chat_format.notes() if self.chat_format else ()), *(self.targets.notes if self.targets else ())]
 
-    def _problems(self) -> list[dict[str, Any]]:
-        """Every row's problem; if the run is refused for another reason, that reason with no row."""
+    def _problems(self) -> list[dict[str, object]]:
+        """List the problems of rows; if the run is refused for another reason, that reason without a row."""
         report = self.rows.account.report
-        problems = [p.as_dict() for p in report.problems]
+        problems: list[dict[str, object]] = [p.as_dict() for p in report.problems]
         if self.error and not report.refused and report.kept:
             return [*problems, {"file": None, "row": None, "reason": self.error.message, "outcome": "refused"}]
         if self.error and not problems:
@@ -88,18 +88,18 @@ class Inspection:
 
 
 def check(config: RunConfig, show: int = 0) -> Inspection:
-    """Verify data, template, prompt prefix, stop tokens and target modules; reads no weights.
+    """Check data, template, prompt prefix, stop tokens and target modules; reads no weights.
 
-    Never raises for a user's mistake: it is in ``.error`` of what is returned, beside the complete counts.
+    Does not raise for a user's mistake: it is in ``error`` of the result, next to the complete counts.
     """
     return inspect(config, keep=False, show=show)
 
 
 def inspect(config: RunConfig, keep: bool = True, show: int = 0, say: Say = lambda _: None) -> Inspection:
-    """As ``check``, for a run that may start afterwards.
+    """Check a run as ``check`` does, and keep the encoded rows for training.
 
-    keep: hold the encoded rows, or take them from the disk as an earlier start wrote them (``data.cache``); false
-    needs memory for their lengths only. show: how many rows to hold in ``rows.account.first``.
+    keep: keep the encoded rows, from the row cache if ``data.cache`` allows; false keeps only their lengths.
+    show: number of rows to keep in ``rows.account.first``.
     """
     start = time.perf_counter()
     errors: list[UserError] = []
@@ -117,21 +117,21 @@ def inspect(config: RunConfig, keep: bool = True, show: int = 0, say: Say = lamb
 
 
 def _targets(config: RunConfig, chat_format: ChatFormat) -> Targets:
-    """The modules to train. Raises UserError for settings that do not suit the model."""
+    """Resolve the modules to train. Raises UserError for settings that do not fit the model."""
     if config.data.system:
         chat_format.check_text(config.data.system, "data.system")
     targets = resolve(empty_model(chat_format.config), config.lora.target_modules, chat_format.modules())
     limit = getattr(chat_format.config.get_text_config(), "max_position_embeddings", None)
     if limit and config.data.max_length > limit:
         raise ConfigError(
-            f"data.max_length: {config.data.max_length} is more than the {limit} tokens that the model reads",
+            f"data.max_length: {config.data.max_length} is more than the {limit} tokens that the model can read",
             f"--set data.max_length={limit}",
         )
     return targets
 
 
 def _rows(config: RunConfig, chat_format: ChatFormat | None, keep: bool, show: int, say: Say) -> EncodedRows:
-    """Every row, from the cache if it is to be used, or from the files."""
+    """Read every row from the cache if it may be used, else from the data files."""
     if chat_format is None:
         return count_rows(config.data)
     encoder = chat_format.encoder(config.data)
@@ -145,7 +145,7 @@ def _rows(config: RunConfig, chat_format: ChatFormat | None, keep: bool, show: i
 
 
 def _joined(errors: list[UserError]) -> UserError:
-    """All mistakes as one error, of the first one's kind."""
+    """Join all mistakes in one error, of the type of the first."""
     if len(errors) == 1:
         return errors[0]
     fixes = dict.fromkeys(e.fix for e in errors)

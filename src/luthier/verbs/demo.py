@@ -1,11 +1,10 @@
-"""``luthier demo``: the whole flow on the embedded model."""
+"""``luthier demo``: download, train and evaluate the small embedded model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from luthier.adapters.run_dir import RunDir
 from luthier.evaluation.scoring import Scores, score
@@ -21,29 +20,31 @@ from luthier.verbs.train import absolute, train
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """Both models on every held-out prompt, in fp32 on the CPU, and the run's summary."""
+    """Scores of both models on every held-out prompt, in fp32 on the CPU, and the run's summary."""
 
     base: Scores
     tuned: Scores
     prompts: list[str]
-    summary: dict[str, Any]
+    summary: dict[str, object]
 
     @property
     def base_loss(self) -> float:
-        """Held-out loss in nats a token."""
+        """Held-out loss of the base model in nats per token."""
         return self.base.held_out.loss
 
     @property
     def tuned_loss(self) -> float:
+        """Held-out loss of the tuned model in nats per token."""
         return self.tuned.held_out.loss
 
     @property
     def loss_fall(self) -> float:
-        """Share of the base's held-out loss that training took away."""
+        """Share of the base model's held-out loss that training removed."""
         return 1 - self.tuned_loss / self.base_loss
 
     @property
     def stop_rate(self) -> float:
+        """Share of the tuned model's replies that end with a stop token."""
         return self.tuned.stop_rate or 0.0
 
     @property
@@ -61,7 +62,7 @@ def demo(
     say: Say = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> DemoResult:
-    """Pull the embedded model, teach it the shipped persona, and compare both on prompts it has never seen."""
+    """Pull the embedded model, train it on the shipped persona, and score both models on held-out prompts."""
     base = pull("smollm2-135m", say=say)
     config = demo_config(base, Path(output_dir))
     RunDir(Path(output_dir)).claim(absolute(config))

@@ -1,4 +1,4 @@
-"""What this machine and installation can do, shown by doing it: one training step of a tiny model."""
+"""``luthier doctor``: report the machine and the installation, and try one training step of a tiny model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -32,8 +32,33 @@ EXTRAS = {
 }
 
 
-def doctor() -> dict[str, Any]:
-    """Versions, devices, extras, and the outcome of a step. Never raises: what fails is in ``smoke``."""
+class Smoke(TypedDict):
+    """The result of one training step: the loss and the time it took, or the error."""
+
+    ok: bool
+    loss: NotRequired[float]
+    seconds: NotRequired[float]
+    error: NotRequired[str]
+
+
+class Machine(TypedDict):
+    """The report of ``doctor --json``. packages, extras: by name; a version of None means not installed."""
+
+    luthier: str
+    python: str
+    system: str
+    packages: dict[str, str | None]
+    extras: dict[str, bool]
+    device: str
+    cores: int | None
+    threads: int
+    memory_bytes: int | None
+    trains_in: str
+    smoke: Smoke
+
+
+def doctor() -> Machine:
+    """Report versions, devices, extras and the result of one training step. Errors of the step are in ``smoke``."""
     device = pick_device()
     return {
         "luthier": __version__,
@@ -50,7 +75,8 @@ def doctor() -> dict[str, Any]:
     }
 
 
-def _smoke(device: torch.device) -> dict[str, Any]:
+def _smoke(device: torch.device) -> Smoke:
+    """Train a tiny model for one step."""
     start = time.perf_counter()
     try:
         config = AutoConfig.for_model(
@@ -59,10 +85,10 @@ def _smoke(device: torch.device) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config, dtype=pick_dtype("auto", device)).to(device)
         layers = attach(model, LoraConfig.model_validate({}), resolve(model, None), seed=0)
         rows = [Example(np.arange(2, 2 + n), np.arange(n) > 2, RowRef("smoke", n)) for n in (6, 9)]
-        done = loop.train(model, layers, rows, TrainConfig.model_validate({"max_steps": 1}))
-    except Exception as e:  # whatever is wrong with this machine is what the user asked for
+        progress = loop.train(model, layers, rows, TrainConfig.model_validate({"max_steps": 1}))
+    except Exception as e:  # any failure is the report that the user asked for
         return {"ok": False, "error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"}
-    return {"ok": True, "loss": done.losses[0], "seconds": round(time.perf_counter() - start, 2)}
+    return {"ok": True, "loss": progress.losses[0], "seconds": round(time.perf_counter() - start, 2)}
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""``luthier estimate``: memory and time of a run before it starts."""
+"""``luthier estimate``: predict memory and time of a run before it starts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from luthier.verbs.check import inspect
 
 
 def estimate(config: RunConfig, with_rows: bool = True, length: int | None = None) -> Estimate:
-    """Estimate memory and time of a run at every precision; no weight is read. Raises UserError.
+    """Estimate memory and time of a run at every precision, without reading weights. Raises UserError.
 
-    with_rows: count the tokens of ``data.train``; else every row has ``length`` of them (None: ``data.max_length``).
+    with_rows: use the lengths of the rows of ``data.train``.
+    length:    without rows, tokens per row; None: ``data.max_length``.
     """
     if with_rows and length is not None:
-        raise ConfigError("--length would be ignored: the rows of --data have lengths of their own", "leave it out")
+        raise ConfigError("--length would be ignored: --data gives the lengths of the rows", "leave it out")
     if with_rows:
         run = inspect(config, keep=False).prepared()
         return resources.look(Wanted.of(config, run.chat_format.config, run.targets, run.rows.train))

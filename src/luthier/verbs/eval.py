@@ -1,4 +1,4 @@
-"""``luthier eval``: base and tuned model side by side on held-out rows."""
+"""``luthier eval``: compare base and tuned model on held-out rows."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ def eval(  # noqa: A001 - the verb's name
     samples: int = REPLIES,
     max_new_tokens: int = NEW_TOKENS,
 ) -> Comparison:
-    """Score base and tuned model on held-out rows: the run's own if ``data`` is empty. Raises UserError.
+    """Score base and tuned model on held-out rows, those of the run if ``data`` is empty. Raises UserError.
 
-    samples: how many of the rows' prompts both answer, with ``max_new_tokens`` tokens at most.
+    samples: number of prompts that both models answer, with at most ``max_new_tokens`` tokens each.
     """
     opened = chat(path, None, dtype, model, adapter, checkpoint, with_adapter=True)
     run = Path(path) if path else None
-    files = list(data) or _own_rows(run)
+    files = list(data) or _held_out_files(run)
     settings = opened.config.data if opened.config else DataConfig.model_validate({"train": files})
     examples = ExampleStore()
     account = read_held_out(files, settings, opened.generator.chat_format.encoder(settings), examples)
     if account.error:
         raise account.error
     file = files[0]
-    if len(files) > 1 or not _as_they_are(file, account.report, settings):
-        file = (run or Path()) / "eval-rows.jsonl"  # one file in a format that everything reads
+    if len(files) > 1 or not _is_reusable(file, account.report, settings):
+        file = (run or Path()) / "eval-rows.jsonl"  # one file that any tool can read
         write_rows(file, account.conversations)
     generator, layers = opened.generator, opened.layers
     return compare(generator, layers, examples, account.conversations, file, None, samples, max_new_tokens)
 
 
-def _own_rows(run: Path | None) -> list[Path]:
-    """The held-out rows that the run itself wrote. Raises ConfigError if there are none."""
+def _held_out_files(run: Path | None) -> list[Path]:
+    """Return the file of held-out rows that the run wrote. Raises ConfigError if there is none."""
     if run and (run / HELD_OUT).is_file():
         return [run / HELD_OUT]
     raise ConfigError(
@@ -55,8 +55,8 @@ def _own_rows(run: Path | None) -> list[Path]:
     )
 
 
-def _as_they_are(file: Path, report: DataReport, settings: DataConfig) -> bool:
-    """Whether a file holds exactly the rows that were scored, as plain JSON in a format that everything reads."""
+def _is_reusable(file: Path, report: DataReport, settings: DataConfig) -> bool:
+    """Whether the file holds exactly the scored rows, as UTF-8 JSON in a format that any tool can read."""
     plain = file.suffix.lower() in (".json", ".jsonl") and file.is_file() and encoding_of(file) == "utf-8"
     whole = not report.dropped and not settings.rename
     return plain and whole and set(report.formats.values()) <= {"alpaca", "messages"}

@@ -19,9 +19,9 @@ def export(
     quantization: str | None = None,
     say: Say = lambda _: None,
 ) -> Exported:
-    """Write another tool's format, verified before the command reports success. Raises UserError.
+    """Write the tuned model in another tool's format and verify the result. Raises UserError.
 
-    to: peft, hf, gguf, gguf-lora or ollama. layout: module names of peft and hf, native or original.
-    quantization: of gguf and ollama: f16, q8_0 or q4_0.
+    to: peft, hf, gguf, gguf-lora or ollama. layout: native or original, for peft and hf.
+    quantization: f16, q8_0 or q4_0, for gguf and ollama.
     """
     return write_export(locate_tuned(path, model, adapter), to, Path(output_dir), layout, quantization, say)

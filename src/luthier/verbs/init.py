@@ -17,11 +17,11 @@ def init(
     output_dir: Path | str | None = None,
     recipe: str | None = None,
 ) -> Path:
-    """Write a commented ``run.yaml``, a recipe's where one is named; an existing file is never overwritten."""
+    """Write a commented ``run.yaml``, from a recipe if one is named. Raises ConfigError if the file exists."""
     to = Path(to)
     if to.exists():
-        raise ConfigError(f"{to}: is there already", "choose another name with --to, or delete it")
-    own = str(model or "MODEL_DIR"), [str(p) for p in data] or ["ROWS.jsonl"], str(output_dir or "run")
-    text = filled(recipe, *own) if recipe is not None else blank(*own)
+        raise ConfigError(f"{to}: already exists", "choose another name with --to, or delete it")
+    paths = str(model or "MODEL_DIR"), [str(p) for p in data] or ["ROWS.jsonl"], str(output_dir or "run")
+    text = filled(recipe, *paths) if recipe is not None else blank(*paths)
     files.write_text(to, text)
     return to

@@ -1,4 +1,4 @@
-"""``luthier merge``: base and adapter as one plain model."""
+"""``luthier merge``: merge the adapter into the base model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def merge(
     say: Say = lambda _: None,
     layout: str = "native",
 ) -> Merged:
-    """Write the tuned model as plain safetensors that stock transformers loads, verified by its logits.
+    """Write the tuned model as plain safetensors for stock transformers, and verify its logits.
 
-    layout: ``original`` for the tensor names and files in which the base was published. Raises UserError.
+    layout: ``native``, or ``original`` for the tensor names and files of the published base model. Raises UserError.
     """
     return write_merged(locate_tuned(path, model, adapter), Path(output_dir), say, layout)

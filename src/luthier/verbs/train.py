@@ -1,14 +1,13 @@
-"""``luthier train``: one run, from its configuration to its summary, in order."""
+"""``luthier train``: the stages of a training run, in order."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from luthier.adapters import directory as adapters
-from luthier.adapters.run_dir import RunDir, differences
+from luthier.adapters.run_dir import RunDir, Summary, differences
 from luthier.batching.plan import Plan
 from luthier.config import RunConfig, TrainConfig
 from luthier.devices.device import peak_rss_bytes, pick_device
@@ -20,6 +19,7 @@ from luthier.lora.layers import LoraLinear, attach, trainable_parameters
 from luthier.models.directory import fingerprint
 from luthier.models.loader import open_base, quantisation, training_dtype
 from luthier.models.native_model import base_parameters
+from luthier.models.protocols import CausalLM
 from luthier.templates import digest as template_digest
 from luthier.training import checkpoint, loop, resources
 from luthier.training.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ from luthier.verbs.check import Prepared, inspect
 
 
 class Stopped(Exception):
-    """A run was asked to stop and did, after saving a checkpoint."""
+    """A run was asked to stop, saved a checkpoint and stopped."""
 
 
 def train(
@@ -41,11 +41,12 @@ def train(
     say: Say = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     force: bool = False,
-) -> dict[str, Any]:
-    """Run to the end and return ``summary.json``'s content. Raises UserError.
+) -> dict[str, object]:
+    """Train an adapter and return the content of ``summary.json``. Raises UserError.
 
-    A finished run is returned as it is, nothing rewritten; an interrupted one goes on from its last checkpoint.
-    stop:  asked after every step; true saves a checkpoint and raises Stopped.
+    A finished run is left unchanged and its summary returned; an interrupted run resumes from its last checkpoint.
+
+    stop:  called after every step; true saves a checkpoint and raises Stopped.
     force: start even if the estimate exceeds available memory.
     """
     if config.output_dir is None:
@@ -62,7 +63,7 @@ def train(
     if run.finished:
         run.same_identity(run.summary().get("identity", {}), identity)
         say(f"{run.path}: this run is finished already; nothing was changed")
-        return run.summary()
+        return dict(run.summary())
     resume = checkpoint.latest(run.checkpoints, say)
     if resume:
         run.same_identity(resume.identity, identity)
@@ -71,8 +72,8 @@ def train(
 
     model = _open_model(prepared, say)
     layers = attach(model, config.lora, targets, config.train.seed)
-    _say_what_trains(prepared, model, layers, say)
-    _say_where_it_goes_on(resume, say)
+    _report_parameters(prepared, model, layers, say)
+    _report_resume(resume, say)
     with MetricsFile(run.metrics, settings.logging_steps, resume.progress.step if resume else 0) as metrics:
 
         def record(step: StepRecord) -> None:
@@ -99,45 +100,47 @@ def train(
         rope_theta=config.model.rope_theta,
     )
     adapters.save(run.adapter, layers, config.lora, targets, facts, config.model.path)
-    summary = _summary(prepared, model, layers, progress) | {"identity": identity}
+    summary = _summary(prepared, model, layers, progress, identity)
     generator = Generator(model, chat_format)
-    summary |= _evaluated(run, prepared, generator, layers, progress.seconds * settings.eval_time_ratio, say)
+    held_out = _evaluate(run, prepared, generator, layers, progress.seconds * settings.eval_time_ratio, say)
+    if held_out:
+        summary["held_out"] = held_out
     report.write(run.path, config.model_copy(update={"train": settings}), summary, rows.train.lengths())
     run.finish(summary)
-    return summary
+    return dict(summary)
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """Paths as they will be read again from anywhere."""
+    """Make every path absolute, so that the run can be read from any directory."""
 
-    def full(path: Path) -> Path:
+    def full_path(path: Path) -> Path:
         return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
 
-    data = {"train": tuple(map(full, config.data.train)), "eval": tuple(map(full, config.data.eval))}
+    data = {"train": tuple(map(full_path, config.data.train)), "eval": tuple(map(full_path, config.data.eval))}
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"path": full(config.model.path)}),
+            "model": config.model.model_copy(update={"path": full_path(config.model.path)}),
             "data": config.data.model_copy(update=data),
-            "output_dir": full(config.output_dir) if config.output_dir else None,
+            "output_dir": full_path(config.output_dir) if config.output_dir else None,
         }
     )
 
 
 def _settings_that_fit(run: Prepared, say: Say, force: bool) -> TrainConfig:
-    """Estimate the run, refuse what cannot fit, and decide gradient checkpointing if it is auto."""
-    wanted = Wanted.of(run.config, run.chat_format.config, run.targets, run.rows.train)
-    expected = resources.look(wanted, every_precision=False)
+    """Estimate memory, refuse a run that cannot fit, and decide gradient checkpointing if it is auto."""
+    requirements = Wanted.of(run.config, run.chat_format.config, run.targets, run.rows.train)
+    expected = resources.look(requirements, every_precision=False)
     say(expected.line())
     if not force:
         resources.refuse(expected)
     recompute, settings = expected.chosen.checkpointing, run.config.train
     if recompute and settings.gradient_checkpointing == "auto":
-        say("gradient checkpointing is on, as memory is short (--set train.gradient_checkpointing=false leaves it out)")
+        say("gradient checkpointing is on to save memory (--set train.gradient_checkpointing=false turns it off)")
     return settings.model_copy(update={"gradient_checkpointing": recompute})
 
 
-def _open_model(run: Prepared, say: Say) -> Any:
-    """The base model in memory, verified to keep the rows of a flat batch apart."""
+def _open_model(run: Prepared, say: Say) -> CausalLM:
+    """Load the base model, and verify that the rows of a flat batch do not influence each other."""
     config, counts = run.config, run.rows.account.report.rows()
     say(
         f"data: {counts['read']} rows read, {counts['kept']} kept, {counts['dropped']} dropped, "
@@ -149,32 +152,36 @@ def _open_model(run: Prepared, say: Say) -> Any:
     for note in (*run.chat_format.notes(), *run.targets.notes):
         say(f"note: {note}")
     if instead := substitute(config.train.optim, device.type):
-        say(f"note: {config.train.optim} pages to the host, which needs a GPU; {instead} is used here")
+        say(f"note: {config.train.optim} needs a GPU; {instead} is used instead")
     model = open_base(config.model, dtype, device, run.chat_format.config, say)
     prove_segments(model, run.rows.train, config.model.attn_implementation)
     return model
 
 
-def _say_what_trains(run: Prepared, model: Any, layers: dict[str, LoraLinear], say: Say) -> None:
+def _report_parameters(run: Prepared, model: CausalLM, layers: dict[str, LoraLinear], say: Say) -> None:
+    """Print the dtype, the device, the target modules and the number of trainable parameters."""
     config, trainable = run.config, trainable_parameters(layers)
     stored, dtype = quantisation(config.model), training_dtype(config.model, model.device)
     say(
         f"model: {run.chat_format.config.model_type} in {stored.kind + ' and ' if stored else ''}"
         f"{str(dtype).removeprefix('torch.')} on {model.device.type}; "
         f"LoRA r={config.lora.r} on {', '.join(run.targets.leaves)}: "
-        f"{trainable:,} of {trainable + base_parameters(run.chat_format.config):,} parameters train"
+        f"{trainable:,} of {trainable + base_parameters(run.chat_format.config):,} parameters are trainable"
     )
 
 
-def _say_where_it_goes_on(resume: Checkpoint | None, say: Say) -> None:
+def _report_resume(resume: Checkpoint | None, say: Say) -> None:
+    """Print the step of the checkpoint, and what differs between its machine and this one."""
     if resume is None:
         return
-    say(f"going on after step {resume.progress.step}")
-    if differ := differences(resume.machine, checkpoint.machine()):
-        say(f"note: the last bits may differ from a run that was never interrupted ({'; '.join(differ)})")
+    say(f"resuming after step {resume.progress.step}")
+    if changed := differences(resume.machine, checkpoint.machine()):
+        say(f"note: results may differ in the last bits from an uninterrupted run ({'; '.join(changed)})")
 
 
-def _summary(run: Prepared, model: Any, layers: dict[str, LoraLinear], progress: Progress) -> dict[str, Any]:
+def _summary(
+    run: Prepared, model: CausalLM, layers: dict[str, LoraLinear], progress: Progress, identity: dict[str, str]
+) -> Summary:
     config, trainable = run.config, trainable_parameters(layers)
     stored = quantisation(config.model)
     return {
@@ -193,20 +200,21 @@ def _summary(run: Prepared, model: Any, layers: dict[str, LoraLinear], progress:
         "device": model.device.type,
         "target_modules": list(run.targets.leaves),
         "template": run.chat_format.template.name,
+        "identity": identity,
     }
 
 
-def _evaluated(
+def _evaluate(
     run_dir: RunDir, run: Prepared, generator: Generator, layers: dict[str, LoraLinear], seconds: float, say: Say
-) -> dict[str, Any]:
-    """Score base and tuned model on the held-out rows within ``seconds``; without such rows, replies for the report."""
+) -> dict[str, dict[str, object]] | None:
+    """Score base and tuned model on the held-out rows within ``seconds``; without such rows, only sample replies."""
     held_out, account = run.rows.held_out, run.rows.account
     if len(held_out):
         scoring.write_rows(run_dir.path / scoring.HELD_OUT, account.conversations)
     if not run.config.train.eval_time_ratio:
-        return {}
+        return None
     if len(held_out):
         result = scoring.at_the_end(run_dir.path, generator, layers, held_out, account.conversations, seconds, say)
-        return {"held_out": {"base": result.base.as_dict(), "tuned": result.tuned.as_dict()}}
+        return {"base": result.base.as_dict(), "tuned": result.tuned.as_dict()}
     scoring.samples_at_the_end(run_dir.path, generator, layers, account.samples, seconds, say)
-    return {}
+    return None

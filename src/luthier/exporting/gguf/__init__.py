@@ -1,1 +1,1 @@
-"""One file for llama.cpp: the model or the adapter alone, verified by llama.cpp itself."""
+"""Write the model or only the adapter as one GGUF file, and verify it with llama.cpp itself."""

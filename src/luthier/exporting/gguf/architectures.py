@@ -1,4 +1,4 @@
-"""A native model in llama.cpp's terms: architecture, hyperparameters, names of tensors, order of rows.
+"""Map a native model to llama.cpp: architecture, hyperparameters, tensor names, order of rows.
 
 Source: llama.cpp's ``convert_hf_to_gguf.py`` and the GGUF specification (names of keys and tensors).
 """
@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from gguf import GGUFWriter, RopeScalingType
@@ -30,7 +30,7 @@ _LAYER = {
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
-    "mlp.gate_up_proj": "ffn_up",  # gate's rows first, as llama.cpp takes them
+    "mlp.gate_up_proj": "ffn_up",  # gate's rows first, as llama.cpp expects
     "mlp.down_proj": "ffn_down",
 }
 _INSTEAD = "use --to hf, which stock transformers loads"
@@ -38,62 +38,78 @@ _INSTEAD = "use --to hf, which stock transformers loads"
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """name: llama.cpp's. pairs: it turns neighbouring values (2i, 2i+1), where transformers turns halves (i, i + n/2),
-    so rows of queries and keys change places."""
+    """An architecture of llama.cpp.
+
+    name:  in llama.cpp.
+    pairs: its rotary embedding rotates values (2i, 2i+1), that of transformers (i, i + n/2), so the rows of queries
+           and keys are reordered.
+    """
 
     name: str
     pairs: bool = False
+
+
+class _Rope(TypedDict, total=False):
+    """The rotary settings of a transformers configuration."""
+
+    rope_type: str
+    rope_theta: float
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    partial_rotary_factor: float
 
 
 ARCHITECTURES = {
     "llama": Architecture("llama", pairs=True),
     "qwen2": Architecture("qwen2"),
     "phi3": Architecture("phi3"),
-    "glm": Architecture("chatglm"),  # transformers turns pairs here too
+    "glm": Architecture("chatglm"),  # transformers rotates pairs here too
 }
 
 
 def architecture(config: PretrainedConfig) -> Architecture:
-    """Raises ModelError for a model that llama.cpp would compute differently, or that no mapping is known of."""
+    """Return llama.cpp's architecture of a model. Raises ModelError if there is none that computes the same."""
     kind = str(config.model_type)
-    found = ARCHITECTURES.get(kind)
-    if found is None:
-        known = ", ".join(ARCHITECTURES)
-        raise ModelError(f"no GGUF of a {kind} model can be written; those known are {known}", _INSTEAD)
+    known = ARCHITECTURES.get(kind)
+    if known is None:
+        names = ", ".join(ARCHITECTURES)
+        raise ModelError(f"a {kind} model cannot be written as GGUF; the supported types are {names}", _INSTEAD)
     act = getattr(config, "hidden_act", "silu")
     scaling = _rope(config).get("rope_type", "default")
-    odd = [
+    unsupported = [
         *([f"activation {act}"] if act not in ("silu", "swish") else []),
         *([f"rotary scaling {scaling}"] if scaling not in ("default", "linear", "llama3") else []),
         *(["a sliding window"] if kind == "qwen2" and getattr(config, "use_sliding_window", False) else []),
     ]
-    if odd:
-        raise ModelError(f"no GGUF of a {kind} model with {', '.join(odd)} can be written", _INSTEAD)
-    return found
+    if unsupported:
+        raise ModelError(f"a {kind} model with {', '.join(unsupported)} cannot be written as GGUF", _INSTEAD)
+    return known
 
 
 def tensor_name(native: str) -> str:
-    """``model.layers.3.self_attn.q_proj.weight`` -> ``blk.3.attn_q.weight``; a module's name likewise."""
-    stem, kind = (native, "") if not native.endswith((".weight", ".bias")) else native.rsplit(".", 1)
-    if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem):
-        name = f"blk.{found.group(1)}.{_LAYER[found.group(2)]}"
+    """Translate a tensor or module name, ``model.layers.3.self_attn.q_proj.weight`` to ``blk.3.attn_q.weight``."""
+    stem, suffix = (native, "") if not native.endswith((".weight", ".bias")) else native.rsplit(".", 1)
+    if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem):
+        name = f"blk.{match.group(1)}.{_LAYER[match.group(2)]}"
     else:
         name = _TOP[stem]
-    return f"{name}.{kind}" if kind else name
+    return f"{name}.{suffix}" if suffix else name
 
 
 def reordered(config: PretrainedConfig, native: str) -> Callable[[Tensor], Tensor]:
-    """How a tensor's rows [heads * size, ...] are put in llama.cpp's order."""
-    return _rows_turned(config, native, (2, -1))
+    """Return the function that puts a tensor's rows [heads * size, ...] in llama.cpp's order."""
+    return _transposed_rows(config, native, (2, -1))
 
 
 def restored(config: PretrainedConfig, native: str) -> Callable[[Tensor], Tensor]:
-    """The way back from ``reordered``."""
-    return _rows_turned(config, native, (-1, 2))
+    """Return the inverse of ``reordered``."""
+    return _transposed_rows(config, native, (-1, 2))
 
 
-def _rows_turned(config: PretrainedConfig, native: str, split: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-    """Each head's rows, seen as ``split``, transposed: of queries and keys, where the architecture turns pairs."""
+def _transposed_rows(config: PretrainedConfig, native: str, split: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """Transpose the rows of each head, reshaped to ``split``, for queries and keys of architectures with pairs."""
     part = re.search(r"\.([qk])_proj(\.|$)", native)
     if not ARCHITECTURES[config.model_type].pairs or not part:
         return lambda t: t
@@ -102,10 +118,12 @@ def _rows_turned(config: PretrainedConfig, native: str, split: tuple[int, int]) 
 
 
 def head_size(config: PretrainedConfig) -> int:
+    """Return the number of values per attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def write_hyperparameters(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    """Add sizes, rotary settings and the like to the file's header."""
     size = head_size(config)
     rope = _rope(config)
     writer.add_vocab_size(config.vocab_size)
@@ -129,34 +147,36 @@ def write_hyperparameters(writer: GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def rope_factors(config: PretrainedConfig) -> NDArray[np.float32] | None:
-    """[size / 2]: what each rotary frequency is divided by (Llama 3.1's scaling); None where nothing is."""
+    """Compute the divisors of the rotary frequencies for Llama 3.1's scaling: [head size / 2]; None without it."""
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return None
-    size, whole = head_size(config), rope["original_max_position_embeddings"]
+    size, context = head_size(config), rope["original_max_position_embeddings"]
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    found = []
+    divisors = []
     for i in range(0, size, 2):
         length = 2 * math.pi * rope["rope_theta"] ** (i / size)
-        smooth = min(1.0, max(0.0, (whole / length - low) / (high - low)))
-        found.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(found, dtype=np.float32)
+        smooth = min(1.0, max(0.0, (context / length - low) / (high - low)))
+        divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, dtype=np.float32)
 
 
 def notes(config: PretrainedConfig) -> list[str]:
-    """What the file does not say of the model."""
+    """Describe how llama.cpp's model differs from ours on long inputs, if it does."""
     window = getattr(config, "sliding_window", None) if config.model_type == "phi3" else None
     if not window or window >= config.max_position_embeddings:
         return []
     return [
-        f"llama.cpp lets this model look back at everything, in training it looked back {window} tokens: replies to "
+        f"llama.cpp does not limit this model's attention to the last {window} tokens, as training did: replies in "
         "longer conversations may differ"
     ]
 
 
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    """The rotary settings, the share of each head that is turned included."""
-    found = dict(getattr(config, "rope_parameters", None) or {})
+def _rope(config: PretrainedConfig) -> _Rope:
+    """Return the rotary settings, including the share of each head that is rotated."""
+    rope: _Rope = {}
+    if settings := getattr(config, "rope_parameters", None):
+        rope.update(settings)
     if share := getattr(config, "partial_rotary_factor", None):
-        found.setdefault("partial_rotary_factor", share)
-    return found
+        rope.setdefault("partial_rotary_factor", share)
+    return rope

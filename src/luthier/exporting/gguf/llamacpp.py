@@ -1,6 +1,6 @@
-"""llama.cpp itself, asked in a process of its own: a file that it cannot bear ends that process, not ours.
+"""Run llama.cpp in a subprocess, so that a crash in llama.cpp does not take luthier down.
 
-Package ``xllamacpp`` (extra ``export``) is llama.cpp's server as a library; it listens on this machine alone.
+Package ``xllamacpp`` (extra ``export``) is llama.cpp's server as a library; it listens only on this machine.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from luthier.errors import ModelError
 
@@ -23,10 +23,12 @@ PACKAGE = "xllamacpp"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of one file.
+    """The inputs for one GGUF file.
 
-    chats:  conversations that the file's own template writes. texts: prompts to be tokenised and answered greedily,
-            with ``tokens`` tokens at most. stops: tokens that must end a reply. lora: an adapter's file over ``model``.
+    chats:  conversations to write with the file's chat template.
+    texts:  prompts to tokenise and to answer greedily, with at most ``tokens`` tokens each.
+    stops:  token ids that must end a reply.
+    lora:   file of an adapter to load over ``model``.
     """
 
     model: Path
@@ -40,7 +42,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """prompts: each chat as the template wrote it. ids, replies: of each text. stops: whether each ended a reply."""
+    """The outputs of llama.cpp.
+
+    prompts: text of each chat. ids, replies: token ids of each text and its reply. stops: whether each id ends a reply.
+    """
 
     prompts: list[str]
     ids: list[list[int]]
@@ -49,15 +54,15 @@ class Answer:
 
 
 def available() -> bool:
+    """Whether the package that runs llama.cpp is installed."""
     return importlib.util.find_spec(PACKAGE) is not None
 
 
 def ask(question: Question) -> Answer:
-    """Raises ModelError where llama.cpp does not load the file, or does not get to an answer."""
-    asked = {k: str(v) if isinstance(v, Path) else v for k, v in _fields(question).items()}
+    """Run llama.cpp on a file. Raises ModelError if it cannot load the file or fails before it has answered."""
     done = subprocess.run(
-        [sys.executable, "-P", "-m", __name__],  # nothing from the directory that the user stands in
-        input=json.dumps(asked),
+        [sys.executable, "-P", "-m", __name__],  # -P: import nothing from the current directory
+        input=json.dumps(asdict(question), default=str),
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -66,56 +71,68 @@ def ask(question: Question) -> Answer:
     )
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        told = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        errors = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
         raise ModelError(
-            f"{question.model}: llama.cpp does not run it, so it was removed ({told[-1].strip()[:200]})",
+            f"{question.model}: llama.cpp cannot run this file, so it was deleted ({errors[-1].strip()[:200]})",
             "use --to hf, which stock transformers loads",
         )
     return Answer(**json.loads(lines[-1]))
 
 
-def _fields(question: Question) -> dict[str, Any]:
-    return {name: getattr(question, name) for name in Question.__slots__}
+class _Response(TypedDict, total=False):
+    """The fields that are read from responses of llama.cpp's server."""
+
+    prompt: str
+    tokens: list[int]
+    stop_type: str
 
 
-def _serve(asked: Mapping[str, Any]) -> Answer:
-    """In the child: load, ask, answer."""
+def _serve(question: Question) -> Answer:
+    """Load the file and answer, in the subprocess."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = asked["model"]
-    params.n_ctx, params.n_parallel, params.port, params.n_gpu_layers = asked["context"], 1, 0, 0
+    params.model.path = str(question.model)
+    params.n_ctx, params.n_parallel, params.port, params.n_gpu_layers = question.context, 1, 0, 0
     params.warmup = params.fit_params = False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     for cpu in (params.cpuparams, params.cpuparams_batch):
-        cpu.n_threads, cpu.poll = max(1, (os.cpu_count() or 2) // 2), 0  # threads that wait by spinning starve others
-    if asked["lora"]:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(asked["lora"], 1.0)]
+        cpu.n_threads, cpu.poll = (
+            max(1, (os.cpu_count() or 2) // 2),
+            0,
+        )  # no busy waiting, which would starve other threads
+    if question.lora:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(question.lora), 1.0)]
     server = xllamacpp.Server(params)
 
-    def post(path: str, body: Mapping[str, Any]) -> Any:
+    def post(path: str, body: Mapping[str, object]) -> _Response:
         request = urllib.request.Request(  # noqa: S310 - an address of this process
             server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request) as response:  # noqa: S310
-            return json.load(response)
+            content: _Response = json.load(response)
+        return content
 
-    def reply(ids: Sequence[int], tokens: int, **more: Any) -> Any:
+    def reply(ids: Sequence[int], tokens: int, **options: object) -> _Response:
         greedy = {"prompt": ids, "n_predict": tokens, "temperature": 0, "cache_prompt": False, "return_tokens": True}
-        return post("/completion", {**greedy, **more})
+        return post("/completion", {**greedy, **options})
 
-    ids = [post("/tokenize", {"content": text, "parse_special": True, "add_special": True}) for text in asked["texts"]]
-    ids = [found["tokens"] for found in ids]
+    def tokenise(text: str) -> list[int]:
+        return post("/tokenize", {"content": text, "parse_special": True, "add_special": True})["tokens"]
+
+    ids = [tokenise(text) for text in question.texts]
     return Answer(
-        prompts=[post("/apply-template", {"messages": chat})["prompt"] for chat in asked["chats"]],
+        prompts=[post("/apply-template", {"messages": chat})["prompt"] for chat in question.chats],
         ids=ids,
-        replies=[reply(one, asked["tokens"])["tokens"] for one in ids],
-        stops=[reply(ids[0], 2, logit_bias=[[s, 1e4]])["stop_type"] == "eos" for s in asked["stops"]],
+        replies=[reply(prompt, question.tokens)["tokens"] for prompt in ids],
+        stops=[reply(ids[0], 2, logit_bias=[[s, 1e4]])["stop_type"] == "eos" for s in question.stops],
     )
 
 
 if __name__ == "__main__":
-    answer = _serve(json.load(sys.stdin))
-    print(json.dumps({name: getattr(answer, name) for name in Answer.__slots__}), flush=True)
-    os._exit(0)  # the server's threads need no goodbye
+    inputs = json.load(sys.stdin)
+    inputs["model"], inputs["lora"] = Path(inputs["model"]), Path(inputs["lora"]) if inputs["lora"] else None
+    answer = _serve(Question(**inputs))
+    print(json.dumps(asdict(answer)), flush=True)
+    os._exit(0)  # without waiting for the server's threads

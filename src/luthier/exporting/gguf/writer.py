@@ -1,6 +1,6 @@
-"""``--to gguf`` and ``--to gguf-lora``: one file each, written tensor by tensor, and read back.
+"""Write and read GGUF files for ``--to gguf`` and ``--to gguf-lora``, one tensor at a time.
 
-Everything llama.cpp needs is inside: tokenizer, chat template with the run's system prompt, stop tokens.
+The file of a model has all that llama.cpp needs: tokenizer, chat template with the run's system prompt, stop tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ _Q8_0 = GGMLQuantizationType.Q8_0
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How matrices are stored, the embedding and the head perhaps otherwise; vectors are always fp32."""
+    """How tensors are stored. ends: the embedding and the head; vectors are always fp32."""
 
     matrices: GGMLQuantizationType
     ends: GGMLQuantizationType
@@ -62,17 +61,17 @@ class Kind:
 KINDS = {
     "f16": Kind(_F16, _F16, LlamaFileType.MOSTLY_F16),
     "q8_0": Kind(_Q8_0, _Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    # the embedding and the head, which suffer most, in 8 bits
+    # the embedding and the head lose most from quantisation, so they get 8 bits
     "q4_0": Kind(GGMLQuantizationType.Q4_0, _Q8_0, LlamaFileType.MOSTLY_Q4_0),
 }
 
 
 def kind_of(name: str) -> Kind:
-    """Raises ConfigError for a type that the gguf library cannot write."""
+    """Return a type by name. Raises ConfigError if the gguf library cannot write it."""
     if name not in KINDS:
         raise ConfigError(
-            f"--quantization {name}: is not a type that can be written; they are {', '.join(KINDS)}",
-            "write --quantization q8_0, or leave it out for f16 and convert that with llama.cpp's llama-quantize",
+            f"--quantization {name}: is not a type that can be written; the types are {', '.join(KINDS)}",
+            "write --quantization q8_0, or leave it out for f16 and convert the file with llama.cpp's llama-quantize",
         )
     return KINDS[name]
 
@@ -80,27 +79,27 @@ def kind_of(name: str) -> Kind:
 def write_model(
     tuned: TunedModel, chat_format: ChatFormat, pending: Mapping[str, Update], file: Path, quantization: str, name: str
 ) -> None:
-    """The whole model in one file; with ``pending`` empty the base alone. Raises UserError."""
+    """Write the merged model to one file; without ``pending`` updates, the base model. Raises UserError."""
     config, kind = chat_format.config, kind_of(quantization)
     shapes = {n: tuple(t.shape) for n, t in empty_model(config).state_dict().items()}
     tied = bool(getattr(config, "tie_word_embeddings", False))
     order = [n for n in native_names(tuned.base, config) if not (tied and n == "lm_head.weight")]
-    known = vocabulary.read(chat_format.tokenizer, config.vocab_size)
-    writer = _writer(file, config, GGUFType.MODEL, _name(name, known.strips))
+    tokens = vocabulary.read(chat_format.tokenizer, config.vocab_size)
+    writer = _writer(file, config, GGUFType.MODEL, _model_name(name, tokens.strips))
     writer.add_file_type(kind.number)
     writer.add_quantization_version(2)
     write_hyperparameters(writer, config)
     vocabulary.write(
-        writer, known, chat_format.stop_ids, chat_format.tokenizer.hf, template_text(chat_format, tuned.system)
+        writer, tokens, chat_format.stop_ids, chat_format.tokenizer.hf, template_text(chat_format, tuned.system)
     )
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for native in order:
         stored = _stored(native, shapes[native], kind)
-        size = _bytes(shapes[native], stored)
+        size = _size(shapes[native], stored)
         writer.add_tensor_info(tensor_name(native), shapes[native], np.dtype(np.float32), size, raw_dtype=stored)
-    _head(writer)
+    _write_header(writer)
     if factors is not None:
         writer.write_tensor_data(factors)
     for native, tensor in merged_tensors(tuned, chat_format, pending, rounded=False):
@@ -111,7 +110,10 @@ def write_model(
 
 
 def write_lora(config: PretrainedConfig, pending: Mapping[str, Update], file: Path, name: str) -> None:
-    """The adapter alone. llama.cpp scales by alpha / rank with one alpha for all: B takes up what differs from that."""
+    """Write only the adapter to a file.
+
+    llama.cpp scales each update by alpha / rank with one alpha for all modules, so B is rescaled if it differs.
+    """
     architecture(config)
     configs = [u.config for u in pending.values()]
     lora = max(configs, key=configs.count)
@@ -127,26 +129,27 @@ def write_lora(config: PretrainedConfig, pending: Mapping[str, Update], file: Pa
             values = tensor.contiguous().numpy()
             writer.add_tensor_info(f"{tensor_name(module)}.weight.{part}", values.shape, values.dtype, values.nbytes)
             tensors.append(values)
-    _head(writer)
+    _write_header(writer)
     for values in tensors:
         writer.write_tensor_data(values)
     writer.close()
 
 
 def reader(file: Path, config: PretrainedConfig) -> Read:
-    """native name -> what the file holds of it, in fp32, rows in transformers' order."""
-    there = {t.name: t for t in GGUFReader(file).tensors}
+    """Return a function that reads the tensor of a native name in fp32, rows in transformers' order."""
+    entries = {t.name: t for t in GGUFReader(file).tensors}
 
     def read(native: str) -> Tensor:
         name = tensor_name(native)
-        entry = there[name if name in there else "token_embd.weight"]
+        entry = entries[name if name in entries else "token_embd.weight"]
         values = quants.dequantize(entry.data, entry.tensor_type).reshape(list(reversed(entry.shape.tolist())))
         return restored(config, native)(torch.from_numpy(np.array(values, dtype=np.float32)))
 
     return read
 
 
-def _writer(file: Path, config: PretrainedConfig, kind: str, name: str) -> Any:
+def _writer(file: Path, config: PretrainedConfig, kind: str, name: str) -> GGUFWriter:
+    """Start a file of an architecture."""
     writer = GGUFWriter(None, architecture(config).name, endianess=GGUFEndian.LITTLE)
     writer.path = file
     writer.add_type(kind)
@@ -154,35 +157,38 @@ def _writer(file: Path, config: PretrainedConfig, kind: str, name: str) -> Any:
     return writer
 
 
-def _head(writer: Any) -> None:
-    """Everything before the tensors' values."""
+def _write_header(writer: GGUFWriter) -> None:
+    """Write everything that comes before the values of the tensors."""
     writer.write_header_to_file(path=writer.path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
 
 
-def _name(name: str, strips: bool) -> str:
-    """llama.cpp lets markers swallow the white space after them in a model called Phi-3, and in no other."""
+def _model_name(name: str, strips: bool) -> str:
+    """Adjust the name: llama.cpp strips white space after control tokens if and only if the name contains Phi-3."""
     plain = name.lower().replace("phi-3", "phi 3").replace("phi3", "phi 3")
     return f"{name} (Phi-3)" if strips else plain if plain != name.lower() else name
 
 
 def _stored(native: str, shape: tuple[int, ...], kind: Kind) -> GGMLQuantizationType:
+    """Return the type that a tensor is stored in; rows that do not divide into blocks of 32 stay in f16."""
     if len(shape) < 2:
         return _F32
-    wanted = kind.ends if native in ("model.embed_tokens.weight", "lm_head.weight") else kind.matrices
-    return wanted if wanted == _F16 or shape[-1] % 32 == 0 else _F16
+    stored = kind.ends if native in ("model.embed_tokens.weight", "lm_head.weight") else kind.matrices
+    return stored if stored == _F16 or shape[-1] % 32 == 0 else _F16
 
 
-def _bytes(shape: tuple[int, ...], stored: GGMLQuantizationType) -> int:
+def _size(shape: tuple[int, ...], stored: GGMLQuantizationType) -> int:
+    """Return the size of a stored tensor in bytes."""
     block, size = GGML_QUANT_SIZES[stored]
     return math.prod(shape) // int(block) * int(size)
 
 
-def _encoded(native: str, values: NDArray[np.float32], stored: GGMLQuantizationType) -> NDArray[Any]:
+def _encoded(native: str, values: NDArray[np.float32], stored: GGMLQuantizationType) -> NDArray[np.generic]:
+    """Convert values to the stored type. Raises ModelError if they exceed the range of f16."""
     if stored == _F16 and np.abs(values).max() > np.finfo(np.float16).max:
         raise ModelError(
-            f"{native}: has values that 16 bits cannot hold", "use --to hf, which stock transformers loads"
+            f"{native}: has values outside the range of f16", "use --to hf, which stock transformers loads"
         )
-    found: NDArray[Any] = quants.quantize(values, stored)
-    return found
+    encoded: NDArray[np.generic] = quants.quantize(values, stored)
+    return encoded

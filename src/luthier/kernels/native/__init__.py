@@ -19,8 +19,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from luthier._util import files
-from luthier.devices.device import cpu_instructions
+from luthier.devices.device import cpu_instructions, keep_freed_memory
 from luthier.kernels.native.signatures import SIGNATURES
 
 _SOURCES = ("rows.cpp", "attention.cpp", "loss.cpp", "weights.cpp")
@@ -233,30 +233,11 @@ def load() -> ctypes.CDLL:
     path = _place(compiler)
     if not path.exists():
         _build(compiler, path)
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
         return ctypes.CDLL(str(path))
     except OSError as e:
         raise Unavailable(f"{path} cannot be loaded ({e})") from None
-
-
-@contextmanager
-def returning_memory() -> Iterator[None]:
-    """Within the block large freed tensors go back to the system: of changing sizes, they would leave holes."""
-    _keep_freed_memory(1 << 24)
-    try:
-        yield
-    finally:
-        _keep_freed_memory()
-
-
-def _keep_freed_memory(size: int = 1 << 30) -> None:
-    """Tell glibc to keep freed blocks of up to ``size`` bytes: asked for again, every page faults (10 to 30 %)."""
-    allocator = ctypes.CDLL(None)
-    if hasattr(allocator, "mallopt"):
-        trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        allocator.mallopt(mmap, size)
-        allocator.mallopt(trim, size)
 
 
 def _place(compiler: str) -> Path:

@@ -6,7 +6,6 @@ Source: the model's own modeling_baichuan.py (rope base and NormHead are written
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig
 
@@ -24,13 +23,14 @@ _SAME = (
 )
 
 
-def config(raw: Mapping[str, Any]) -> PretrainedConfig:
+def config(raw: Mapping[str, object]) -> PretrainedConfig:
     """Raises ModelError for the 13B models (ALiBi in place of rotary positions) and for the first Baichuan."""
-    if "max_position_embeddings" not in raw or raw.get("position_embedding", "ROPE").upper() == "ALIBI":
+    if "max_position_embeddings" not in raw or str(raw.get("position_embedding", "ROPE")).upper() == "ALIBI":
         raise ModelError(
             "Baichuan models of 13B use ALiBi positions, which no native class computes", "use Baichuan2-7B-Chat"
         )
-    if "BaiChuanForCausalLM" in (raw.get("architectures") or ()):
+    architectures = raw.get("architectures")
+    if isinstance(architectures, list) and "BaiChuanForCausalLM" in architectures:
         raise ModelError("the first Baichuan-7B has another head and template", "use Baichuan2-7B-Chat")
     missing = [key for key in _SAME if key not in raw]
     if missing:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +72,7 @@ class Family:
     name: str
     native: str
     template: str | None = None
-    config: Callable[[Mapping[str, Any]], PretrainedConfig] | None = None
+    config: Callable[[Mapping[str, object]], PretrainedConfig] | None = None
     layer_rules: Callable[[PretrainedConfig], Sequence[Rule]] | None = None
     notes: Callable[[PretrainedConfig], Sequence[str]] = lambda _: ()
 

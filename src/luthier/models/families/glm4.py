@@ -7,7 +7,6 @@ interleaved on half of each head, base ``10000 * rope_ratio``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from transformers import GlmConfig, PretrainedConfig
 
@@ -34,7 +33,7 @@ _NEEDED = {  # what the native class computes; another value is another model
 }
 
 
-def config(raw: Mapping[str, Any]) -> PretrainedConfig:
+def config(raw: Mapping[str, object]) -> PretrainedConfig:
     """Raises ModelError for the first ChatGLM, and for settings that the native class does not compute."""
     missing = [key for key in _SAME if key not in raw]
     if missing:
@@ -54,7 +53,7 @@ def config(raw: Mapping[str, Any]) -> PretrainedConfig:
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         rope_parameters={
             "rope_type": "default",
-            "rope_theta": 10000.0 * raw.get("rope_ratio", 1),
+            "rope_theta": 10000.0 * float(str(raw.get("rope_ratio", 1))),
             "partial_rotary_factor": 0.5,
         },
         eos_token_id=raw.get("eos_token_id"),

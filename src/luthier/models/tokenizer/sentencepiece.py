@@ -16,11 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as pb
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
@@ -78,7 +78,7 @@ class Spacing:
         return decoders.Sequence(steps)
 
 
-def read(path: Path) -> Any:
+def read(path: Path) -> ModelProto:
     """The ``ModelProto`` of a BPE model. Raises ModelError where the file is absent, damaged or of another kind."""
     try:
         proto = pb.ModelProto.FromString(path.read_bytes())
@@ -99,7 +99,7 @@ def read(path: Path) -> Any:
     return proto
 
 
-def from_proto(proto: Any, declared: Mapping[int, AddedToken], where: object = "tokenizer.model") -> Tokenizer:
+def from_proto(proto: ModelProto, declared: Mapping[int, AddedToken], where: object = "tokenizer.model") -> Tokenizer:
     """See ``from_pieces``."""
     spec = proto.normalizer_spec
     return from_pieces(
@@ -158,7 +158,7 @@ def from_pieces(
     return tokenizer
 
 
-def agrees(tokenizer: Tokenizer, proto: Any, markers: Sequence[str]) -> bool:
+def agrees(tokenizer: Tokenizer, proto: ModelProto, markers: Sequence[str]) -> bool:
     """Whether ``tokenizer`` gives SentencePiece's own ids for the text around each special token of ``markers``."""
     reference = SentencePieceProcessor(model_proto=proto.SerializeToString())
     ids = {p.piece: i for i, p in enumerate(proto.pieces)}

@@ -9,14 +9,16 @@ from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from jinja2.exceptions import TemplateError as JinjaError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.errors import ModelError, TemplateError
 from luthier.models.checkpoint_reader import read_json
+from luthier.models.protocols import HfTokenizer
 from luthier.models.tokenizer import sentencepiece, tiktoken
 from luthier.templates import RefusedConversation
 from luthier.types import Encoding, Message
@@ -40,15 +42,14 @@ _DATE = "26 Jul 2024"
 class Tokenizer:
     """``ChatTokenizer`` over a fast Hugging Face tokenizer (kept at ``.hf``)."""
 
-    def __init__(self, hf: Any) -> None:
+    def __init__(self, hf: HfTokenizer) -> None:
         self.hf = hf
         self._fast = hf.backend_tokenizer
         self._fast.no_padding()
         self._fast.no_truncation()
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Encoding]:
-        found: Sequence[Encoding] = self._fast.encode_batch(list(texts), add_special_tokens=False)
-        return found
+        return self._fast.encode_batch(list(texts), add_special_tokens=False)
 
     @cached_property
     def _cuts(self) -> Cuts:
@@ -119,10 +120,10 @@ class Tokenizer:
             raise RefusedConversation(str(e)) from None
         return text
 
-    def described(self) -> dict[str, Any]:
-        """The tokenizer as tokenizer.json holds it."""
-        found: dict[str, Any] = json.loads(self._fast.to_str())
-        return found
+    def described(self) -> dict[str, object]:
+        """The content of tokenizer.json for this tokenizer."""
+        content: dict[str, object] = json.loads(self._fast.to_str())
+        return content
 
     def digest(self) -> str:
         """SHA-256 of the vocabulary, its rules and its added tokens."""
@@ -155,23 +156,24 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(hf)
 
 
-def _read(path: Path, loader: Any) -> Any:
+def _read(path: Path, loader: type[AutoTokenizer] | type[PreTrainedTokenizerFast]) -> HfTokenizer:
     """loader: AutoTokenizer, which may rebuild a tokenizer.json, or PreTrainedTokenizerFast, which takes it as is."""
     try:
-        return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        hf: HfTokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises many kinds for a missing or damaged file
         raise ModelError(
             f"{path}: its tokenizer cannot be read ({' '.join(str(e).split())[:200]})", "download the model again"
         ) from None
+    return hf
 
 
-def _keeps_spaces(hf: Any) -> bool:
+def _keeps_spaces(hf: HfTokenizer) -> bool:
     """False where a byte-level vocabulary was wrapped in SentencePiece's treatment of spaces."""
     text, fast = "a  b\n c", hf.backend_tokenizer
     return bool(fast.decode(fast.encode(text, add_special_tokens=False).ids) == text)
 
 
-def _held_to_sentencepiece(path: Path, hf: Any) -> Any:
+def _held_to_sentencepiece(path: Path, hf: HfTokenizer) -> HfTokenizer | None:
     """A Llama checkpoint's tokenizer made from its SentencePiece model, where ``hf`` is not equal to that; else None.
 
     Where the model asks for a dummy prefix, checkpoints differ in what follows a special token: ``hf`` is kept.
@@ -189,7 +191,7 @@ def _held_to_sentencepiece(path: Path, hf: Any) -> Any:
     return _from_sentencepiece(path, proto, add_dummy_prefix=False)
 
 
-def _from_sentencepiece(path: Path, proto: Any, add_dummy_prefix: bool) -> Any:
+def _from_sentencepiece(path: Path, proto: ModelProto, add_dummy_prefix: bool) -> HfTokenizer:
     proto.normalizer_spec.add_dummy_prefix = add_dummy_prefix
     spec, pieces = proto.trainer_spec, [p.piece for p in proto.pieces]
     names = _names(path)
@@ -205,13 +207,13 @@ def _from_sentencepiece(path: Path, proto: Any, add_dummy_prefix: bool) -> Any:
     return _wrap(path, fast, tokens)
 
 
-def _from_tiktoken(path: Path) -> Any:
+def _from_tiktoken(path: Path) -> HfTokenizer:
     fast = tiktoken.from_ranks(tiktoken.read(path / _VOCABULARY), _declared(path), path / _VOCABULARY)
     end = "<|endoftext|>"
     return _wrap(path, fast, {"eos_token": end, "pad_token": end})
 
 
-def _wrap(path: Path, fast: Any, tokens: dict[str, str]) -> Any:
+def _wrap(path: Path, fast: FastTokenizer, tokens: dict[str, str]) -> HfTokenizer:
     """``fast`` as transformers' tokenizer. tokens: its special tokens, where the directory's files name no others."""
     names = _names(path)
     for key in _ROLES:
@@ -220,7 +222,7 @@ def _wrap(path: Path, fast: Any, tokens: dict[str, str]) -> Any:
     strangers = [f"{key} {token!r}" for key, token in tokens.items() if fast.token_to_id(token) is None]
     if strangers:
         raise ModelError(f"{path}: {', '.join(strangers)} is not in its vocabulary", "download the model again")
-    return PreTrainedTokenizerFast(
+    hf: HfTokenizer = PreTrainedTokenizerFast(
         tokenizer_object=fast,
         chat_template=_chat_template(path),
         model_input_names=["input_ids", "attention_mask"],
@@ -229,14 +231,15 @@ def _wrap(path: Path, fast: Any, tokens: dict[str, str]) -> Any:
         **tokens,
         **{key: names[key] for key in ("model_max_length",) if key in names},
     )
+    return hf
 
 
-def _names(path: Path) -> dict[str, Any]:
+def _names(path: Path) -> dict[str, object]:
     """What the directory's configuration files say of its tokenizer."""
     return read_json(path / "special_tokens_map.json") | read_json(path / "tokenizer_config.json")
 
 
-def _contents(value: Any) -> list[str]:
+def _contents(value: object) -> list[str]:
     """The texts in one entry of a configuration: a text, a token written as a table, or a list of them."""
     if isinstance(value, list):
         return [text for one in value for text in _contents(one)]
@@ -248,6 +251,8 @@ def _declared(path: Path) -> dict[int, AddedToken]:
     """Added tokens by id. ``single_word`` is left out: a ``</s>`` after a letter is an end too."""
     try:
         if table := _names(path).get("added_tokens_decoder"):
+            if not isinstance(table, dict):
+                raise TypeError("added_tokens_decoder is not a table")
             return {
                 int(i): AddedToken(
                     t["content"],
@@ -259,7 +264,7 @@ def _declared(path: Path) -> dict[int, AddedToken]:
                 for i, t in table.items()
             }
         more = read_json(path / "added_tokens.json")
-        return {int(i): AddedToken(text, normalized=False, special=True) for text, i in more.items()}
+        return {int(str(i)): AddedToken(text, normalized=False, special=True) for text, i in more.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ModelError(f"{path}: its added tokens cannot be read ({e!r})", "download the model again") from None
 
@@ -296,7 +301,7 @@ class Cuts:
     ``fast``: a tokenizers.Tokenizer without padding and truncation, whose added tokens do not change any more.
     """
 
-    def __init__(self, fast: Any) -> None:
+    def __init__(self, fast: FastTokenizer) -> None:
         self._fast = fast
         first = _taken_first(fast)
         cut = [t.content for t in first if _is_cut(t, first)] if not fast.encode_special_tokens else []
@@ -319,7 +324,7 @@ class Cuts:
         return [b"".join([known[part] for part in parts]) for parts in parted]
 
 
-def _taken_first(fast: Any) -> list[AddedToken]:
+def _taken_first(fast: FastTokenizer) -> list[AddedToken]:
     """The added tokens that are matched in the text as it is: all of them where nothing is normalised."""
     added = fast.get_added_tokens_decoder().values()
     kind = json.loads(fast.normalizer.__getstate__()) if fast.normalizer else {}
