@@ -1,6 +1,6 @@
-# make demo   sets up what it needs and runs the whole story on the embedded model
-# make test   sets up what it needs and runs the tests
-# make bench  the tutorials' recipe and luthier on the same rows; BENCH="--data FILE --rows 80" changes what is run
+# make demo   installs luthier, then fine-tunes the embedded model and compares it with its base
+# make test   installs luthier and its test dependencies, then runs the quick tests
+# make bench  compares luthier with the tutorials' recipe on the same rows; options: BENCH="--data FILE --rows 80"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,8 +16,8 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@$(PIP) -e . && touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	@echo "installing what tests and benchmarks need"
-	@$(PIP) -e '.[dev,bench]' && touch $@
+	@echo "installing dependencies of tests and benchmarks"
+	@$(PIP) -e '.[dev]' && touch $@
 
 .PHONY: model
 model: $(VENV)/.core
@@ -39,8 +39,8 @@ bench: $(VENV)/.dev model
 	$(BIN)/python benchmarks/bench.py --json runs/bench.json --markdown runs/bench.md $(BENCH)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -1,10 +1,10 @@
-"""Rows a second of ``luthier check`` against ``datasets.map`` with the tutorials' function for one row.
+"""Compare the speed of ``luthier check`` with ``datasets.map`` and the tutorials' function, in rows per second.
 
     python benchmarks/check.py --model DIR [--data huanhuan.json] [--rows 1000000] [--mapped 30000] [--distinct]
 
-The file has the rows over and over, an index with each; ``--distinct`` writes it into every question and reply too, so
-that no row's text repeats. ``check`` is timed as a command, imports and all, and proves the prompt prefix of every row;
-the map is timed alone, on the first rows of the file, in a process of its own. Prints one JSON line.
+The file repeats the rows, each with an index; ``--distinct`` also writes the index into every question and reply, so
+that no text repeats. ``check`` is timed as a command, imports included, and checks the prompt prefix of every row. The
+map is timed without imports, on the first rows of the file, in a separate process. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MAP = (
 
 
 def write(to: Path, data: Path | None, count: int, distinct: bool, of: int | None = None) -> None:
-    """``count`` rows as JSONL: the first ``of`` rows of ``data`` (None: all) over and over."""
+    """Write ``count`` rows as JSONL, repeating the first ``of`` rows of ``data`` (None: all rows)."""
     turns = [c.messages[-2:] for c in list(Loader([data or personas.TRAIN]))[:of]]
     with to.open("w", encoding="utf-8") as f:
         for i in range(count):
@@ -54,7 +54,7 @@ def write(to: Path, data: Path | None, count: int, distinct: bool, of: int | Non
 
 
 def mapped(model: str, file: str, count: int) -> float:
-    """Rows a second of ``datasets.map`` over the first ``count`` rows of a file."""
+    """Measure rows per second of ``datasets.map`` over the first ``count`` rows of a file."""
     disable_progress_bars()
     with open(file, encoding="utf-8") as f:
         rows = [json.loads(line) for _, line in zip(range(count), f, strict=False)]
@@ -68,14 +68,14 @@ def mapped(model: str, file: str, count: int) -> float:
 
 
 def checked(model: Path, file: Path) -> tuple[dict[str, Any], float, int]:
-    """``luthier check --json``: its report, its seconds, its peak resident bytes. Raises UserError where it fails."""
+    """Run ``luthier check --json``; return report, seconds and peak resident bytes. Raises UserError if it fails."""
     start = time.perf_counter()
     done = _python(_CHECK, model, file)
     return json.loads(done.stdout), time.perf_counter() - start, int(done.stderr.split()[-1])
 
 
 def measure(model: Path, data: Path | None, rows: int, first: int, distinct: bool) -> dict[str, Any]:
-    """Both, one after the other. Raises UserError where a side fails."""
+    """Measure both, one after the other. Raises UserError if one fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         write(file, data, rows, distinct)
@@ -95,16 +95,16 @@ def _python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"a side of the comparison failed: {done.stderr.strip()[-300:]}", "see its message")
+        raise UserError(f"one side of the comparison failed: {done.stderr.strip()[-300:]}", "see its message")
     return done
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/check.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--data", type=Path, help="instruction rows; the shipped persona unless given")
+    parser.add_argument("--data", type=Path, help="instruction rows; default: the shipped persona")
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--mapped", type=int, default=30_000, help="how many of them the map encodes")
+    parser.add_argument("--mapped", type=int, default=30_000, help="number of rows that the map encodes")
     parser.add_argument("--distinct", action="store_true")
     a = parser.parse_args()
     print(json.dumps(measure(a.model, a.data, a.rows, a.mapped, a.distinct)))

@@ -1,9 +1,9 @@
-"""What this machine is, and what its matrix products alone would allow.
+"""Describe this machine and the training speed that its matrix products by themselves would allow.
 
     python benchmarks/machine.py --model DIR --data ROWS.json
 
-The limit: tokens a second if a step were only the products of the frozen linear layers, forward and for the input's
-gradient, and the head's at the supervised positions; the prompt prefix that all rows share counted once a step.
+The limit is tokens per second if a step computed only the products of the frozen linear layers, forward and for the
+gradient of the input, and those of the head at supervised positions; a prefix that all rows share counts once per step.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from luthier.verbs.check import inspect
 from tuned import config
 from workload import ACCUMULATION, BATCH
 
-_TOKENS = 1024  # of one product
-_SECONDS = 0.25  # each shape is measured for
+_TOKENS = 1024  # per product
+_SECONDS = 0.25  # per shape
 
 
 def facts() -> dict[str, Any]:
-    """The processor, what it can do, and the versions that matter."""
+    """Return the CPU, its instruction sets, memory and the versions of the libraries."""
     capabilities = torch.cpu.get_capabilities()
-    shown = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+    names = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instructions": [name for name in shown if capabilities.get(name)],
+        "instructions": [name for name in names if capabilities.get(name)],
         "memory_gb": round((memory_bytes() or 0) / 1e9, 1),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
 
 def limit(model: Path, data: Path, dtype: str) -> dict[str, float]:
-    """tokens_per_s, and flops: the rate (FLOP/s) of the products that it is made of."""
+    """Measure the limit: ``tokens_per_s``, and ``flops``, the average rate of the products in FLOP/s."""
     settings = config(model, data, data.parent / "unused", 0.0, dtype, ["data.cache=false"])
     run = inspect(settings).prepared()
     train = run.rows.train
@@ -68,7 +68,7 @@ def limit(model: Path, data: Path, dtype: str) -> dict[str, float]:
 
 
 def _per_position(inside: int, outside: int, dtype: torch.dtype) -> float:
-    """Seconds that x W^T and dy W take for one position."""
+    """Measure the seconds of x W^T and dy W per position."""
     weight = torch.randn(outside, inside).to(dtype)
     x, dy = torch.randn(_TOKENS, inside).to(dtype), torch.randn(_TOKENS, outside).to(dtype)
     best = float("inf")

@@ -1,8 +1,8 @@
-"""The baseline: transformers' Trainer and peft as the tutorials configure them, padded batches and all logits.
+"""Train the baseline: transformers' Trainer and peft as in the tutorials, with padded batches and all logits.
 
     python benchmarks/recipe.py --model DIR --data ROWS.json --dropout 0.1 --gradient-checkpointing
 
-Prints one JSON line. train_seconds: all of ``Trainer.train``. Tokens are the rows' own, padding not counted.
+Prints one JSON line. train_seconds: duration of ``Trainer.train``. Tokens do not include padding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
-    """The tutorials' function for one row."""
+    """Encode one row with the tutorials' function."""
     prompt = (
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{row['instruction'] + row['input']}"
         "<|im_end|>\n<|im_start|>assistant\n"
@@ -47,7 +47,7 @@ def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
 def train(
     model_dir: Path, rows: list[dict[str, str]], dropout: float, dtype: str, checkpointing: bool
 ) -> dict[str, Any]:
-    """One epoch over the rows."""
+    """Train one epoch over the rows and return the measurements."""
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     ds = Dataset.from_list(rows)

@@ -1,9 +1,9 @@
-"""A checkpoint of a 7B model's published layout with random weights, to measure memory and time without the model.
+"""Write a checkpoint with random weights in the published layout of a 7B model, to measure memory and time.
 
     python benchmarks/stress.py --family deepseek-7b --output-dir DIR
 
-Names, shapes, types and containers are the published ones; the tokenizer is a small one (a token a character), the
-chat template the family's own. A shard that is there is kept, so the same command goes on where it was stopped.
+Names, shapes, dtypes and file formats are the published ones; the tokenizer is small (one token per character), the
+chat template that of the family. Existing shards are kept, so that the same command resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from luthier.models.directory import family_of, read_config
 from luthier.models.native_model import empty_model
 from luthier.templates import NATIVE
 
-SHARD = 5_000_000_000  # bytes a file at most
+SHARD = 5_000_000_000  # maximum bytes per file
 _LLAMA: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 _YI_JINJA = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
@@ -37,7 +37,7 @@ _YI_JINJA = (
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A family at its published size. special: token texts and their published ids; bin: weights are pickle files."""
+    """A family at its published size. special: published ids by token; bin: weights are stored as pickle files."""
 
     config: dict[str, Any]
     special: dict[str, int]
@@ -135,7 +135,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def write(family: str, to: Path, layers: int | None = None, seed: int = 0) -> None:
-    """Write the checkpoint, shard by shard. layers: fewer than published, for a quick look."""
+    """Write the checkpoint, shard by shard. layers: fewer than published, for a quick test."""
     shape = SHAPES[family]
     config = dict(shape.config)
     if layers:
@@ -149,7 +149,7 @@ def write(family: str, to: Path, layers: int | None = None, seed: int = 0) -> No
 
 
 def _shapes(to: Path) -> dict[str, tuple[int, ...]]:
-    """Published names and shapes, from the family's own rules."""
+    """Return the published names and shapes, from the family's conversion rules."""
     config = read_config(to)
     native = {n: tuple(t.shape) for n, t in empty_model(config).state_dict().items()}
     rules = family_of(to).rules(config)
@@ -179,7 +179,7 @@ def _write_weights(to: Path, pickled: bool, seed: int) -> None:
         file = to / f"{stem}-{i + 1:05}-of-{len(shards):05}.{suffix}"
         where |= dict.fromkeys(part, file.name)
         if file.is_file():
-            print(f"{file.name}: there already", flush=True)
+            print(f"{file.name}: already exists", flush=True)
             continue
         tensors = {name: _random(name, shape, seed) for name, shape in part.items()}
         temp = file.with_name(f".{file.name}.new")
@@ -193,7 +193,7 @@ def _write_weights(to: Path, pickled: bool, seed: int) -> None:
 
 
 def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """bfloat16: norms one, all else normal with the usual deviation of 0.02; a name always gets the same values."""
+    """Make a bfloat16 tensor: ones for norms, else normal with deviation 0.02; the values depend on name and seed."""
     if "norm" in name:
         return torch.ones(shape, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(name.encode()) * 7919 + len(name))
@@ -204,11 +204,11 @@ def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def _vocabulary(special: dict[str, int]) -> dict[str, int]:
-    """Bytes, then a token a character (ASCII and the common Chinese ones), around the special tokens' own ids."""
+    """Map tokens to ids: special tokens, 256 bytes, then one token per ASCII and common Chinese character."""
     names = [f"<0x{b:02X}>" for b in range(256)]
     names += [chr(c) for c in (*range(32, 127), *range(0x3000, 0x3020), *range(0x4E00, 0x9FA6), *range(0xFF00, 0xFF60))]
-    taken = set(special.values())
-    free = (i for i in range(10**6) if i not in taken)
+    used = set(special.values())
+    free = (i for i in range(10**6) if i not in used)
     return {**special, "\n": next(free), **{name: next(free) for name in names}}
 
 
@@ -222,8 +222,8 @@ def _write_tokenizer(shape: Shape, to: Path) -> None:
         files.write_bytes(to / "tokenizer.model", _sentencepiece(vocabulary, shape.special))
         return
     filled = dict(vocabulary)
-    there = set(vocabulary.values())
-    filled |= {f"<filler_{i}>": i for i in range(max(there)) if i not in there}
+    used = set(vocabulary.values())
+    filled |= {f"<filler_{i}>": i for i in range(max(used)) if i not in used}
     tokenizer = Tokenizer(BPE(vocab=filled, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in shape.special])
@@ -257,10 +257,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/stress.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--family", required=True, choices=list(SHAPES))
     parser.add_argument("--output-dir", required=True, type=Path)
-    parser.add_argument("--layers", type=int, help="fewer layers than published, for a quick look")
-    given = parser.parse_args(sys.argv[1:])
-    write(given.family, given.output_dir, given.layers)
-    print(json.dumps({"family": given.family, "path": str(given.output_dir)}))
+    parser.add_argument("--layers", type=int, help="fewer layers than published, for a quick test")
+    a = parser.parse_args(sys.argv[1:])
+    write(a.family, a.output_dir, a.layers)
+    print(json.dumps({"family": a.family, "path": str(a.output_dir)}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Our side of the comparison: the same rows, settings and number of steps through ``luthier.train``.
+"""Train luthier's side of the comparison: the same rows, settings and number of steps with ``luthier.train``.
 
     python benchmarks/tuned.py --model DIR --data ROWS.json --dropout 0.1 --set train.NAME=false
 
-Prints one JSON line. train_seconds: from the first step's start to the last one's end, as ``summary.json`` has it.
+Prints one JSON line. train_seconds: from the first step's start to the last one's end, as in ``summary.json``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def config(model: Path, data: Path, to: Path, dropout: float, dtype: str, settings: list[str]) -> RunConfig:
-    """The recipe's settings under their own names; Trainer's default schedule is linear without warm-up."""
+    """Build the configuration equal to the recipe's; Trainer's default schedule is linear without warm-up."""
     values: dict[str, Any] = {
         "model": {"path": str(model), "dtype": _DTYPES[dtype]},
         "data": {"train": str(data), "system": SYSTEM, "max_length": MAX_LENGTH},
@@ -44,7 +44,7 @@ def config(model: Path, data: Path, to: Path, dropout: float, dtype: str, settin
 
 
 def switches() -> list[str]:
-    """``--set`` texts that turn one of training's own switches off, for every one that there is."""
+    """List the ``--set`` values that each turn off one of the boolean options in ``train``."""
     found = []
     for name, field in TrainConfig.model_fields.items():
         if name != "gradient_checkpointing" and (field.annotation is bool or bool in get_args(field.annotation)):
@@ -63,8 +63,8 @@ def main() -> None:
     os.environ.setdefault(KEEP_FREED_MEMORY, "1")  # as a command does
     with tempfile.TemporaryDirectory() as folder:
         summary = train(config(a.model, a.data, Path(folder) / "run", a.dropout, a.dtype, a.set), force=True)
-    kept = ("tokens", "supervised_tokens", "train_seconds", "tokens_per_s", "peak_rss_bytes", "losses")
-    print(json.dumps({name: summary[name] for name in kept}))
+    keys = ("tokens", "supervised_tokens", "train_seconds", "tokens_per_s", "peak_rss_bytes", "losses")
+    print(json.dumps({name: summary[name] for name in keys}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rows that both sides train, and how each side is run: in a process of its own that prints one JSON line."""
+"""Define the rows that both sides train, and run each side in a separate process that prints one JSON line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """rows: a JSON array of instruction rows. dtype: "bf16" or "fp32"."""
+    """What every variant trains. rows: a JSON array of instruction rows. dtype: "bf16" or "fp32"."""
 
     model: Path
     rows: Path
@@ -33,12 +33,14 @@ class Workload:
 
 
 def write_rows(to: Path, data: Path | None, count: int) -> Path:
-    """The first ``count`` rows of ``data`` (None: the shipped persona, over and over) as a JSON array."""
+    """Write the first ``count`` rows of ``data`` (None: the shipped persona, repeated) as a JSON array."""
     conversations = list(Loader([data or personas.TRAIN]))
     if data is None:
         conversations = (conversations * (count // len(conversations) + 1))[:count]
     if len(conversations) < count:
-        raise UserError(f"{data}: holds {len(conversations)} rows, {count} are wanted", "ask for fewer rows")
+        raise UserError(
+            f"{data}: has {len(conversations)} rows, {count} were requested", "request fewer rows with --rows"
+        )
     turns = [[m.content for m in c.messages if m.role != "system"] for c in conversations[:count]]
     rows = [{"instruction": question, "input": "", "output": reply} for question, reply, *_ in turns]
     files.write_text(to, json.dumps(rows, ensure_ascii=False))
@@ -54,14 +56,14 @@ def child(program: str, arguments: Sequence[object], threads: int | None = None)
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(
-            f"benchmarks/{program}.py ended with code {done.returncode} ({last[:300]})", "see its own output"
+            f"benchmarks/{program}.py failed with exit code {done.returncode} ({last[:300]})", "see its output"
         )
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def train_command(model: Path, data: Path, run: Path, settings: Iterable[str]) -> list[str]:
-    """``luthier train`` as a user types it. settings: KEY=VALUE."""
+    """Build the command ``luthier train``. settings: KEY=VALUE."""
     command = [sys.executable, "-m", "luthier", "train", "--model", str(model), "--data", str(data)]
     return [*command, "--output-dir", str(run), *(x for setting in settings for x in ("--set", setting))]

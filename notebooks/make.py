@@ -1,9 +1,9 @@
-"""Writes the notebooks beside this file: one for each tutorial, in English and in Chinese.
+"""Write the notebooks in this folder: one per tutorial, in English and in Chinese.
 
     python notebooks/make.py
 
-Every text is in texts.yaml; the code is the same in both languages. tests/project/test_notebooks.py runs all notebooks, and
-compares them with what is written here.
+Every text is in texts.yaml; the code is the same in both languages. tests/project/test_notebooks.py runs all
+notebooks, and checks that the files equal the output of this program.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEFAULTS = {"imports": "", "load": 'model, _ = luthier.load_model(MODEL, dtype="
 
 
 def notebook(recipe: str, language: str) -> NotebookNode:
-    """One notebook without outputs; its first code cell is tagged ``parameters``."""
+    """Build one notebook without outputs; its first code cell is tagged ``parameters``."""
     tutorial = TEXTS["tutorials"][recipe]
     words = {**DEFAULTS, **tutorial, "memory": tutorial["memory"][language], "recipe": recipe}
     cells = [
@@ -32,8 +32,8 @@ def notebook(recipe: str, language: str) -> NotebookNode:
         new_code_cell(_filled(TEXTS["parameters"], words), id="parameters", metadata={"tags": ["parameters"]}),
     ]
     for number, (name, step) in enumerate(TEXTS["steps"].items(), 1):
-        said, heading = tutorial["said"][name], f"## {number}. {step['heading'][language]}"
-        text = "\n\n".join([heading, step["does"][language], said[language], f"> {step['never'][language]}"])
+        notes, heading = tutorial["notes"][name], f"## {number}. {step['heading'][language]}"
+        text = "\n\n".join([heading, step["does"][language], notes[language], f"> {step['prevents'][language]}"])
         cells.append(new_markdown_cell(_filled(text, words), id=f"{name}-text"))
         cells.append(new_code_cell(_filled(step["code"], words), id=name))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -43,12 +43,12 @@ def notebook(recipe: str, language: str) -> NotebookNode:
 def _filled(text: str, words: Mapping[str, Any]) -> str:
     for name, value in words.items():
         mark = f"<{name.upper()}>"
-        text = text.replace(mark if value else f"{mark}\n", str(value))  # nothing leaves no empty line
+        text = text.replace(mark if value else f"{mark}\n", str(value))  # an empty value removes its line
     return text
 
 
 def written() -> dict[str, str]:
-    """Every notebook's file name and content."""
+    """Return the content of every notebook by file name."""
     return {
         f"{recipe}{suffix}.ipynb": nbformat.writes(notebook(recipe, language)) + "\n"
         for recipe in TEXTS["tutorials"]

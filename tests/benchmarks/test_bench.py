@@ -1,4 +1,4 @@
-"""``make bench`` in a quick form on a tiny model; the real sizes and limits are in the slow tests."""
+"""``make bench`` in a quick form on a tiny model; slow tests use the real sizes and limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DATA = HUANHUAN if HUANHUAN.exists() else personas.TRAIN
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
-    """Children run in this process; returns what each was started with."""
+    """Run child processes in this process instead; return the arguments of each."""
     modules = {"recipe": recipe, "tuned": tuned, "machine": machine}
     started: list[list[str]] = []
 
@@ -52,7 +52,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_both_sides_train_the_same_rows_and_the_page_says_it(
+def test_both_sides_train_the_same_rows_and_the_page_reports_it(
     model_dir: Callable[[str], Path],
     here: list[list[str]],
     tmp_path: Path,
@@ -63,13 +63,15 @@ def test_both_sides_train_the_same_rows_and_the_page_says_it(
     options = ["--rows", "20", "--repeats", "1", "--dropout", "0", "--dtype", "fp32", "--model", model_dir("llama")]
     monkeypatch.setattr("sys.argv", ["bench", *map(str, options), "--json", str(to[0]), "--markdown", str(to[1])])
     bench.main()
-    found = json.loads(to[0].read_text(encoding="utf-8"))
-    given, fastest, ours = (found["runs"][f"{name}, dropout 0"][0] for name in (bench.GIVEN, bench.FASTEST, bench.OURS))
-    assert len(ours["losses"]) == len(given["losses"]) == 2
-    assert given["tokens"] == fastest["tokens"]
-    assert given["tokens"] - ours["tokens"] == 20  # the newline after the stop token, which nothing predicts
-    assert given["supervised_tokens"] - ours["supervised_tokens"] == 20
-    ratio = found["ratios"]["dropout 0.0"]["speed against its fastest setting"]
+    results = json.loads(to[0].read_text(encoding="utf-8"))
+    as_given, fastest, ours = (
+        results["runs"][f"{name}, dropout 0"][0] for name in (bench.GIVEN, bench.FASTEST, bench.OURS)
+    )
+    assert len(ours["losses"]) == len(as_given["losses"]) == 2
+    assert as_given["tokens"] == fastest["tokens"]
+    assert as_given["tokens"] - ours["tokens"] == 20  # the newline after the stop token, which luthier does not train
+    assert as_given["supervised_tokens"] - ours["supervised_tokens"] == 20
+    ratio = results["ratios"]["dropout 0.0"]["speed against its fastest setting"]
     assert ratio == pytest.approx(fastest["train_seconds"] / ours["train_seconds"], rel=0.02)
     assert [s[0] for s in here] == ["recipe", "recipe", "tuned", "machine"]
     assert ("--gradient-checkpointing" in here[0]) and ("--gradient-checkpointing" not in here[1])
@@ -77,15 +79,15 @@ def test_both_sides_train_the_same_rows_and_the_page_says_it(
     assert "the first 20 rows of the shipped persona" in page
     assert f"| {bench.OURS}, dropout 0 | {ours['tokens_per_s']:.0f} |" in page
     assert f"| {ratio:g} |" in page
-    assert found["machine"]["torch"] in page
-    assert found["limit"]["tokens_per_s"] > 0
+    assert results["machine"]["torch"] in page
+    assert results["limit"]["tokens_per_s"] > 0
 
 
 def test_the_recipe_is_the_tutorials_function(smollm2: Path) -> None:
-    """Where the tutorials' own script is at hand, its function for a row gives the same ids and labels."""
+    """If the tutorials' own script is available, its function for one row gives the same ids and labels."""
     script = SHARED / "bench" / "tutorial_recipe.py"
     if not script.exists() or not HUANHUAN.exists():
-        pytest.skip("shared/bench is not beside the project")
+        pytest.skip("shared/bench does not exist beside the project")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
@@ -104,14 +106,14 @@ def test_every_switch_of_training_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         compile: bool | str = Field("auto", description="x")
 
     monkeypatch.setattr(tuned, "TrainConfig", More)
-    found = tuned.switches()
-    assert {"train.fused=false", "train.compile=false"} <= set(found)
-    assert not [f for f in found if "checkpointing" in f or "seed" in f]
+    results = tuned.switches()
+    assert {"train.fused=false", "train.compile=false"} <= set(results)
+    assert not [f for f in results if "checkpointing" in f or "seed" in f]
     work = workload.Workload(Path("m"), Path("r"), "fp32")
-    assert f"{bench.OURS}, train.fused=false, dropout 0.1" in bench._variants(work, [0.1], True) or found == []
+    assert f"{bench.OURS}, train.fused=false, dropout 0.1" in bench._variants(work, [0.1], True) or results == []
 
 
-def test_the_limit_counts_the_shared_prefix_once(
+def test_the_limit_counts_a_shared_prefix_once(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, rows = model_dir("llama"), workload.write_rows(tmp_path / "rows.json", None, 20)
@@ -122,22 +124,22 @@ def test_the_limit_counts_the_shared_prefix_once(
     assert machine.limit(model, rows, "fp32")["tokens_per_s"] < counted
 
 
-def test_rows_are_the_first_of_a_file_or_the_personas_over_and_over(tmp_path: Path) -> None:
+def test_rows_are_the_first_of_a_file_or_the_personas_repeated(tmp_path: Path) -> None:
     rows = json.loads(workload.write_rows(tmp_path / "a.json", None, 300).read_text(encoding="utf-8"))
     persona = [json.loads(line) for line in personas.TRAIN.read_text(encoding="utf-8").splitlines()]
-    for row, given in zip(rows, [*persona, *persona], strict=False):
-        assert row["instruction"] == "\n".join(t for t in (given["instruction"], given["input"]) if t)
-        assert row["output"] == given["output"]
+    for row, as_given in zip(rows, [*persona, *persona], strict=False):
+        assert row["instruction"] == "\n".join(t for t in (as_given["instruction"], as_given["input"]) if t)
+        assert row["output"] == as_given["output"]
     assert len(rows) == 300
     few = json.loads(workload.write_rows(tmp_path / "b.json", personas.TEAHOUSE, 3).read_text(encoding="utf-8"))
     assert [r["output"] for r in few] == [
         json.loads(line)["output"] for line in personas.TEAHOUSE.read_text(encoding="utf-8").splitlines()[:3]
     ]
-    with pytest.raises(UserError, match="rows, 100000 are wanted"):
+    with pytest.raises(UserError, match="rows, 100000 were requested"):
         workload.write_rows(tmp_path / "c.json", personas.TEAHOUSE, 100_000)
 
 
-def test_what_is_missing_is_said(
+def test_missing_models_and_packages_are_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*options: str) -> str:
@@ -148,7 +150,7 @@ def test_what_is_missing_is_said(
         assert e.value.code == 2
         return capsys.readouterr().err
 
-    assert "the model to train is not there" in refused("--model", str(tmp_path / "none"))
+    assert "the model to train does not exist" in refused("--model", str(tmp_path / "none"))
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _: None)
     text = refused()
     assert "the baseline needs the package datasets and peft" in text
@@ -156,13 +158,13 @@ def test_what_is_missing_is_said(
 
 
 def test_a_child_that_fails_is_quoted() -> None:
-    with pytest.raises(UserError, match=r"benchmarks/tuned\.py ended with code 2 .*--model"):
+    with pytest.raises(UserError, match=r"benchmarks/tuned\.py failed with exit code 2 .*--model"):
         workload.child("tuned", [])
-    with pytest.raises(UserError, match="a side of the comparison failed: .*mistake"):
+    with pytest.raises(UserError, match="one side of the comparison failed: .*mistake"):
         check._python("raise SystemExit('a mistake')")
 
 
-def test_a_run_that_takes_no_step_is_said(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_run_that_takes_no_step_is_reported(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{}\n")
     with pytest.raises(UserError, match="luthier train took no step: .*no row can be used"):
@@ -170,7 +172,7 @@ def test_a_run_that_takes_no_step_is_said(model_dir: Callable[[str], Path], tmp_
 
 
 @pytest.mark.parametrize("distinct", [False, True])
-def test_rows_for_check_repeat_with_an_index(distinct: bool, tmp_path: Path) -> None:
+def test_rows_for_check_are_repeated_with_an_index(distinct: bool, tmp_path: Path) -> None:
     check.write(tmp_path / "a.jsonl", personas.TEAHOUSE, 500, distinct)
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [r["index"] for r in rows] == list(range(500))
@@ -183,35 +185,35 @@ def test_rows_for_check_repeat_with_an_index(distinct: bool, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_check_is_three_times_as_fast_as_the_tutorials_map(smollm2: Path) -> None:
-    """A million rows, the prompt prefix of every one proven, the command's start included."""
-    found = check.measure(smollm2, DATA, 1_000_000, 30_000, distinct=False)
-    print(json.dumps(found))
-    assert found["rows"]["kept"] == found["rows"]["read"] == 1_000_000
-    assert found["ratio"] >= 3
-    assert found["peak_rss_bytes"] < 1e9
+    """Check a million rows and the prompt prefix of each, the start of the command included."""
+    results = check.measure(smollm2, DATA, 1_000_000, 30_000, distinct=False)
+    print(json.dumps(results))
+    assert results["rows"]["kept"] == results["rows"]["read"] == 1_000_000
+    assert results["ratio"] >= 3
+    assert results["peak_rss_bytes"] < 1e9
 
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-def test_cost_does_not_depend_on_the_files_size(smollm2: Path) -> None:
-    found = linear.measure(smollm2, DATA, [1_000, 100_000], ["train.max_steps=60"])
-    print(json.dumps(found))
-    assert found["tokens_per_s"] == pytest.approx(1, abs=0.1)
-    assert found["peak_rss"] == pytest.approx(1, abs=0.05)
+def test_speed_and_memory_do_not_depend_on_the_files_size(smollm2: Path) -> None:
+    results = linear.measure(smollm2, DATA, [1_000, 100_000], ["train.max_steps=60"])
+    print(json.dumps(results))
+    assert results["tokens_per_s"] == pytest.approx(1, abs=0.1)
+    assert results["peak_rss"] == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_training_is_many_times_as_fast_as_the_tutorials_recipe(smollm2: Path, tmp_path: Path) -> None:
-    """What the README says of a processor with AMX; elsewhere it is measured, and not held to these figures."""
+    """Check the numbers in the README on a processor with AMX; on others only measure."""
     command = [sys.executable, "-m", "luthier.bench", "--model", smollm2, "--data", DATA, "--json", tmp_path / "b.json"]
     done = subprocess.run([*map(str, command), "--rows", "80", "--repeats", "1"], check=False)
     assert done.returncode == 0
-    found = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
-    print(json.dumps(found["ratios"]), found["limit"])
-    if "amx_bf16" not in found["machine"]["instructions"]:
+    results = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+    print(json.dumps(results["ratios"]), results["limit"])
+    if "amx_bf16" not in results["machine"]["instructions"]:
         pytest.skip("this processor has no AMX")
-    dropped, plain = found["ratios"]["dropout 0.1"], found["ratios"]["dropout 0.0"]
+    dropped, plain = results["ratios"]["dropout 0.1"], results["ratios"]["dropout 0.0"]
     assert dropped["speed against the recipe as given"] >= 12
     assert plain["speed against the recipe as given"] >= 5
     assert plain["speed against its fastest setting"] >= 4.5
@@ -222,8 +224,8 @@ def test_training_is_many_times_as_fast_as_the_tutorials_recipe(smollm2: Path, t
 @pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.parametrize("rows", [1, 4])
-def test_sixty_steps_take_no_longer_than_without_any_of_it(rows: int, smollm2: Path, tmp_path: Path) -> None:
-    """The whole command, its first time on a machine: nothing is compiled, encoded or calibrated yet."""
+def test_sixty_steps_take_no_longer_than_without_optimisations(rows: int, smollm2: Path, tmp_path: Path) -> None:
+    """Time the whole command with empty caches: nothing is compiled, encoded or calibrated yet."""
     wanted = ["train.max_steps=60", f"train.per_device_train_batch_size={rows}", "train.gradient_accumulation_steps=1"]
     seconds = {}
     for name, settings in {
@@ -247,11 +249,11 @@ def test_sixty_steps_take_no_longer_than_without_any_of_it(rows: int, smollm2: P
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-def test_the_first_step_comes_soon(smollm2: Path) -> None:
-    found = startup.measure(smollm2, DATA, 2, [])
-    print(json.dumps(found))
-    assert found["warm_until_first_step"] <= 8
-    assert found["cold_until_first_step"] <= 10
+def test_the_first_step_starts_soon(smollm2: Path) -> None:
+    results = startup.measure(smollm2, DATA, 2, [])
+    print(json.dumps(results))
+    assert results["warm_until_first_step"] <= 8
+    assert results["cold_until_first_step"] <= 10
 
 
 @pytest.mark.slow
@@ -261,6 +263,6 @@ def test_the_command_measures_and_writes(smollm2: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "luthier.bench", *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+    results = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
     print(done.stdout)
-    assert found["ratios"]["dropout 0.0"]["speed against its fastest setting"] > 1
+    assert results["ratios"]["dropout 0.0"]["speed against its fastest setting"] > 1

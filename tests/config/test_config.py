@@ -1,4 +1,4 @@
-"""The configuration: strict, every mistake at once, its keys a golden file."""
+"""The configuration is strict, reports all mistakes together, and has the keys of a golden file."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def test_every_key_is_described() -> None:
     assert all(configs.describe(k) for k in ALL_KEYS)
 
 
-def test_overrides_read_as_people_write_numbers() -> None:
+def test_overrides_are_parsed_as_people_write_them() -> None:
     pairs = ["train.learning_rate=1e-4", "train.seed=7", "lora.target_modules=[q_proj, v_proj]", "data.system=你好: x"]
-    found = configs.build(MINIMAL, settings=pairs)
-    assert found.train.learning_rate == 1e-4
-    assert found.train.seed == 7
-    assert found.lora.target_modules == ("q_proj", "v_proj")
-    assert found.data.system == "你好: x"
+    parsed = configs.build(MINIMAL, settings=pairs)
+    assert parsed.train.learning_rate == 1e-4
+    assert parsed.train.seed == 7
+    assert parsed.lora.target_modules == ("q_proj", "v_proj")
+    assert parsed.data.system == "你好: x"
     assert configs.build(MINIMAL, settings=["lora.target_modules=q_proj"]).lora.target_modules == ("q_proj",)
     several = configs.build(MINIMAL, settings=["lora.target_modules=q_proj, k_proj"])
     assert several.lora.target_modules == ("q_proj", "k_proj")
@@ -71,7 +71,7 @@ def test_overrides_read_as_people_write_numbers() -> None:
         ({"train.learning_rate": float("nan")}, "finite", "correct"),
     ],
 )
-def test_every_mistake_is_named_with_what_to_type(overrides: dict[str, Any], message: str, fix: str) -> None:
+def test_every_mistake_is_reported_with_a_fix(overrides: dict[str, Any], message: str, fix: str) -> None:
     values = {**MINIMAL, "train": {"seed": 1}}
     with pytest.raises(ConfigError) as e:
         configs.build(values, overrides)
@@ -79,7 +79,7 @@ def test_every_mistake_is_named_with_what_to_type(overrides: dict[str, Any], mes
     assert fix in e.value.fix
 
 
-def test_missing_sections_say_which_option_to_give() -> None:
+def test_missing_sections_name_the_option_to_add() -> None:
     with pytest.raises(ConfigError) as e:
         configs.build({})
     assert e.value.fix == "give --model DIR; give --data FILE"
@@ -136,23 +136,23 @@ def test_sections_of_another_type_are_refused(values: dict[str, Any]) -> None:
 
 
 def test_renamed_keys_are_added_to_those_of_the_settings() -> None:
-    found = configs.build(MINIMAL, settings=["data.rename={q: instruction}"], rename=["a=output"])
-    assert found.data.rename == {"q": "instruction", "a": "output"}
+    parsed = configs.build(MINIMAL, settings=["data.rename={q: instruction}"], rename=["a=output"])
+    assert parsed.data.rename == {"q": "instruction", "a": "output"}
 
 
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
     import yaml
 
-    found = configs.build(MINIMAL, {"train.learning_rate": 3e-5, "output_dir": "runs/x"})
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(found.dump()), encoding="utf-8")
-    assert configs.load(tmp_path / "run.yaml") == found
-    assert differences(found.dump(), configs.build(MINIMAL, {"train.learning_rate": 1e-4}).dump()) == [
+    parsed = configs.build(MINIMAL, {"train.learning_rate": 3e-5, "output_dir": "runs/x"})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(parsed.dump()), encoding="utf-8")
+    assert configs.load(tmp_path / "run.yaml") == parsed
+    assert differences(parsed.dump(), configs.build(MINIMAL, {"train.learning_rate": 1e-4}).dump()) == [
         "train.learning_rate: 3e-05 -> 0.0001",
         "output_dir: runs/x -> None",
     ]
 
 
-def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_configuration_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     with pytest.raises(ConfigError, match="cannot be read"):
         configs.load(path)
@@ -164,7 +164,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
         configs.load(path)
 
 
-def test_it_is_frozen() -> None:
-    found = configs.build(MINIMAL)
+def test_a_configuration_is_frozen() -> None:
+    parsed = configs.build(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
-        found.train.seed = 3  # type: ignore[misc]
+        parsed.train.seed = 3  # type: ignore[misc]

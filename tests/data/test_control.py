@@ -11,7 +11,7 @@ import pytest
 
 import luthier as library
 from luthier.data.control_tokens import ControlTokens
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport
 from luthier.errors import DataError
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.types import Conversation, Example, Message, RowRef

@@ -19,16 +19,16 @@ from luthier.devices import device
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """What a stand-in for glibc is asked for."""
-    made: list[tuple[int, ...]] = []
+    """Record the calls to a stand-in for glibc."""
+    recorded: list[tuple[int, ...]] = []
 
     def record(*arguments: int) -> int:
-        made.append(arguments)
+        recorded.append(arguments)
         return 1
 
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=record, malloc_trim=record))
-    return made
+    return recorded
 
 
 def test_library_use_leaves_the_allocator_unchanged(

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig
 
-from luthier.data.loader import refuse
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport, refuse
 from luthier.encoding.store import ExampleStore
 from luthier.errors import DataError
 from luthier.models.chat_format import ChatFormat

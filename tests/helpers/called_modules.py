@@ -1,8 +1,8 @@
-"""Which of our modules one run of ``luthier train`` goes through: those in which a function is called.
+"""List luthier's modules in which one run of ``luthier train`` calls a function.
 
     python -m tests.helpers.called_modules MODEL_DIR OUTPUT_DIR
 
-Counted on the demo's rows, from the parsed options to the exit. Prints one JSON list of module names.
+Traces a run on the demo's rows, from the parsed options to the exit. Prints one JSON list of module names.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ COMPREHENSIONS = ("<module>", "<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr
 
 
 def called(argv: list[str]) -> list[str]:
-    """Modules of ours in which a function ran, after typer had parsed ``argv``."""
-    found: set[str] = set()
+    """Run ``luthier train`` and list the modules in which a function was called after typer had parsed ``argv``."""
+    files: set[str] = set()
     classes = {name for path in Path(SOURCE).rglob("*.py") for name in _classes(path)}
 
     def see(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
         ours = event == "call" and code.co_filename.startswith(SOURCE)
-        if ours and code.co_name not in (*COMPREHENSIONS, *classes):  # a class body is run by an import
-            found.add(code.co_filename)
+        if ours and code.co_name not in (*COMPREHENSIONS, *classes):  # imports run class bodies
+            files.add(code.co_filename)
 
     verb = next(c for c in cli.app.registered_commands if c.name == "train")
     run = verb.callback
     assert run
 
     @functools.wraps(run)
-    def begun(*args: Any, **kwargs: Any) -> None:
+    def traced(*args: Any, **kwargs: Any) -> None:
         threading.setprofile(see)
         sys.setprofile(see)
         try:
@@ -53,11 +53,11 @@ def called(argv: list[str]) -> list[str]:
             sys.setprofile(None)
             threading.setprofile(None)  # type: ignore[arg-type]
 
-    verb.callback = begun
+    verb.callback = traced
     sys.argv = ["luthier", "train", *argv]
     with contextlib.suppress(SystemExit):
         cli.main()
-    return sorted(str(Path(name).relative_to(SOURCE)) for name in found)
+    return sorted(str(Path(name).relative_to(SOURCE)) for name in files)
 
 
 def _classes(path: Path) -> list[str]:

@@ -1,8 +1,8 @@
-"""Two published architectures that transformers does not load, as plain torch: what a converted checkpoint must equal.
+"""Define two published architectures that transformers does not load, in plain torch, as references for conversion.
 
-Written from the facts about the published checkpoints alone (names, shapes, rotary layout, head), in fp32, with no
-modelling code of any library, so that a test against them says something about the conversion.
-``tests/models/test_definitions.py`` proves them equal to transformers' own classes on weights split by hand.
+Written in fp32 from facts about the published checkpoints only (names, shapes, rotary layout, head), without modelling
+code of any library, so that tests of the conversion against them are independent.
+``tests/models/test_definitions.py`` verifies that they equal transformers' own classes on weights split by hand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def glm4_logits(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ids: Tensor) -> Tensor:
-    """GLM-4 in its original layout (``model_type`` chatglm): ids [B, T] -> logits [B, T, V], fp32.
+    """Compute GLM-4 in its original layout (``model_type`` chatglm): ids [B, T] -> logits [B, T, V], fp32.
 
     ``query_key_value`` rows: all query heads | key groups | value groups, with biases; each group serves
     heads / groups neighbouring heads. Rotary on the first half of a head, pairs (2i, 2i+1), base 10000 * rope_ratio.
@@ -44,10 +44,10 @@ def glm4_logits(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ids: T
 
 
 def baichuan2_logits(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ids: Tensor) -> Tensor:
-    """Baichuan2-7B (rotary, not the 13B's ALiBi): ids [B, T] -> logits [B, T, V], fp32.
+    """Compute Baichuan2-7B (rotary; the 13B model uses ALiBi): ids [B, T] -> logits [B, T, V], fp32.
 
-    ``W_pack`` rows: q | k | v, a third each. Rotary on whole heads, halves (i, i + d/2), base 10000 (in no config).
-    ``lm_head`` is a NormHead: its rows are divided by their lengths before use, and published undivided.
+    ``W_pack`` rows: q | k | v, a third each. Rotary on whole heads, halves (i, i + d/2), base 10000 (not in config).
+    ``lm_head`` is a NormHead: its rows are normalised before use, not as published.
     """
     w = {name: tensor.float() for name, tensor in tensors.items()}
     size, eps = config["hidden_size"] // config["num_attention_heads"], config["rms_norm_eps"]
@@ -81,18 +81,18 @@ def _angles(length: int, rotated: int, base: float) -> Tensor:
 
 
 def _turn(a: Tensor, b: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Each point (a, b) of the plane turned by its angle."""
+    """Rotate each point (a, b) of the plane by its angle."""
     return a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
 
 
 def _rotate_pairs(x: Tensor, base: float, rotated: int) -> Tensor:
-    """x [B, heads, T, size]: dims (0, 1), (2, 3), ... of the first ``rotated`` turned, the others kept."""
+    """x [B, heads, T, size]: dims (0, 1), (2, 3), ... of the first ``rotated`` are rotated, the others unchanged."""
     turned = _turn(x[..., 0:rotated:2], x[..., 1:rotated:2], _angles(x.shape[-2], rotated, base))
     return torch.cat([torch.stack(turned, dim=-1).flatten(-2), x[..., rotated:]], dim=-1)
 
 
 def _rotate_halves(x: Tensor, base: float) -> Tensor:
-    """x [B, heads, T, size]: dims (0, size/2), (1, size/2 + 1), ... turned."""
+    """x [B, heads, T, size]: dims (0, size/2), (1, size/2 + 1), ... are rotated."""
     return torch.cat(_turn(*x.chunk(2, dim=-1), _angles(x.shape[-2], x.shape[-1], base)), dim=-1)
 
 

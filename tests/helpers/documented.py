@@ -1,4 +1,4 @@
-"""FlashAttention's function for rows of any length as its documentation has it, in plain torch."""
+"""Implement ``flash_attn_varlen_func`` in plain torch, from its documentation."""
 
 from __future__ import annotations
 

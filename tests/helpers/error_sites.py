@@ -1,6 +1,6 @@
-"""Which error texts exist in the source, and which of them the tests really raised.
+"""Find the error messages in the source, and record which of them the tests raised.
 
-Knows: the calls in ``src/luthier`` that make a text for the user, and, at run time, which of those calls were made.
+Covers the calls in ``src/luthier`` that create a message for the user; at run time, records which of them were made.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 SOURCE = Path(__file__).parents[2] / "src" / "luthier"
 _OTHERS = ("ValueError", "TypeError", "AttributeError", "ImportError", "IndexError", "_DuplicateKeyError")
-_AT = {"_cannot": 1, "add": 1}  # which argument is the text
+_AT = {"_cannot": 1, "add": 1}  # index of the argument with the message; 0 for all others
 
 
 @dataclass(frozen=True)
 class Site:
-    """One call that makes a text for the user: where it stands, and the constant parts of its text."""
+    """A call that creates a message for the user: its place in the source, and the constant parts of the message."""
 
     file: str
     first: int
     last: int
     parts: tuple[str, ...]
-    seen: bool  # its class can be watched: Python's own cannot, whose texts reach the user within one of ours
+    seen: bool  # its calls can be recorded: not for Python's own classes, whose messages become part of ours
 
     def __str__(self) -> str:
         return f"{self.file}:{self.first} {' ... '.join(self.parts)}"
@@ -58,7 +58,7 @@ def sites() -> Iterator[Site]:
 
 
 class Recorder:
-    """Every place in the source that made a text while the tests ran, and every fix that was offered."""
+    """Places in the source that created a message while the tests ran, and all fixes that were offered."""
 
     def __init__(self) -> None:
         self.places: set[tuple[str, int]] = set()
@@ -68,20 +68,20 @@ class Recorder:
         return any(file == site.file and site.first <= line <= site.last for file, line in self.places)
 
     def watch(self, owner: type, name: str = "__init__") -> None:
-        """Record where in the source ``owner.name`` is called from."""
-        plain: Callable[..., Any] = getattr(owner, name)
+        """Record from where in the source ``owner.name`` is called."""
+        original: Callable[..., Any] = getattr(owner, name)
 
-        @functools.wraps(plain)
+        @functools.wraps(original)
         def recorded(this: Any, *args: Any, **kwargs: Any) -> Any:
             frame = sys._getframe(1)
-            while frame is not None:  # every caller in the source: a helper may make the error for another
+            while frame is not None:  # every caller in the source, since a helper may create the error
                 file = Path(frame.f_code.co_filename)
                 if file.is_relative_to(SOURCE):
                     self.places.add((str(file.relative_to(SOURCE)), frame.f_lineno))
                 elif frame.f_code.co_name != "recorded":
                     break
                 frame = frame.f_back  # type: ignore[assignment]
-            result = plain(this, *args, **kwargs)
+            result = original(this, *args, **kwargs)
             if getattr(this, "fix", None):
                 self.fixes[this.fix] = str(this)
             return result

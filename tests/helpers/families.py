@@ -1,4 +1,4 @@
-"""Tokenizers for each family: the test tokenizer with that family's markers, and the real vocabularies."""
+"""Make tokenizers for each family: the test tokenizer with the family's markers, or a real vocabulary."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def published(name: str) -> str:
 
 
 def speaks_to_all(name: str) -> Template:
-    """The form, with system prompts merged where it has no place for them."""
+    """Return the template; if it has no system role, system prompts are merged into the user's message."""
     return MergedSystem(FORMS[name]) if name in NO_SYSTEM else FORMS[name]
 
 
 @cache
 def tiny(name: str, rstrip: bool = False) -> Tokenizer:
-    """The test tokenizer with a family's markers; rstrip: they swallow white space after them, as Phi-3's do."""
+    """Return the test tokenizer with a family's markers. rstrip: they absorb white space after them, as in Phi-3."""
     family = FORMS[name].name
     hf = load_tokenizer(TOKENIZER).hf
     bos, eos = ENDS[family]
     texts = dict.fromkeys(t for t in (*FORMS[name].markers, bos, eos) if t)
-    swallow = {t: rstrip and t not in (bos, eos) for t in texts}
+    absorbs = {t: rstrip and t not in (bos, eos) for t in texts}
     hf.add_tokens(
-        [AddedToken(t, special=True, normalized=False, rstrip=swallow[t]) for t in texts], special_tokens=True
+        [AddedToken(t, special=True, normalized=False, rstrip=absorbs[t]) for t in texts], special_tokens=True
     )
     if bos:
         hf.bos_token = bos
@@ -67,8 +67,8 @@ def tiny(name: str, rstrip: bool = False) -> Tokenizer:
 
 @cache
 def gguf(vocabs: Path, name: str) -> Tokenizer:
-    """A real vocabulary. Phi-3's markers do not swallow white space in this form; Baichuan's is the first 7B's."""
-    if name == "baichuan":  # transformers has no reader for it
+    """Load a real vocabulary. Phi-3's markers do not absorb white space here; Baichuan's is of the first 7B model."""
+    if name == "baichuan":  # transformers cannot read it
         table = [GGUFReader(vocabs / f"ggml-vocab-{name}.gguf").fields[f"tokenizer.ggml.{n}"].contents() for n in TABLE]
         pieces, scores, types = table
         types = [Kind.USER_DEFINED if t == Kind.NORMAL and i < 393 else t for i, t in enumerate(types)]

@@ -1,4 +1,4 @@
-"""An adapter directory without training: random updates of a base, large enough to change its replies."""
+"""Make an adapter directory without training: random updates of a base model, large enough to change its replies."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def tuned(
     system_role: SystemRole = "template",
     targets: list[str] | None = None,
 ) -> Path:
-    """Write it to ``to``, as a finished run's adapter would be, and return ``to``."""
-    spoken = load_chat_format(base, system_role=system_role)
-    model = empty_model(spoken.config)
-    chosen = resolve(model, targets, spoken.modules())
+    """Write a random adapter to ``to``, as a finished run would, and return ``to``."""
+    chat_format = load_chat_format(base, system_role=system_role)
+    model = empty_model(chat_format.config)
+    chosen = resolve(model, targets, chat_format.modules())
     layers = attach(model, lora, chosen, seed=0)
     generator = torch.Generator().manual_seed(1)
     for layer in layers.values():
@@ -40,11 +40,11 @@ def tuned(
             setattr(layer, name, torch.nn.Parameter(torch.randn(shape, generator=generator) * size))
     facts = adapters.Facts(
         system=system,
-        template=dict(spoken.template.describe()),
-        template_sha256=templates.digest(spoken.template),
-        stop_ids=spoken.stop_ids,
-        base=fingerprint(base, spoken.config),
-        tokenizer_sha256=spoken.tokenizer.digest(),
+        template=dict(chat_format.template.describe()),
+        template_sha256=templates.digest(chat_format.template),
+        stop_ids=chat_format.stop_ids,
+        base=fingerprint(base, chat_format.config),
+        tokenizer_sha256=chat_format.tokenizer.digest(),
         data_sha256="",
     )
     adapters.save(to, layers, lora, chosen, facts, base)

@@ -1,6 +1,6 @@
-"""A ModelScope and a Hugging Face in one, on loopback: what their real clients ask, and faults on demand.
+"""Serve ModelScope's and Hugging Face's APIs on loopback, with faults on demand.
 
-Knows: the paths, headers and JSON by which ``modelscope_hub`` and ``huggingface_hub`` list and fetch a repository.
+Implements the paths, headers and JSON by which ``modelscope_hub`` and ``huggingface_hub`` list and fetch a repository.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ COMMIT = "c0ffee" + "0" * 34
 
 @dataclass
 class Repository:
-    """files: content by path. blobs that are large to the hub (weights) are those whose name says so."""
+    """A repository. files: content by path; those named like weights are stored as large files (LFS)."""
 
     files: dict[str, bytes]
     revisions: tuple[str, ...] = ("main", "master")
-    listed_sizes: dict[str, int] = field(default_factory=dict)  # where the hub lists another size than it sends
+    listed_sizes: dict[str, int] = field(default_factory=dict)  # if the hub lists a size other than the one it sends
     status: int = 200  # of the listing
     code: str = ""  # X-Error-Code of the listing
     file_status: int = 200
@@ -49,8 +49,9 @@ class Request:
 
 
 class HubServer(ThreadingHTTPServer):
-    """repositories by id. cut: file -> after how many bytes the connection ends, once. corrupt: file -> how often its
-    last byte is another one. stall: file -> after how many bytes nothing more comes until ``go`` is set."""
+    """The server. repositories: by id. cut: file -> number of bytes after which the connection ends, once per entry.
+    corrupt: file -> number of downloads with a wrong last byte. stall: file -> number of bytes after which the server
+    waits until ``go`` is set."""
 
     daemon_threads = True
 
@@ -61,17 +62,17 @@ class HubServer(ThreadingHTTPServer):
         self.cut: dict[str, list[int]] = {}
         self.corrupt: dict[str, int] = {}
         self.stall: dict[str, int] = {}
-        self.linked = False  # ModelScope's download tells the digest too
+        self.linked = False  # ModelScope's download sends the digest too
         self.go = threading.Event()
         self.url = f"http:{'//'}127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients go away on purpose here."""
+        """Ignore errors: clients close connections on purpose in these tests."""
 
     def fetched(self, name: str) -> list[str]:
-        """The ranges that were asked for of a file, ``""`` for all of it."""
-        found = (f"/resolve/{COMMIT}/{name}", f"FilePath={name}")
-        return [r.range for r in self.requests if unquote(r.path).endswith(found)]
+        """List the ranges that were requested of a file, ``""`` for all of it."""
+        endings = (f"/resolve/{COMMIT}/{name}", f"FilePath={name}")
+        return [r.range for r in self.requests if unquote(r.path).endswith(endings)]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -97,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
             repository, name = self._repository("/".join(parts[:2])), "/".join(parts[4:])
             if repository is None or parts[3] != COMMIT or name not in repository.files:
                 self._json(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
-            elif large(name):  # as the real one does: to where large files are kept
+            elif large(name):  # redirects to the storage of large files, as the real hub does
                 self._send(302, b"", {"Location": f"/kept/{'/'.join(parts[:2])}/{name}"})
             else:
                 self._file(repository, name)
@@ -208,7 +209,7 @@ def large(name: str) -> bool:
 
 
 def repository(model: Path) -> Repository:
-    """As one finds them: a model, and what must not come with it."""
+    """Make a repository of a model, with other files that must not be downloaded."""
     files = {p.name: p.read_bytes() for p in model.iterdir()}
     assert len(files[WEIGHTS]) > 200_000
     files |= dict.fromkeys(("modeling_x.py", "README.md", "pytorch_model.bin", "model.gguf", "a.msgpack"), b"no")
@@ -217,8 +218,9 @@ def repository(model: Path) -> Repository:
 
 @contextmanager
 def serving(content: Repository, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[HubServer]:
-    """Both clients of this process are pointed at it, and wait for nothing. ModelScope's keeps nothing in ``home``,
-    where it would put an id of the installation."""
+    """Run the server and let both hub clients of this process use it, without waits between retries.
+
+    Checks that ModelScope's client writes nothing to ``home``, such as an id of the installation."""
     with HubServer() as made:
         threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         made.repositories[REPO] = content

@@ -1,8 +1,8 @@
-"""Runs that are killed at a chosen moment: a process that has imported everything forks a child for every session.
+"""Kill training sessions at chosen moments: a process that has imported everything forks a child per session.
 
-A moment is a file operation (a sync, a rename, a directory made, a file removed) or a step, counted from the session's
-start. At it the child is killed before the operation; a file about to be synced is cut to half of its length first,
-and ``metrics.jsonl`` gets half a line, as a crash can leave them.
+A moment is a file operation (sync, rename, new directory, removal) or a step, counted from the start of the session.
+The child is killed just before the operation; a file about to be synced is first cut to half of its length, and
+``metrics.jsonl`` gets half a line, as a crash can leave them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPERATIONS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
 
 @dataclass(frozen=True)
 class Session:
-    """How one session ended: killed (``moment`` says where) or finished, and how many moments it had."""
+    """How one session ended: killed (at ``moment``) or finished, and its number of moments."""
 
     killed: bool
     moments: int
@@ -32,14 +32,16 @@ class Session:
 
 
 class Zygote:
-    """Talks to the process below."""
+    """Client of the process that forks sessions."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def train(self, config: Path, kill_at: int | str = 0) -> Session:
-        """One session of the run that a YAML file describes, killed at its ``kill_at``-th moment (0: never), or at the
-        first one that has such a text in its name."""
+        """Run one session of the YAML file's run.
+
+        kill_at: kill it at this moment (0: never), or at the first one whose name contains this text.
+        """
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps([str(config), kill_at]) + "\n")
         self._process.stdin.flush()
@@ -66,7 +68,7 @@ def zygote() -> Iterator[Zygote]:
 
 
 def _count(kill_at: int | str, log: int) -> Callable[[str, Path | None], None]:
-    """A function to call at every moment; kills this process at the one that was asked for."""
+    """Return a function to call at every moment, which kills this process at the chosen one."""
     seen = 0
 
     def moment(name: str, half: Path | None = None) -> None:
@@ -82,7 +84,7 @@ def _count(kill_at: int | str, log: int) -> Callable[[str, Path | None], None]:
 
 
 def _watch(moment: Callable[[str, Path | None], None], run: Path) -> None:
-    """Operations on the run's own files are moments; what else is written (a cache, once a machine) is not counted."""
+    """Report operations on the run's own files as moments; other files, such as a cache, do not count."""
 
     def ours(path: object) -> bool:
         return not Path(str(path)).is_absolute() or Path(str(path)).is_relative_to(run)
@@ -106,14 +108,14 @@ def _session(config: str, kill_at: int | str, log: int) -> None:
     import luthier
     from luthier import config as configs
 
-    made = configs.load(config)
+    run_config = configs.load(config)
     moment = _count(kill_at, log)
-    assert made.output_dir
-    _watch(moment, made.output_dir)
+    assert run_config.output_dir
+    _watch(moment, run_config.output_dir)
 
     def step(record: Any) -> None:
-        assert made.output_dir
-        metrics = made.output_dir / "metrics.jsonl"
+        assert run_config.output_dir
+        metrics = run_config.output_dir / "metrics.jsonl"
         moment(f"step {record.step} metrics", None)  # its line is written
         with metrics.open("r+b") as f:
             f.seek(0, os.SEEK_END)
@@ -123,7 +125,7 @@ def _session(config: str, kill_at: int | str, log: int) -> None:
             moment(f"step {record.step} half a line", None)
             f.truncate(size)
 
-    luthier.train(made, on_step=step)
+    luthier.train(run_config, on_step=step)
 
 
 def _serve() -> None:

@@ -1,6 +1,6 @@
-"""The packages of ``src/luthier`` in the order in which they may import each other, and the map in CONTRIBUTING.md.
+"""Define the order in which packages of ``src/luthier`` may import each other, and write the map in CONTRIBUTING.md.
 
-python -m tests.helpers.layout     writes the map from this order and the packages' own docstrings
+python -m tests.helpers.layout     writes the map from this order and the packages' docstrings
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "luthier"
 PAGE = ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- the map: written by tests/helpers/layout.py -->\n", "<!-- end of the map -->\n"
 
-# a module may import its own package and those before it
+# a module may import from its own package and those before it
 ORDER = (
     "errors", "types", "_util", "config",
     "data", "templates", "encoding", "batching", "devices", "kernels", "models", "lora", "compiled", "adapters",
@@ -23,7 +23,7 @@ ORDER = (
 
 
 def modules() -> dict[str, ast.Module]:
-    """Every module of ours by its dotted name."""
+    """Parse every module of luthier; the result is by dotted name."""
     trees = {}
     for path in sorted(SOURCE.rglob("*.py")):
         name = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
@@ -37,7 +37,7 @@ def top(module: str) -> str:
 
 
 def table() -> str:
-    """The map: every package and what it is for, in the order of imports."""
+    """Build the map: every package and its purpose, in the order of imports."""
     lines = [BEGIN, "| package | what it is for | modules |\n", "|---|---|---|\n"]
     for name in ORDER:
         package = SOURCE / name
@@ -49,13 +49,13 @@ def table() -> str:
             for p in (package.iterdir() if package.is_dir() else ())
             if not p.name.startswith("__") and (p.is_dir() or p.suffix == ".py")
         )
-        shown = f"`{name}/`" if package.is_dir() else f"`{name}.py`"
-        lines.append(f"| {shown} | {first} | {', '.join(inside)} |\n")
+        label = f"`{name}/`" if package.is_dir() else f"`{name}.py`"
+        lines.append(f"| {label} | {first} | {', '.join(inside)} |\n")
     return "".join([*lines, END])
 
 
 def written(page: str) -> str:
-    """The page with the map as it is now."""
+    """Return the page with an up-to-date map."""
     before, rest = page.split(BEGIN)
     return before + table() + rest.split(END)[1]
 

@@ -1,6 +1,6 @@
-"""Write tests/golden/run: a tiny model, an adapter and a checkpoint, kept to show that later versions read them.
+"""Write tests/golden/run: a tiny model, an adapter and a checkpoint, to test that later versions can read them.
 
-Run once, by the version that the files are to be of: ``python -m tests.helpers.make_golden_run``.
+Run once, with the version whose files are wanted: ``python -m tests.helpers.make_golden_run``.
 """
 
 from __future__ import annotations

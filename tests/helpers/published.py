@@ -1,8 +1,8 @@
-"""Tiny random checkpoints in the layouts in which the five families are published: files, keys, tensor names, shapes.
+"""Write tiny random checkpoints in the published layouts of the five families: files, keys, tensor names, shapes.
 
-``PUBLISHED["glm4"](path)`` writes one and returns its path. Sizes are small and ids those of a tiny vocabulary; all
-else is as published (``tests/fixtures/published`` holds the full configurations). A Python file that a checkpoint ships
-raises when it is run. Weights are random, large enough that attention is not uniform.
+``PUBLISHED["glm4"](path)`` writes one and returns its path. Sizes are small and ids are of a tiny vocabulary; all else
+is as published (``tests/fixtures/published`` has the full configurations). Python files in a checkpoint raise if run.
+Weights are random, large enough that attention is not uniform.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _SIZES = {
 
 
 def yi(path: Path, seed: int = 0, *, dummy_prefix: bool = False, tokenizer_json: bool = False) -> Path:
-    """Yi-6B-Chat: Llama with 2 key heads of 4. ``tokenizer_json``: also a converted file, as the repository got later,
-    that puts a "▁" before every stretch of text."""
+    """Yi-6B-Chat: Llama with 2 key heads of 4. ``tokenizer_json``: also a converted file, as added to the repository
+    later, that adds "▁" before every piece of text between markers."""
     generation = {
         "bos_token_id": 6,
         "eos_token_id": 7,
@@ -78,7 +78,7 @@ def phi3(path: Path, seed: int = 0, *, form: Literal["current", "april"] = "curr
 
 
 def baichuan2(path: Path, weights: Weights = "bin", seed: int = 0) -> Path:
-    """Baichuan2-7B-Chat: one ``.bin``, or two shards as on ModelScope; the head's rows are of unequal lengths."""
+    """Baichuan2-7B-Chat: one ``.bin``, or two shards as on ModelScope; the head's rows have unequal norms."""
     generation = {
         "pad_token_id": 0,
         "bos_token_id": 1,
@@ -141,7 +141,7 @@ def glm4(path: Path, seed: int = 0) -> Path:
         "transformer.output_layer.weight": (v.SIZE, HIDDEN),
     }
     tensors = _random(shapes, seed)
-    # made before the original multiplies its base by rope_ratio: whoever reads it turns by other angles
+    # computed before the original code multiplies the base by rope_ratio, so a loader that reads it gets wrong angles
     tensors["transformer.rotary_pos_emb.inv_freq"] = _inv_freq(10000.0, HEAD // 2).bfloat16()
     return _save(path, tensors, "safetensors", shards=3)
 
@@ -163,8 +163,8 @@ def glm4_hf(path: Path, seed: int = 0) -> Path:
 
 
 def deepseek(path: Path, weights: Weights = "bin-shards", seed: int = 0, *, inv_freq: bool = False) -> Path:
-    """DeepSeek-LLM-7B-Chat: Llama in two ``.bin`` shards. ``inv_freq``: with the rotary buffers that Llama checkpoints
-    of that time often held."""
+    """DeepSeek-LLM-7B-Chat: Llama in two ``.bin`` shards. ``inv_freq``: with the rotary buffers that many Llama
+    checkpoints of that time contained."""
     bos, eos = v.DEEPSEEK_RANKS, v.DEEPSEEK_RANKS + 1
     generation = {
         "_from_model_config": True,
@@ -195,28 +195,28 @@ PUBLISHED: dict[str, Callable[..., Path]] = {
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint under its published name, as stored."""
-    found: dict[str, Tensor] = {}
+    """Read every tensor of a checkpoint as stored, by its published name."""
+    tensors: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
-        found |= load_file(file)
+        tensors |= load_file(file)
     for file in sorted(path.glob("*.bin")):
-        found |= torch.load(file, weights_only=True)
-    return found
+        tensors |= torch.load(file, weights_only=True)
+    return tensors
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json as it is written."""
-    found: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return found
+    """Read config.json without changes."""
+    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def _full(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+    config: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+    return config
 
 
 def _glm4_ids() -> dict[str, Any]:
-    """Stops <|endoftext|>, <|user|>, <|observation|>, as 151329, 151336, 151338."""
+    """Stop ids of <|endoftext|>, <|user|>, <|observation|>, as 151329, 151336, 151338."""
     first = v.GLM4_RANKS
     return {"eos_token_id": [first, first + 7, first + 9], "pad_token_id": first}
 
@@ -244,7 +244,7 @@ def _llama(key_heads: int) -> Shapes:
 
 
 def _decoder(layer: Shapes) -> Shapes:
-    """Names and shapes of a whole model in Llama's frame, around those of one layer."""
+    """Return the tensor names and shapes of a model named like Llama's, given those of one layer."""
     layer = {**layer, "input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
     return {
         "model.embed_tokens.weight": (v.SIZE, HIDDEN),
@@ -255,13 +255,13 @@ def _decoder(layer: Shapes) -> Shapes:
 
 
 def _random(shapes: Shapes, seed: int) -> dict[str, Tensor]:
-    """bfloat16, as all are published. Norms around one; attention's weights largest, so that it chooses."""
+    """Make random bfloat16 tensors: norms around 1, attention weights larger than the others."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    tensors = {}
     for name, shape in shapes.items():
         value = torch.randn(shape, generator=generator) * (0.2 if "attention." in name or "self_attn." in name else 0.1)
-        found[name] = (value + 1 if name.endswith("norm.weight") else value).bfloat16()
-    return found
+        tensors[name] = (value + 1 if name.endswith("norm.weight") else value).bfloat16()
+    return tensors
 
 
 def _inv_freq(base: float, rotated: int) -> Tensor:
@@ -269,7 +269,7 @@ def _inv_freq(base: float, rotated: int) -> Tensor:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], weights: Weights, shards: int) -> Path:
-    """One ``.bin``, or ``shards`` files and their index."""
+    """Write one ``.bin``, or ``shards`` files and their index."""
     stem, suffix = ("model", "safetensors") if weights == "safetensors" else ("pytorch_model", "bin")
     names, count = list(tensors), 1 if weights == "bin" else shards
     size = -(-len(names) // count)
@@ -289,7 +289,7 @@ def _save(path: Path, tensors: dict[str, Tensor], weights: Weights, shards: int)
 
 
 def _settings(path: Path, config: dict[str, Any], generation: dict[str, Any], code: Sequence[str] = ()) -> None:
-    """config.json, generation_config.json and every Python file that the repository ships, each of which raises."""
+    """Write config.json, generation_config.json and the repository's Python files, each of which raises."""
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", config)
     write_json(path / "generation_config.json", generation)

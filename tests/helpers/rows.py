@@ -1,4 +1,4 @@
-"""What the laws share: rows, encodings, models with a random non-zero adapter, plain padded batches."""
+"""Helpers of the law tests: rows, encodings, models with a random non-zero adapter, plain padded batches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from luthier.config import LoraConfig
-from luthier.data.loader import Loader
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport, Loader
 from luthier.encoding.encoder import Encoder
 from luthier.lora.layers import LoraLinear, attach, resolve
 from luthier.models.tokenizer.tokenizer import Tokenizer
@@ -32,16 +31,16 @@ REPLIES = (
 
 
 def conversations(count: int = 7) -> list[Conversation]:
-    """Rows of unequal lengths, some of several turns."""
-    found = []
+    """Make rows of unequal lengths, some with several turns."""
+    rows = []
     for i in range(count):
         messages = [Message("user", f"Question {i}?"), Message("assistant", REPLIES[i % len(REPLIES)])]
         if i % 3 == 1:
             messages += [Message("user", "And then?"), Message("assistant", REPLIES[(i + 2) % len(REPLIES)])]
         if i % 3 == 2:
             messages.insert(0, Message("system", "You keep a lighthouse."))
-        found.append(Conversation(tuple(messages), RowRef("rows", i + 1)))
-    return found
+        rows.append(Conversation(tuple(messages), RowRef("rows", i + 1)))
+    return rows
 
 
 def encoder(tokenizer: Tokenizer, **kwargs: Any) -> Encoder:
@@ -58,7 +57,7 @@ def examples(tokenizer: Tokenizer, count: int = 7) -> list[Example]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Data files read whole."""
+    """The content of data files, and the report of reading them."""
 
     conversations: list[Conversation]
     report: DataReport
@@ -70,7 +69,7 @@ def load(*paths: Path, **options: Any) -> Loaded:
 
 
 def with_adapter(model: Any, seed: int = 1, **lora: Any) -> dict[str, LoraLinear]:
-    """Attach a random *non-zero* adapter to every linear layer (B zero would hide most faults)."""
+    """Attach a random *non-zero* adapter to every linear layer (with B zero most faults would go unnoticed)."""
     layers = attach(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **lora}), resolve(model, None), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -80,18 +79,18 @@ def with_adapter(model: Any, seed: int = 1, **lora: Any) -> dict[str, LoraLinear
 
 
 def gradients(layers: dict[str, LoraLinear]) -> dict[str, torch.Tensor]:
-    """Gradients by parameter name, cleared afterwards."""
-    found = {}
+    """Return the gradients by parameter name and clear them."""
+    gradients = {}
     for name, layer in layers.items():
         for part in ("lora_A", "lora_B"):
             parameter = getattr(layer, part)
-            found[f"{name}.{part}"] = parameter.grad.clone()
+            gradients[f"{name}.{part}"] = parameter.grad.clone()
             parameter.grad = None
-    return found
+    return gradients
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Norm of the difference over the norm."""
+    """Norm of the difference, divided by the norm of ``b``."""
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
@@ -102,7 +101,7 @@ def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def padded(rows: Sequence[Example], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, attention mask and labels as every other trainer has them: [rows, longest]."""
+    """Return ids, attention mask and labels as in other trainers: [rows, longest] each."""
     longest = max(map(len, rows))
     ids = np.full((len(rows), longest), pad)
     mask = np.zeros((len(rows), longest), dtype=np.int64)
@@ -115,7 +114,7 @@ def padded(rows: Sequence[Example], pad: int = 0) -> tuple[torch.Tensor, torch.T
 
 
 def padded_losses(model: Any, rows: Sequence[Example]) -> torch.Tensor:
-    """Loss of every supervised token, in row order, from a plain padded forward of the stock model."""
+    """Compute the loss of every supervised token, in row order, with a padded forward pass of transformers' model."""
     ids, mask, labels = padded(rows)
     logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
     losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="none")
@@ -123,7 +122,7 @@ def padded_losses(model: Any, rows: Sequence[Example]) -> torch.Tensor:
 
 
 def fails(law: Callable[[], None]) -> bool:
-    """Whether a law is red."""
+    """Whether a law's test fails."""
     try:
         law()
     except AssertionError:

@@ -1,4 +1,4 @@
-"""A server of two tiny runs over one base, in this process, for tests that speak to it over a socket."""
+"""Run a server of tiny runs over one base model in this process, for tests that connect to it over a socket."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Running:
 
 @contextmanager
 def running(paths: list[Path], start: bool = True, **options: Any) -> Iterator[Running]:
-    """start: false leaves the engine standing, so that requests wait."""
+    """Serve runs within the block. start: false to leave the engine stopped, so that requests wait."""
     model, routes, models = open_models(places(paths))
     engine = Engine(model, routes, **options)
     with bound("127.0.0.1", 0) as listener:
@@ -63,12 +63,12 @@ def running(paths: list[Path], start: bool = True, **options: Any) -> Iterator[R
 def wait_for(condition: Any, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
+        assert time.monotonic() < end, f"the condition was not met within {seconds} s"
         time.sleep(0.01)
 
 
 def train(base: Path, output_dir: Path, system: str, seed: int = 0, **settings: Any) -> Path:
-    """A short run, with learning enough to change every reply."""
+    """Train a short run that changes every reply."""
     luthier.train(
         luthier.build(
             {
@@ -91,7 +91,7 @@ def train(base: Path, output_dir: Path, system: str, seed: int = 0, **settings: 
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
-    """Submit and step until all have ended, without a thread; returns each one's tokens."""
+    """Submit requests and step until all have ended, without a thread; return the tokens of each."""
     tokens: list[list[int]] = [[] for _ in requests]
     for request, mine in zip(requests, tokens, strict=True):
         request.on_token = lambda t, mine=mine: mine.append(t.id) or True  # type: ignore[misc]

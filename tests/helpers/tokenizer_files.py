@@ -1,4 +1,4 @@
-"""The tokenizer's files of the five published families, around the tiny vocabularies of ``vocabularies.py``."""
+"""Write the tokenizer files of the five published families, with the tiny vocabularies of ``vocabularies.py``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PHI3_APRIL = (
     "{{'<|user|>' + '\\n' + message['content'] + '<|end|>' + '\\n' + '<|assistant|>' + '\\n'}}"
     "{% elif (message['role'] == 'assistant') %}{{message['content'] + '<|end|>' + '\\n'}}{% endif %}{% endfor %}"
 )
-GLM4 = (  # less the published clause for tools
+GLM4 = (  # without the published part for tools
     "[gMASK]<sop>{% for item in messages %}{% if item['content'] %}<|{{ item['role'] }}|>{{ item['metadata'] }}\n"
     "{{ item['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

@@ -1,4 +1,4 @@
-"""Small vocabularies made with SentencePiece and tiktoken's format, and texts to hold tokenizers against each other."""
+"""Train small vocabularies with SentencePiece and in tiktoken's format; texts to compare tokenizers on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PARTS = [*"ab =-:1。中国人哈é🦙\n▁", "the", "  ", "<sep>", "::", "银�
 
 
 def assigned(c: str) -> bool:
-    """Known to every Unicode table concerned."""
+    """Whether a character is assigned in every Unicode table that the tokenizers use."""
     return unicodedata.category(c) not in ("Cn", "Cs")
 
 
@@ -56,11 +56,11 @@ TEXT = st.lists(st.one_of(st.sampled_from(PARTS), st.characters().filter(assigne
 
 
 def train(**options: Any) -> Any:
-    """The ModelProto of a small SentencePiece BPE model."""
-    written = io.BytesIO()
+    """Train a small SentencePiece BPE model and return its ModelProto."""
+    buffer = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 3),
-        model_writer=written,
+        model_writer=buffer,
         minloglevel=2,
         **{
             "model_type": "bpe",
@@ -77,7 +77,7 @@ def train(**options: Any) -> Any:
             **options,
         },
     )
-    return pb.ModelProto.FromString(written.getvalue())
+    return pb.ModelProto.FromString(buffer.getvalue())
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Tiny vocabularies in the published forms: SentencePiece models, GLM-4's rank file, tokenizer.json.
+"""Make tiny vocabularies in the published formats: SentencePiece models, GLM-4's rank file, tokenizer.json.
 
-Trained once a process on the shipped personas. Ids that the published vocabularies give to markers and line breaks are
-kept where a vocabulary of 704 has room for them.
+Trained once per process on the shipped personas. Markers and line breaks have the ids of the published vocabularies if
+those are below 704.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from luthier import personas
 
-SIZE = 704  # of every config.json; byte-level vocabularies are padded to it, as published ones are
+SIZE = 704  # of every config.json; byte-level vocabularies are padded to it, like the published ones
 
 GLM4_SPECIAL = [
     "<|endoftext|>",
@@ -36,7 +36,7 @@ GLM4_SPECIAL = [
     "<|begin_of_video|>",
     "<|end_of_video|>",
 ]
-# tokenization_chatglm.py of the original repository; its only copy, as the rank file has none
+# from tokenization_chatglm.py of the original repository; the rank file does not contain it
 GLM4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,7 +45,7 @@ GLM4_RANKS = 640  # 256 bytes in GPT-2's order ("\n" is 198) and the merges; the
 
 DEEPSEEK_BOS, DEEPSEEK_EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 DEEPSEEK_RANKS = 640
-DEEPSEEK_OTHER = "øöúÿõ÷ûýÀùÁþü"  # bytes that no UTF-8 text holds: not in the vocabulary, but added, and not special
+DEEPSEEK_OTHER = "øöúÿõ÷ûýÀùÁþü"  # never occur in UTF-8: not in the vocabulary; added, not special
 
 PHI3_BASE = 640  # pieces of tokenizer.model, 32000 as published
 PHI3_ADDED = [
@@ -67,7 +67,7 @@ YI_SPECIAL = ["<|Human|>", "<|Assistant|>", "<|System|>", "<|im_start|>", "<|im_
 
 @cache
 def corpus() -> tuple[str, ...]:
-    """English sentences, and Chinese ones of few different characters, so that a tiny vocabulary holds most of them."""
+    """Return English sentences, and Chinese ones with so few characters that a tiny vocabulary covers most."""
     rows = [json.loads(line) for line in personas.TRAIN.read_text(encoding="utf-8").splitlines()[:60]]
     chinese = [json.loads(line) for line in personas.TEAHOUSE.read_text(encoding="utf-8").splitlines()[:4]]
     return tuple(text for row in rows + chinese * 15 for text in row.values() if text)
@@ -77,7 +77,7 @@ def corpus() -> tuple[str, ...]:
 def _sentencepiece(
     size: int, dummy_prefix: bool, symbols: tuple[str, ...], bos: str = "<s>", eos: str = "</s>"
 ) -> bytes:
-    """A BPE model with byte fallback, no normalisation: <unk> 0, bos 1, eos 2, ``symbols`` from 3, then the bytes."""
+    """Train a BPE model with byte fallback, no normalisation: <unk> 0, bos 1, eos 2, ``symbols`` from 3, then bytes."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()),
@@ -102,7 +102,7 @@ def _sentencepiece(
 
 def yi(dummy_prefix: bool = False) -> bytes:
     """Markers at 3 to 8 and "\\n" at 144 as published. No dummy prefix: the published slow tokenizer gives [7, 144] for
-    "<|im_end|>\\n", where one would give a "▁" between them."""
+    "<|im_end|>\\n", with one there would be a "▁" between them."""
     fill = tuple(f"<|reserved{i:03}|>" for i in range(9, 144))
     return _sentencepiece(SIZE, dummy_prefix, (*YI_SPECIAL, *fill, "\n"), "<|startoftext|>", "<|endoftext|>")
 
@@ -115,12 +115,12 @@ def baichuan2() -> bytes:
 
 
 def llama2() -> bytes:
-    """Phi-3's base: dummy prefix, no symbols of its own."""
+    """The base of Phi-3's vocabulary: dummy prefix, no symbols of its own."""
     return _sentencepiece(PHI3_BASE, True, ())
 
 
 def merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, in the order of the token made: what tokenizer.json holds."""
+    """List the pairs of tokens that merge into another token, in the order of the result, as in tokenizer.json."""
     found = []
     for token, rank in ranks.items():
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -130,8 +130,8 @@ def merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def sentencepiece_json(model: bytes, added: Iterable[AddedToken], prefix: str = "") -> str:
-    """tokenizer.json of a SentencePiece model as the published conversions are: "▁" put before every stretch of text,
-    merges, byte fallback; ``prefix`` (``<s>``) before every sequence."""
+    """tokenizer.json of a SentencePiece model as in the published conversions: "▁" before every piece of text between
+    markers, merges, byte fallback; ``prefix`` (``<s>``) before every sequence."""
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
     normal = {p: i for p, i in vocab.items() if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))}
@@ -148,7 +148,7 @@ def sentencepiece_json(model: bytes, added: Iterable[AddedToken], prefix: str = 
 
 
 def phi3_added() -> list[AddedToken]:
-    """``</s>`` and every chat marker swallow the whitespace after them; <unk>, <s> and <|endoftext|> do not."""
+    """``</s>`` and every chat marker absorb the white space after them; <unk>, <s> and <|endoftext|> do not."""
     base = [AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>")]
     end = AddedToken("</s>", normalized=False, special=False, rstrip=True)
     return [*base, end, *(AddedToken(t, normalized=False, special=True, rstrip=t != PHI3_ADDED[0]) for t in PHI3_ADDED)]
@@ -156,7 +156,7 @@ def phi3_added() -> list[AddedToken]:
 
 @cache
 def _byte_level(size: int, splits: tuple[str, ...], digits: bool, without: str = "") -> str:
-    """A byte-level BPE without added tokens, as tokenizer.json; ``without`` some of the bytes."""
+    """Make a byte-level BPE without added tokens, as tokenizer.json. without: bytes that are left out."""
     tokenizer = Tokenizer(models.BPE())
     cuts: list[Any] = [pre_tokenizers.Split(Regex(s), "isolated") for s in splits]
     cuts += [pre_tokenizers.Digits(individual_digits=True)] if digits else []
@@ -170,7 +170,7 @@ def _byte_level(size: int, splits: tuple[str, ...], digits: bool, without: str =
 
 
 def deepseek() -> str:
-    """tokenizer.json: bos and eos after the ranks, then characters that are added but not special."""
+    """tokenizer.json: bos and eos after the ranks, then added characters that are not special."""
     splits = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"\s+$", "[一-龥ࠀ-一가-퟿]+")
     tokenizer = Tokenizer.from_str(_byte_level(DEEPSEEK_RANKS, splits, digits=True, without=DEEPSEEK_OTHER))
     _add(tokenizer, [AddedToken(t, normalized=True, special=True) for t in (DEEPSEEK_BOS, DEEPSEEK_EOS)])
@@ -183,7 +183,7 @@ def glm4_added() -> list[AddedToken]:
 
 
 def glm4_ranks() -> bytes:
-    """``tokenizer.model``: a line for each token, base64 of its bytes and its rank."""
+    """``tokenizer.model``: one line per token, base64 of its bytes and its rank."""
     vocab = Tokenizer.from_str(_byte_level(GLM4_RANKS, (GLM4_PATTERN,), digits=False)).get_vocab()
     byte_of = {character: byte for byte, character in _characters().items()}
     lines = [
@@ -205,13 +205,13 @@ def glm4_json() -> str:
 
 
 def _characters() -> dict[int, str]:
-    """GPT-2's printable character for each byte: itself where printable, else the next one from U+0100 on."""
+    """Map each byte to GPT-2's printable character: itself if printable, else the next one from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(rest)}}
 
 
 def _add(tokenizer: Tokenizer, tokens: Iterable[AddedToken]) -> None:
-    """Added tokens get the next free ids, in order."""
+    """Add tokens, which get the next free ids in order."""
     for token in tokens:
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])

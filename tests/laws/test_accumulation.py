@@ -1,7 +1,7 @@
-"""Law "accumulation": however a step's rows are cut into micro-batches, loss and gradient are the same.
+"""Law "accumulation": loss and gradient do not depend on how a step's rows are split into micro-batches.
 
-Shown able to fail: averaging the micro-batches' own means (what trainers did for years: rows of unequal lengths
-then weigh unequally) is red.
+The law can fail: it detects an average of the micro-batches' means, a common bug of trainers that gives tokens of
+different rows different weights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def mean_of_means(rows: list[Example], micro: int) -> tuple[float, dict[str, tor
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 7])
-def test_eight_times_one_is_one_times_eight(micro: int, tokenizer: Tokenizer) -> None:
+def test_eight_micro_batches_of_one_equal_one_of_eight(micro: int, tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer, 8)
     assert len({len(r) for r in rows}) > 3
     loss, grads = step(rows, 8)
@@ -66,7 +66,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer: Tokenizer) -> None:
     assert worst(other_grads, grads) < 1e-6
 
 
-def test_the_law_sees_a_mean_of_means(tokenizer: Tokenizer) -> None:
+def test_the_law_detects_a_mean_of_means(tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer, 8)
     loss, grads = step(rows, 8)
     other, other_grads = mean_of_means(rows, 1)

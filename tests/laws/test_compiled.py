@@ -1,10 +1,10 @@
-"""Law "optimised": every switch alone and all of them together train as the plain definition does.
+"""Law "optimised": every optimisation by itself, and all together, train like the plain definition.
 
-The plain side: one row a segment, nothing shared, the reference attention, transformers' own layers and autograd.
+The plain side: one row per segment, no shared prefix, the reference attention, transformers' own layers and autograd.
 First-step loss within 1e-6 relative, gradients within 5e-5 (norm of the difference over norm, per tensor, from a random
 non-zero adapter), losses of 20 steps within 1e-4.
 
-Shown able to fail: a shared prefix whose gradients do not sum, and a mask of another step, are red.
+The law can fail: it detects a shared prefix whose gradients are not summed, and the dropout mask of another step.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def taken(model: Any, layers: dict[str, Any], batch: Batch, kernel: str | None, recompute: bool = False) -> Result:
-    """Loss and gradients of one batch: by transformers' layers with an attention kernel, None: compiled."""
-    given = to_device(batch, "cpu")
+def measured(model: Any, layers: dict[str, Any], batch: Batch, kernel: str | None, recompute: bool = False) -> Result:
+    """Compute loss and gradients of one batch by transformers' layers with ``kernel``; None: compiled layers."""
+    on_device = to_device(batch, "cpu")
     if kernel is None:
-        with compiled_model(model, layers, next(iter(layers.values())).dropout_state, recompute) as found:
-            loss = found.loss_sum(given)
+        with compiled_model(model, layers, next(iter(layers.values())).dropout_state, recompute) as compiled_layers:
+            loss = compiled_layers.loss_sum(on_device)
             loss.backward()
     else:
         with segment_attention(model, kernel):
-            loss = loss_sum(model, given)
+            loss = loss_sum(model, on_device)
             loss.backward()
     return float(loss.detach()), gradients(layers)
 
 
 def plain(arch: str, rows: list[Example], share: bool = False, **lora: Any) -> Result:
-    """The definition; with ``share`` on the same stream, so that dropout's masks are those of the other side."""
+    """Compute the definition. share: on a stream with a shared prefix, so that dropout masks equal the other side's."""
     model = make_model(arch).train()
     layers = with_adapter(model, **lora)
     set_dropout(layers)
-    return taken(model, layers, collate(rows, share), "reference")
+    return measured(model, layers, collate(rows, share), "reference")
 
 
 def compiled(arch: str, rows: list[Example], share: bool, recompute: bool, step: int = 3, **lora: Any) -> Result:
@@ -70,9 +70,9 @@ def compiled(arch: str, rows: list[Example], share: bool, recompute: bool, step:
     layers = with_adapter(model, **lora)
     set_dropout(layers, step)
     weights = {n: p.clone() for n, p in model.named_parameters()}
-    found = taken(model, layers, collate(rows, share), None, recompute)
+    result = measured(model, layers, collate(rows, share), None, recompute)
     assert all(torch.equal(weights[n], p) and p.is_contiguous() for n, p in model.named_parameters())
-    return found
+    return result
 
 
 def set_dropout(layers: dict[str, Any], step: int = 3) -> None:
@@ -80,9 +80,9 @@ def set_dropout(layers: dict[str, Any], step: int = 3) -> None:
     state.seed, state.step = 7, step
 
 
-def equal(found: Result, expected: Result) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=1e-6)
-    assert worst(found[1], expected[1]) < 5e-5
+def equal(result: Result, expected: Result) -> None:
+    assert result[0] == pytest.approx(expected[0], rel=1e-6)
+    assert worst(result[1], expected[1]) < 5e-5
 
 
 @needs_compiler
@@ -97,7 +97,7 @@ def test_compiled_layers_equal_the_definition(arch: str, share: bool, recompute:
 
 
 @needs_compiler
-def test_the_law_sees_another_steps_mask(tokenizer: Tokenizer) -> None:
+def test_the_law_detects_another_steps_mask(tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer, 4)
     expected = plain("llama", rows, lora_dropout=0.3)
     assert fails(lambda: equal(compiled("llama", rows, False, False, step=4, lora_dropout=0.3), expected))
@@ -113,21 +113,21 @@ def test_compiled_layers_equal_the_definition_on_some_modules(targets: tuple[str
         torch.manual_seed(1)
         for layer in layers.values():
             torch.nn.init.normal_(layer.lora_B, 0, 0.1)
-        results.append(taken(model, layers, collate(rows, kernel is None), kernel))
+        results.append(measured(model, layers, collate(rows, kernel is None), kernel))
     equal(results[1], results[0])
 
 
 @needs_compiler
-def test_memory_taken_for_a_small_batch_does_for_a_large_one(tokenizer: Tokenizer) -> None:
+def test_memory_grows_from_a_small_batch_to_a_large_one(tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer, 8)
     for recompute in (False, True):
         model = make_model("llama").train()
         layers = with_adapter(model)
-        with compiled_model(model, layers, DropoutState(), recompute) as found:
+        with compiled_model(model, layers, DropoutState(), recompute) as compiled_layers:
             for part in (rows[:2], rows):
                 for layer in layers.values():
                     layer.lora_A.grad = layer.lora_B.grad = None
-                loss = found.loss_sum(to_device(collate(part), "cpu"))
+                loss = compiled_layers.loss_sum(to_device(collate(part), "cpu"))
                 loss.backward()
         equal((float(loss.detach()), gradients(layers)), plain("llama", rows))
 
@@ -135,26 +135,26 @@ def test_memory_taken_for_a_small_batch_does_for_a_large_one(tokenizer: Tokenize
 @needs_compiler
 @pytest.mark.parametrize(("r", "heads"), [(400, 4), (4, 72)])
 def test_large_ranks_and_many_heads_over_one_key(r: int, heads: int, tokenizer: Tokenizer) -> None:
-    """Scratch memory has no size of its own: ranks of 1200 on one input, 72 query heads a key head."""
+    """Scratch memory has no fixed size: ranks of 1200 on one input, 72 query heads per key head."""
     rows, results = examples(tokenizer, 3), []
     sizes = {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": 1}
     for kernel in ("reference", None):
         model = make_model("llama", **sizes).train()
-        results.append(taken(model, with_adapter(model, r=r), collate(rows), kernel))
+        results.append(measured(model, with_adapter(model, r=r), collate(rows), kernel))
     equal(results[1], results[0])
 
 
 @needs_compiler
 @pytest.mark.parametrize("recompute", [False, True])
-def test_what_they_keep_is_what_the_estimate_counts(recompute: bool, tokenizer: Tokenizer) -> None:
+def test_saved_memory_equals_the_estimate(recompute: bool, tokenizer: Tokenizer) -> None:
     model = make_model("llama").train()
     layers = with_adapter(model)
     batch = to_device(collate(examples(tokenizer, 8)), "cpu")
-    with compiled_model(model, layers, DropoutState(), recompute) as found:
-        found.loss_sum(batch).backward()
-        held = found.bytes_held()
+    with compiled_model(model, layers, DropoutState(), recompute) as compiled_layers:
+        compiled_layers.loss_sum(batch).backward()
+        held = compiled_layers.bytes_held()
     tokens, targets = batch.input_ids.shape[1], len(batch.target_ids)
-    counted = memory_model.compiled_kept(model, tokens, recompute, 4) + memory_model.compiled_logits(
+    counted = memory_model.compiled_activations(model, tokens, recompute, 4) + memory_model.compiled_logits(
         model.config.vocab_size, targets, 4
     )
     assert counted == pytest.approx(held, rel=0.25)
@@ -162,16 +162,16 @@ def test_what_they_keep_is_what_the_estimate_counts(recompute: bool, tokenizer: 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("kernel", ["padded", "looped", "reference"])
-def test_a_shared_prefix_equals_none(arch: str, kernel: str, tokenizer: Tokenizer) -> None:
+def test_a_shared_prefix_changes_nothing(arch: str, kernel: str, tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer, 8)
     model = make_model(arch).train()
     layers = with_adapter(model)
     batch = collate(rows, share=True)
     assert len(batch.input_ids) < len(collate(rows).input_ids) - 50
-    equal(taken(model, layers, batch, kernel), plain(arch, rows))
+    equal(measured(model, layers, batch, kernel), plain(arch, rows))
 
 
-def test_the_law_sees_a_prefix_whose_gradients_do_not_sum(tokenizer: Tokenizer) -> None:
+def test_the_law_detects_a_prefix_whose_gradients_are_not_summed(tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer, 8)
     expected = plain("llama", rows)
     model = make_model("llama").train()
@@ -185,8 +185,8 @@ def test_the_law_sees_a_prefix_whose_gradients_do_not_sum(tokenizer: Tokenizer) 
 
     for name in ("k_proj", "v_proj"):
         model.model.layers[1].self_attn.get_submodule(name).register_forward_hook(cut)
-    found = taken(model, layers, batch, "reference")
-    assert fails(lambda: equal(found, expected))
+    broken = measured(model, layers, batch, "reference")
+    assert fails(lambda: equal(broken, expected))
 
 
 SWITCHES = [
@@ -215,37 +215,40 @@ def twenty_losses(rows: Sequence[Example], **switches: Any) -> list[float]:
     return loop.train(model, layers, rows, TrainConfig(**{**OFF, **switches})).losses
 
 
-def test_twenty_steps_with_each_switch_and_all(tokenizer: Tokenizer) -> None:
+def test_twenty_steps_with_each_optimisation_and_with_all(tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer, 7)
     expected = twenty_losses(rows)
     for switches in SWITCHES:
-        found = twenty_losses(rows, **switches)
-        assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-4, switches
+        losses = twenty_losses(rows, **switches)
+        assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-4, switches
 
 
 @needs_compiler
-def test_bf16_gradients_are_as_near_to_fp32_as_the_plain_ones(tokenizer: Tokenizer) -> None:
+def test_bf16_gradients_are_as_close_to_fp32_as_the_plain_ones(tokenizer: Tokenizer) -> None:
     rows = examples(tokenizer, 8)
     truth = plain("llama", rows)
     gaps = []
     for kernel in ("reference", None):
         model = make_model("llama").to(torch.bfloat16).train()
-        loss, found = taken(model, with_adapter(model), collate(rows), kernel)
-        gaps.append(np.mean([distance(found[n], truth[1][n]) for n in truth[1]]))
+        loss, gradients = measured(model, with_adapter(model), collate(rows), kernel)
+        gaps.append(np.mean([distance(gradients[n], truth[1][n]) for n in truth[1]]))
         assert loss == pytest.approx(truth[0], rel=5e-3)
     assert gaps[1] < 1.2 * gaps[0]
 
 
 def within_the_band(run: Callable[..., list[float]]) -> None:
-    """run(seed, optimised) -> losses of the same rows in the same order; the seed is the adapter's alone.
+    """Check that the optimisations change losses less than the choice among three seeds does.
 
-    Over the steps, optimised or not makes a smaller difference than which of three seeds the plain run was given.
+    run(seed, optimised) -> losses, always of the same rows in the same order; the seed is that of the adapter only.
     """
     plain_runs = np.array([run(seed, False) for seed in (0, 1, 2)])
-    found = np.array([run(seed, True) for seed in (0, 1, 2)])
-    spread, away = np.ptp(plain_runs, axis=0), np.abs(found - plain_runs)
-    print(f"spread of three seeds {spread.round(4).tolist()}, away from the plain run {away.max(0).round(4).tolist()}")
-    assert (away.mean(1) < spread.mean()).all()
+    optimised_runs = np.array([run(seed, True) for seed in (0, 1, 2)])
+    spread, differences = np.ptp(plain_runs, axis=0), np.abs(optimised_runs - plain_runs)
+    print(
+        f"spread of three seeds {spread.round(4).tolist()}, "
+        f"differences from the plain run {differences.max(0).round(4).tolist()}"
+    )
+    assert (differences.mean(1) < spread.mean()).all()
 
 
 @needs_compiler
@@ -274,10 +277,10 @@ def test_twenty_steps_of_smollm2_in_bf16_stay_within_the_noise_of_three_seeds(sm
     within_the_band(run)
 
 
-# --- the pieces -------------------------------------------------------------------------------------------------------
+# --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def test_the_mask_is_the_definitions_whoever_makes_it() -> None:
+def test_every_implementation_makes_the_defined_mask() -> None:
     x = torch.randn(37, 48)
     for p, key in ((0.1, 5), (0.5, 2**31 + 9), (0.9, 2**32 - 1)):
         expected = torch.where(dropout.keep(key, 37, 48, p), x / (1 - p), torch.zeros(()))
@@ -289,36 +292,42 @@ def test_the_mask_is_the_definitions_whoever_makes_it() -> None:
     assert len(keys) == 6**4
 
 
-def test_a_model_that_cannot_be_compiled_says_why(tokenizer: Tokenizer) -> None:
+def test_the_reason_why_a_model_is_not_supported_is_reported(tokenizer: Tokenizer) -> None:
     model = make_model("gemma2")
     layers = with_adapter(model)
     assert "not Gemma2DecoderLayer" in str(unsuitable(model, layers))
-    said: list[str] = []
+    messages: list[str] = []
     config = TrainConfig(max_steps=1)
-    loop.train(model, layers, examples(tokenizer, 2), config, loop.Session(say=said.append))
-    assert len(said) == 1 and "training is slower" in said[0]
-    with pytest.raises(ConfigError, match=r"train\.fused: they know the layers of"):
+    loop.train(model, layers, examples(tokenizer, 2), config, loop.Session(notify=messages.append))
+    assert len(messages) == 1 and "training is slower" in messages[0]
+    with pytest.raises(ConfigError, match=r"train\.fused: they support the layers of"):
         loop.train(model, layers, examples(tokenizer, 2), config.model_copy(update={"fused": True}))
 
 
-def test_without_a_compiler_training_goes_on(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+def test_training_continues_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler" in str(native.obstacle(torch.float32))
     model = make_model("llama")
     layers = with_adapter(model)
     with pytest.raises(Unsuitable, match="no C\\+\\+ compiler"):
         compiled_model(model, layers, DropoutState(), False).__enter__()
-    said: list[str] = []
-    loop.train(model, layers, examples(tokenizer, 2), TrainConfig(max_steps=1), loop.Session(say=said.append))
-    assert len(said) == 1 and "g++" in said[0]
+    messages: list[str] = []
+    loop.train(model, layers, examples(tokenizer, 2), TrainConfig(max_steps=1), loop.Session(notify=messages.append))
+    assert len(messages) == 1 and "g++" in messages[0]
 
 
 @needs_compiler
-def test_the_first_compilation_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_the_first_compilation_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = make_model("llama")
-    said: list[str] = []
+    messages: list[str] = []
     loop.train(
-        model, with_adapter(model), examples(tokenizer, 2), TrainConfig(max_steps=1), loop.Session(say=said.append)
+        model,
+        with_adapter(model),
+        examples(tokenizer, 2),
+        TrainConfig(max_steps=1),
+        loop.Session(notify=messages.append),
     )
-    assert said == ["compiling the training step for this processor, once (about 10 s)"]
+    assert messages == ["compiling the training step for this processor, once (about 10 s)"]

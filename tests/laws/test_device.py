@@ -1,9 +1,9 @@
-"""A training step runs on the meta device: nothing is made on a hard-coded device, no step needs a device value.
+"""A training step runs on the meta device: it creates no tensor on a hard-coded device and reads no device value.
 
-Meta tensors have no values, so a step that reads one (``.item()``, ``if tensor``, a mask made of ids) raises here; and
-mixing in a CPU tensor raises too. What passes is served by the same code on a GPU.
+Meta tensors have no values, so a step that reads one (``.item()``, ``if tensor``, a mask computed from ids) raises,
+and so does a step that mixes in a CPU tensor. Code that passes also runs on a GPU.
 
-Shown able to fail: an attention function that makes an index on the CPU raises, and so does a step that asks whether
+The law can fail: an attention function that makes an index on the CPU raises, and so does a step that checks whether
 the loss is finite.
 """
 
@@ -64,20 +64,20 @@ def test_with_recomputation_too(tokenizer: Tokenizer) -> None:
     assert step("llama", tokenizer, recompute=True)[0].is_meta
 
 
-def test_it_sees_a_tensor_on_a_fixed_device(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_law_detects_a_tensor_on_a_fixed_device(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_causal", lambda length, *_: torch.zeros(length, length))
     with pytest.raises(RuntimeError, match="device"):
         step("llama", tokenizer, "padded")
 
 
-def test_it_sees_a_step_that_reads_a_value(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_law_detects_a_step_that_reads_a_value(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     update = Optimizer.update
 
-    def curious(self: Optimizer, lr: float) -> torch.Tensor:
+    def reading(self: Optimizer, lr: float) -> torch.Tensor:
         norm = update(self, lr)
         assert bool(torch.isfinite(norm))
         return norm
 
-    monkeypatch.setattr(Optimizer, "update", curious)
+    monkeypatch.setattr(Optimizer, "update", reading)
     with pytest.raises(RuntimeError, match="item.. cannot be called on meta tensors"):
         step("llama", tokenizer)

@@ -1,6 +1,6 @@
-"""Law "family": a published checkpoint, loaded, computes what its own publication says, and goes back unchanged.
+"""Law "family": a loaded checkpoint computes what its publication defines, and is written back unchanged.
 
-Shown able to fail: the wrong rotary base, un-normalised rows, and a shifted cut of a fused matrix each break it.
+The law can fail: it detects a wrong rotary base, rows that are not normalised, and a fused matrix split at a wrong row.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ORIGINAL = {"baichuan2": baichuan2_logits, "glm4": glm4_logits}
 def logits(path: Path, **kwargs: Any) -> Tensor:
     model = load_weights(path, torch.float32, config=read_config(path, **kwargs))
     with torch.no_grad():
-        found: Tensor = model(IDS).logits
-    return found
+        output: Tensor = model(IDS).logits
+    return output
 
 
 @pytest.mark.parametrize("name", ORIGINAL)
@@ -58,13 +58,13 @@ def test_native_checkpoints_load_as_transformers_loads_them(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("weights", ["bin", "bin-shards", "safetensors"])
-def test_every_container_holds_the_same_model(weights: Any, tmp_path: Path) -> None:
+def test_every_file_format_gives_the_same_model(weights: Any, tmp_path: Path) -> None:
     path = published.baichuan2(tmp_path / weights, weights)
     assert torch.equal(logits(path), logits(published.baichuan2(tmp_path / "plain", "safetensors")))
 
 
 def both_layouts(path: Path, folder: Path, with_updates: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What ``luthier merge`` writes in the native layout, and in the base's own."""
+    """Merge and return the tensors in the native layout, and in the base's own."""
     model = load_weights(path, torch.float32)
     layers = with_adapter(model)
     config = LoraConfig.model_validate({"r": 4, "lora_alpha": 8})
@@ -77,7 +77,7 @@ def both_layouts(path: Path, folder: Path, with_updates: bool) -> tuple[dict[str
 
 
 @pytest.mark.parametrize("name", ORIGINAL)
-def test_there_and_back_is_the_same_checkpoint(name: str, tmp_path: Path) -> None:
+def test_converting_there_and_back_gives_the_same_checkpoint(name: str, tmp_path: Path) -> None:
     path = PUBLISHED[name](tmp_path / "base")
     before = read_tensors(path)
     _, original = both_layouts(path, tmp_path / "adapter", with_updates=False)
@@ -101,7 +101,7 @@ def test_a_merged_checkpoint_is_the_same_model_in_both_layouts(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ORIGINAL)
-def test_the_law_sees_a_lost_fact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_law_detects_a_lost_setting(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = PUBLISHED[name](tmp_path)
     expected = ORIGINAL[name](read_tensors(path), published.read_config(path), IDS)
     if name == "glm4":
@@ -113,7 +113,7 @@ def test_the_law_sees_a_lost_fact(name: str, tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", ORIGINAL)
 def test_adapters_of_the_original_modules_are_the_same_update(name: str, tmp_path: Path) -> None:
-    """Rank r on a fused matrix cut by rows, and three updates stacked to rank 3r: the same weights, both ways."""
+    """A rank-r update of a fused matrix, split by rows, and three updates stacked to rank 3r give the same weights."""
     path = PUBLISHED[name](tmp_path)
     config = read_config(path)
     modules = family_of(path).modules(config)
@@ -137,7 +137,7 @@ def test_adapters_of_the_original_modules_are_the_same_update(name: str, tmp_pat
         assert scale == pytest.approx(2.0)
 
 
-def test_the_hf_checkpoint_keeps_its_published_base_and_says_so(tmp_path: Path) -> None:
+def test_the_hf_checkpoint_keeps_its_published_base_and_reports_it(tmp_path: Path) -> None:
     path = published.glm4_hf(tmp_path)
     config = read_config(path)
     assert config.rope_parameters["rope_theta"] == 10000.0
@@ -148,7 +148,7 @@ def test_the_hf_checkpoint_keeps_its_published_base_and_says_so(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_load_model_gives_what_training_uses(name: str, tmp_path: Path) -> None:
+def test_load_model_returns_the_model_that_training_uses(name: str, tmp_path: Path) -> None:
     path = PUBLISHED[name](tmp_path)
     model, _ = luthier.load_model(path)
     assert model.dtype is torch.float32

@@ -1,7 +1,7 @@
-"""Law: read from its published configuration, each family has its published size, and an adapter on every linear layer
-of its blocks has the published number of parameters. On the meta device: no weight is made.
+"""Law: built from its published configuration, each family has its published size, and an adapter on every linear layer
+has the published number of parameters. Models are on the meta device, without weights.
 
-The totals are those that public training runs of the real checkpoints printed, or arithmetic on their shapes.
+The totals come from logs of public training runs of the real checkpoints, or from their shapes.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ FAMILIES = {
     "glm-4-9b-chat-hf": ("glm", 9_399_951_360, 23_797_760),
     "deepseek-llm-7b-chat": ("llama", 6_910_365_696, 18_739_200),
 }
-# what an adapter has in the published layout, where queries, keys and values are one layer
+# adapter parameters in the published layout, in which q, k and v are one layer
 FUSED = {"baichuan2-7b-chat": 17_891_328, "glm-4-9b-chat": 21_176_320}
-# what the lists of names in the tutorials reach, some of which name no layer
+# adapter parameters for the target names in the tutorials, some of which match no layer
 PARTIAL = {
     "yi-6b-chat": (("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 16_056_320),
     "phi-3-mini-4k-instruct": (("o_proj", "down_proj"), 4_456_448),
@@ -43,7 +43,7 @@ PARTIAL = {
 
 @pytest.fixture
 def full_size(tmp_path: Path) -> Callable[[str], Any]:
-    """``full_size("yi-6b-chat")``: the native model of that published config.json, on the meta device."""
+    """Return a function that builds the native model of a published config.json on the meta device."""
 
     def build(name: str) -> Any:
         shutil.copy(CONFIGS / f"{name}.json", tmp_path / "config.json")
@@ -68,14 +68,14 @@ def test_published_sizes(full_size: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", FUSED)
 def test_sizes_in_the_fused_layout(full_size: Any, name: str, tmp_path: Path) -> None:
-    """Counted over the published modules: rank times inputs and rows, whatever native modules the rows become."""
+    """Count over the published modules: rank times (inputs + rows), however the rows are split into native modules."""
     native = dict(full_size(name).named_modules())
     modules = family_of(tmp_path).modules(read_config(tmp_path))
-    found = 0
+    parameters = 0
     for parts in modules.values():
         rows = sum(count or native[part].out_features for part, count in parts)
-        found += RANK * (native[parts[0][0]].in_features + rows)
-    assert found == FUSED[name]
+        parameters += RANK * (native[parts[0][0]].in_features + rows)
+    assert parameters == FUSED[name]
 
 
 @pytest.mark.parametrize("name", PARTIAL)
@@ -86,7 +86,7 @@ def test_sizes_of_partial_targets(full_size: Any, name: str) -> None:
 
 
 def test_rope_of_the_converted_families(full_size: Any) -> None:
-    """Baichuan2's base is in its code alone; GLM-4's is 10000 times the ratio that its own conversion lost."""
+    """Baichuan2's base is in its code only; GLM-4's is 10000 times a ratio that the published conversion lacks."""
     assert full_size("baichuan2-7b-chat").config.rope_parameters["rope_theta"] == 1e4
     glm = full_size("glm-4-9b-chat").config.rope_parameters
     assert (glm["rope_theta"], glm["partial_rotary_factor"]) == (5e6, 0.5)

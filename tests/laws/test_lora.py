@@ -1,6 +1,6 @@
-"""Law "LoRA": nothing changes at the start; merged = unmerged; the merge changed something.
+"""Law "LoRA": a new adapter changes nothing; a merged model equals base plus adapter, and differs from the base.
 
-Shown able to fail: a random B makes the first part red, a scaling of 1 (alpha ignored) makes the merge differ.
+The law can fail: it detects a random B at the start, and a merge that ignores alpha.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def test_logits_are_unchanged_at_the_start(arch: str) -> None:
     unchanged_at_start(make_model(arch))
 
 
-def test_the_law_sees_a_b_that_is_not_zero() -> None:
+def test_the_law_detects_a_b_that_is_not_zero() -> None:
     assert fails(lambda: unchanged_at_start(make_model("llama"), spoil=True))
 
 
 def merged_equals_unmerged(base: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tensors that ``luthier merge`` writes compute what base and adapter compute; returns both logits."""
+    """Check that merged tensors compute the same as base and adapter; return both logits."""
     tuned = locate_tuned(None, base, adapter)
     chat_format = tuned.chat_format()
     plain, unmerged = load_weights(base, torch.float32), load_weights(base, torch.float32)
@@ -67,7 +67,7 @@ def merged_equals_unmerged(base: Path, adapter: Path) -> tuple[torch.Tensor, tor
 
 @pytest.fixture
 def saved(model_dir: Callable[[str], Path], tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
-    """``saved("llama")``: a base model's directory and an adapter's for it, random and not zero."""
+    """Return a function that makes the directories of a base model and of a random, non-zero adapter for it."""
 
     def save(arch: str) -> tuple[Path, Path]:
         base = model_dir(arch)
@@ -88,14 +88,14 @@ def test_merged_equals_unmerged_and_changed_something(arch: str, saved: Callable
     assert float((merged - plain).abs().max()) > 0.1
 
 
-def test_detach_gives_the_base_back() -> None:
+def test_detach_restores_the_base() -> None:
     model = make_model("llama")
     plain = logits(model)
     detach(model, with_adapter(model))
     assert torch.equal(plain, logits(model))
 
 
-def test_the_law_sees_an_ignored_alpha(
+def test_the_law_detects_an_ignored_alpha(
     saved: Callable[[str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = saved("llama")
@@ -103,7 +103,7 @@ def test_the_law_sees_an_ignored_alpha(
     assert fails(lambda: merged_equals_unmerged(base, adapter))
 
 
-def test_only_the_adapter_trains_and_the_head_is_left_alone() -> None:
+def test_only_the_adapter_is_trained_and_the_head_has_none() -> None:
     model = make_model("qwen2")
     layers = attach(model, LoraConfig(r=4), resolve(model, None), seed=0)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}

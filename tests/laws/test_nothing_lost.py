@@ -1,7 +1,7 @@
-"""Law "nothing lost": every example exactly once an epoch, and supervised tokens in = supervised tokens in batches.
+"""Law "nothing lost": every row is trained once per epoch, and batches contain every supervised token of their rows.
 
-Shown able to fail: a plan that leaves out an epoch's last, smaller step (``drop_last``) is red, and so is a collate
-that forgets each row's stop token.
+The law can fail: it detects a plan that omits the last, smaller step of an epoch (``drop_last``), and a collate
+function that loses each row's stop token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def visits(plan: Plan, epoch: int) -> Counter[int]:
     return Counter(i for s in range(first, first + plan.steps_per_epoch) for rows in plan.step(s) for i in rows)
 
 
-def once_an_epoch(plan: Plan, epoch: int = 0) -> None:
+def once_per_epoch(plan: Plan, epoch: int = 0) -> None:
     assert visits(plan, epoch) == Counter(range(plan.rows))
 
 
@@ -42,21 +42,21 @@ def tokens_kept(rows: Sequence[Example], pack: Callable[[Sequence[Example]], Bat
 @given(
     rows=st.integers(1, 200), micro=st.integers(1, 9), accumulation=st.integers(1, 5), seed=st.integers(0, 2**32 - 1)
 )
-def test_every_row_exactly_once_an_epoch(rows: int, micro: int, accumulation: int, seed: int) -> None:
+def test_every_row_is_trained_exactly_once_per_epoch(rows: int, micro: int, accumulation: int, seed: int) -> None:
     plan = Plan(rows, micro, accumulation, seed, epochs=2)
     for epoch in range(3):
-        once_an_epoch(plan, epoch)
+        once_per_epoch(plan, epoch)
     assert all(len(m) <= micro for s in range(plan.steps) for m in plan.step(s))
 
 
-def test_epochs_differ_and_the_seed_decides(tokenizer: Tokenizer) -> None:
+def test_the_order_depends_on_epoch_and_seed(tokenizer: Tokenizer) -> None:
     a, b = Plan(50, 4, 1, 7, 2), Plan(50, 4, 1, 8, 2)
     assert [a.step(s) for s in range(5)] == [Plan(50, 4, 1, 7, 9).step(s) for s in range(5)]
     assert a.step(0) != a.step(a.steps_per_epoch)
     assert a.step(0) != b.step(0)
 
 
-def test_supervised_tokens_in_are_supervised_tokens_in_batches(tokenizer: Tokenizer) -> None:
+def test_batches_contain_every_supervised_token(tokenizer: Tokenizer) -> None:
     tokens_kept(examples(tokenizer), collate)
 
 
@@ -75,17 +75,17 @@ def test_every_target_follows_its_position(tokenizer: Tokenizer) -> None:
     assert gathered.tolist() == batch.input_ids.tolist()
 
 
-def test_the_law_sees_drop_last(tokenizer: Tokenizer) -> None:
+def test_the_law_detects_drop_last(tokenizer: Tokenizer) -> None:
     class DropLast(Plan):
         @property
         def steps_per_epoch(self) -> int:
             return self.rows // self.rows_per_step
 
-    assert fails(lambda: once_an_epoch(DropLast(10, 4, 1, 0, 1)))
+    assert fails(lambda: once_per_epoch(DropLast(10, 4, 1, 0, 1)))
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_the_law_sees_a_lost_stop_token(lost: int, tokenizer: Tokenizer) -> None:
+def test_the_law_detects_a_lost_stop_token(lost: int, tokenizer: Tokenizer) -> None:
     def forgetful(rows: Sequence[Example]) -> Batch:
         return collate([Example(e.ids[:-lost], e.trained[:-lost], e.source) for e in rows])
 

@@ -1,7 +1,7 @@
-"""Law "packed = padded": the flat stream gives the loss of plain padding, token by token, for every architecture.
+"""Law "packed = padded": packed rows have the same loss as padded rows, token by token, for every architecture.
 
-Shown able to fail: with one segment in place of many (rows that see their neighbours, as naive packing has it) the
-losses differ and a change in one row changes the next; with positions that run on, the losses differ.
+The law can fail: it detects rows in one segment, which attend to each other as in naive packing, and positions that
+continue from row to row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.helpers.rows import distance, examples, fails, padded_losses, with_ad
 
 @pytest.fixture(autouse=True)
 def documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of FlashAttention's kernel, which needs a GPU: what its documentation says of each argument."""
+    """Replace FlashAttention's kernel, which needs a GPU, with an implementation of its documentation."""
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
 
 
@@ -39,10 +39,10 @@ def losses(model: Any, batch: Batch, kernel: str = "auto") -> torch.Tensor:
 
 def law(model: Any, rows: list[Example], batch: Batch, kernel: str = "auto") -> None:
     expected = padded_losses(model, rows)
-    found = losses(model, batch, kernel)
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) < 1e-5
-    assert abs(float((found - expected).mean())) < 1e-6  # a one-sided drift is a bug
+    packed = losses(model, batch, kernel)
+    assert packed.shape == expected.shape
+    assert float((packed - expected).abs().max()) < 1e-5
+    assert abs(float((packed - expected).mean())) < 1e-6  # a one-sided drift is a bug
 
 
 @pytest.mark.parametrize("kernel", sorted(KERNELS))
@@ -76,14 +76,14 @@ def one_segment(batch: Batch) -> Batch:
 
 
 def naive(batch: Batch) -> Batch:
-    """The rows as one segment, each still counting its own positions."""
+    """Make one segment of all rows; positions still start at 0 in each row."""
     whole = one_segment(batch)
     parts = ("offsets", "parents", "query_index", "key_index", "stream_index")
     return replace(batch, **{part: getattr(whole, part) for part in parts})
 
 
 @torch.no_grad()
-def test_the_law_sees_rows_that_see_their_neighbours(tokenizer: Tokenizer) -> None:
+def test_the_law_detects_rows_that_attend_to_their_neighbours(tokenizer: Tokenizer) -> None:
     model = make_model("llama")
     rows = examples(tokenizer)
     assert fails(lambda: law(model, rows, naive(collate(rows))))
@@ -91,7 +91,7 @@ def test_the_law_sees_rows_that_see_their_neighbours(tokenizer: Tokenizer) -> No
 
 
 @torch.no_grad()
-def test_the_law_sees_positions_that_run_on(tokenizer: Tokenizer) -> None:
+def test_the_law_detects_positions_that_continue(tokenizer: Tokenizer) -> None:
     model = make_model("gemma2")
     rows = examples(tokenizer)
     batch = collate(rows)
@@ -100,7 +100,7 @@ def test_the_law_sees_positions_that_run_on(tokenizer: Tokenizer) -> None:
 
 
 def stream(lengths: list[int], shared: int) -> Segments:
-    """Rows of such lengths whose first ``shared`` tokens are the same, as segments."""
+    """Make segments of rows with these lengths whose first ``shared`` tokens are the same."""
     rows = [np.append(np.arange(shared), 1000 * (i + 1) + np.arange(n - shared)) for i, n in enumerate(lengths)]
     examples = [Example(np.append(row, 0), np.arange(len(row) + 1) > 0, RowRef("", 1)) for row in rows]
     return to_device(collate(examples, share=True), "cpu").segments
@@ -126,13 +126,13 @@ def test_fast_attention_equals_its_definition_forward_and_backward(
         out = kernel(*leaves, segments, 0.3, sliding_window=window, softcap=softcap)
         (out * weight).sum().backward()
         results.append([out.detach(), *(x.grad for x in leaves)])
-    for expected, found in zip(*results, strict=True):
-        assert found.shape == expected.shape
-        assert distance(found, expected) < 1e-6  # scores are softmaxed in fp32 by definition
+    for expected, actual in zip(*results, strict=True):
+        assert actual.shape == expected.shape
+        assert distance(actual, expected) < 1e-6  # scores are softmaxed in fp32 by definition
 
 
 @pytest.mark.parametrize("width", [8, kernels.VARLEN_WIDEST + 8])
-def test_flash_attention_is_taken_where_it_serves(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_is_used_if_available(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -143,8 +143,8 @@ def test_flash_attention_is_taken_where_it_serves(width: int, monkeypatch: pytes
     monkeypatch.setattr(kernels, "serves", lambda *_: True)
     segments = stream([5, 9], 0)
     inputs = [torch.randn(1, heads, 14, width) for heads in (6, 2, 2)]
-    found = KERNELS["auto"](*inputs, segments, 0.3)
-    assert distance(found, KERNELS["reference"](*inputs, segments, 0.3)) < 1e-6
+    out = KERNELS["auto"](*inputs, segments, 0.3)
+    assert distance(out, KERNELS["reference"](*inputs, segments, 0.3)) < 1e-6
     assert bool(called) == (width <= kernels.VARLEN_WIDEST)
     monkeypatch.undo()
     assert not kernels.serves(torch.device("cpu"), torch.bfloat16)

@@ -1,7 +1,7 @@
-"""Law "prompt prefix": the ids of what chat sends are a prefix of the ids that are trained; replies end in a stop id.
+"""Law "prompt prefix": the ids that chat sends are a prefix of the trained ids, and replies end in a stop id.
 
-Shown able to fail: a prompt with one space more, as three of the tutorials have it, is refused; a stop id that the
-generator does not know is refused; and without luthier's own proof the plain law is red for both.
+The law can fail: it detects a prompt with an additional space, as in three of the tutorials, and a stop id that the
+generator does not know. luthier itself refuses both, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 import luthier
 from luthier import personas
 from luthier.config import DataConfig
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport
 from luthier.encoding.encoder import Encoder
 from luthier.errors import TemplateError
 from luthier.inference.generation import Generator, Reply
@@ -35,7 +35,7 @@ from tests.helpers.rows import encode, encoder, fails, load
 
 
 def law(encoder: Encoder, conversation: Conversation, example: Example) -> None:
-    """The definition, in terms of ids only: those that chat and serving send, and those that are trained."""
+    """Check the law on ids only: those that chat and serving send, and those that are trained."""
     chat_format = ChatFormat(PretrainedConfig(), encoder.tokenizer, encoder.template, encoder.stop_ids)  # type: ignore[arg-type]
     ids = example.ids.tolist()
     assert ids[-1] in encoder.stop_ids
@@ -74,10 +74,10 @@ def test_every_prompt_is_a_prefix_and_every_reply_ends_in_a_stop_id(
     template = ChatML() if native else Jinja(tokenizer.render, tokenizer.chat_template or "", ("<|im_end|>",))
     e = encoder(tokenizer, template=template, max_length=4096)
     report = DataReport()
-    found = encode(e, [chat], report)
-    if found:
-        law(e, chat, found[0])
-    else:  # the one way out: a reply whose first characters the tokenizer would join with the prompt, and it is said
+    encoded = encode(e, [chat], report)
+    if encoded:
+        law(e, chat, encoded[0])
+    else:  # the only exception: a reply whose first characters the tokenizer joins with the prompt; this is reported
         assert "joins the start of a reply" in report.problems[0].reason
 
 
@@ -115,9 +115,9 @@ def test_every_family_keeps_the_law(name: str, chat: Conversation, rstrip: bool)
     v, template = tiny(name, rstrip), speaks_to_all(name)
     e = Encoder(template, v, stop_ids(template, v), 4096)
     report = DataReport()
-    found = encode(e, [chat], report)
-    if found:
-        law(e, chat, found[0])
+    encoded = encode(e, [chat], report)
+    if encoded:
+        law(e, chat, encoded[0])
         for span, m in zip(
             (s for s in template.spans(chat.messages) if s.written),
             (m for m in chat.messages if m.role == "assistant"),
@@ -149,7 +149,7 @@ def test_all_of_huanhuan_keeps_the_law_with_real_vocabularies(vocab: str, huanhu
 
 
 def test_multi_turn_text_of_real_rows_keeps_the_law(huanhuan: Path) -> None:
-    """Three rows joined into one conversation of three turns, for every format, system prompt and all."""
+    """Join three rows into one conversation of three turns with a system prompt, for every format."""
     rows = load(huanhuan).conversations[:300]
     system = Message("system", "现在你要扮演皇帝身边的女人--甄嬛")
     for name in FORMS:
@@ -166,22 +166,22 @@ def test_multi_turn_text_of_real_rows_keeps_the_law(huanhuan: Path) -> None:
 def _all(e: Encoder, file: Path) -> int:
     rows = load(file).conversations
     report = DataReport()
-    found = encode(e, rows, report)
-    assert len(found) == len(rows)
+    encoded = encode(e, rows, report)
+    assert len(encoded) == len(rows)
     assert not report.problems
-    for row, example in zip(rows, found, strict=True):
+    for row, example in zip(rows, encoded, strict=True):
         law(e, row, example)
-    return len(found)
+    return len(encoded)
 
 
 class SpacedPrompt(ChatML):
-    """The tutorials' fault: chat sends another prompt than training saw."""
+    """The bug of the tutorials: chat sends a prompt that differs from the trained one."""
 
     def prompt(self, messages: Sequence[Message]) -> str:
         return super().prompt(messages) + " "
 
 
-def test_the_law_sees_a_prompt_with_a_space_more(tokenizer: Tokenizer) -> None:
+def test_the_law_detects_an_additional_space_in_the_prompt(tokenizer: Tokenizer) -> None:
     chat = Conversation((Message("user", "a"), Message("assistant", "b")), RowRef("x", 1))
     right = encoder(tokenizer)
     example = encode(right, [chat], DataReport())[0]
@@ -191,7 +191,7 @@ def test_the_law_sees_a_prompt_with_a_space_more(tokenizer: Tokenizer) -> None:
         encode(wrong, [chat], DataReport())
 
 
-def test_the_law_sees_an_unknown_stop_id(tokenizer: Tokenizer) -> None:
+def test_the_law_detects_an_unknown_stop_id(tokenizer: Tokenizer) -> None:
     chat = Conversation((Message("user", "a"), Message("assistant", "b")), RowRef("x", 1))
     example = encode(encoder(tokenizer), [chat], DataReport())[0]
     wrong = encoder(tokenizer, stop_ids=(0,))
@@ -201,7 +201,7 @@ def test_the_law_sees_an_unknown_stop_id(tokenizer: Tokenizer) -> None:
 
 
 def sent_by_chat(base: Path, turns: Sequence[Message], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The ids that ``luthier chat`` gives to the model for the next reply."""
+    """Return the ids that ``luthier chat`` passes to the model for the next reply."""
     sent: list[list[int]] = []
 
     def caught(self: Generator, prompts: list[list[int]], *_: Any) -> list[Reply]:
@@ -216,7 +216,7 @@ def sent_by_chat(base: Path, turns: Sequence[Message], monkeypatch: pytest.Monke
 
 
 def sent_by_serving(base: Path, turns: Sequence[Message]) -> list[int]:
-    """The ids that ``luthier serve`` gives to the engine for the same turns."""
+    """Return the ids that ``luthier serve`` passes to the engine for the same turns."""
     messages = [{"role": m.role, "content": m.content} for m in turns]
     asked = ChatRequest.model_validate({"model": "base", "messages": messages})
     return app._prompt(asked, Served("base", None, luthier.chat(base).generator))

@@ -1,6 +1,6 @@
-"""Law "quantised": LoRA over a 4-bit base trains as over the same weights dequantised, before and after an evaluation.
+"""Law "quantised": LoRA on a quantised base trains like on the dequantised weights, before and after an evaluation.
 
-Shown able to fail: a weight that is repacked by an evaluation (as bitsandbytes' own layer does) breaks it.
+The law can fail: it detects a weight that an evaluation repacks, as bitsandbytes' own layer does.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def quantised(path: Path, dtype: torch.dtype = torch.float32, how: Quantisation 
 
 
 def dequantised(path: Path, model: Any) -> Any:
-    """The same model in fp32, its linear weights those that the quantised ones stand for."""
+    """Load the same model in fp32 with the dequantised linear weights."""
     plain = load_weights(path, torch.float32)
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
@@ -52,8 +52,8 @@ def step(
     batch = to_device(collate(rows), "cpu")
     model.train()
     if compiled:
-        with compiled_model(model, layers, DropoutState(), recompute) as found:
-            found.loss_sum(batch).backward()
+        with compiled_model(model, layers, DropoutState(), recompute) as compiled_layers:
+            compiled_layers.loss_sum(batch).backward()
         return gradients(layers)
     with segment_attention(model), checkpointing(model, recompute):
         loss_sum(model, batch).backward()
@@ -78,7 +78,7 @@ def law(path: Path, rows: list[Example], how: Quantisation, recompute: bool = Fa
 
 @pytest.mark.parametrize("how", KINDS, ids=str)
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3", "glm"])
-def test_gradients_are_those_over_the_dequantised_weights(
+def test_gradients_equal_those_with_dequantised_weights(
     arch: str, how: Quantisation, model_dir: Callable[[str], Path], tokenizer: Tokenizer
 ) -> None:
     law(model_dir(arch), examples(tokenizer), how)
@@ -91,13 +91,13 @@ def test_with_recomputation_too(model_dir: Callable[[str], Path], tokenizer: Tok
 @pytest.mark.skipif(native.obstacle(torch.float32) is not None, reason="no compiled kernels here")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("how", KINDS, ids=str)
-def test_the_compiled_layers_make_the_same_floats_of_it(
+def test_compiled_layers_dequantise_to_the_same_floats(
     how: Quantisation, recompute: bool, model_dir: Callable[[str], Path], tokenizer: Tokenizer
 ) -> None:
     law(model_dir("qwen2"), examples(tokenizer, 3), how, recompute, compiled=True)
 
 
-def test_bfloat16_is_no_further_off_than_an_unquantised_run(
+def test_bfloat16_is_no_less_accurate_than_an_unquantised_run(
     model_dir: Callable[[str], Path], tokenizer: Tokenizer
 ) -> None:
     path, rows = model_dir("llama"), examples(tokenizer)
@@ -110,7 +110,7 @@ def test_bfloat16_is_no_further_off_than_an_unquantised_run(
     assert ours < 1.3 * theirs
 
 
-def test_the_law_sees_a_weight_that_an_evaluation_repacks(
+def test_the_law_detects_a_weight_that_an_evaluation_repacks(
     model_dir: Callable[[str], Path], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = QuantLinear.forward
@@ -126,33 +126,33 @@ def test_the_law_sees_a_weight_that_an_evaluation_repacks(
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_family_loads_quantised(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After conversion: split and fused tensors alike, embedding on disk, head in 16 bits; the same from the copy."""
+    """With split and fused tensors, the embedding on disk and the head in 16 bits; the cached copy gives the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("luthier.models.quantized_loader._ROWS", 100)
     path = PUBLISHED[name](tmp_path / "model")
     config, ids = read_config(path), torch.randint(0, 600, (2, 12), generator=torch.Generator().manual_seed(1))
-    said: list[str] = []
-    found = []
+    messages: list[str] = []
+    outputs = []
     for cache in (True, True, False):
         model = load_quantised(
-            path, torch.float32, CPU, config, FourOrEight(KINDS[0], torch.float32, cache), said.append
+            path, torch.float32, CPU, config, FourOrEight(KINDS[0], torch.float32, cache), messages.append
         )
         with torch.no_grad():
-            found.append(model(ids).logits)
+            outputs.append(model(ids).logits)
         assert not [n for n, m in model.named_modules() if type(m) is nn.Linear]
         if cache:
             assert type(model.get_input_embeddings()).__name__ == "RowEmbedding"
         assert model.get_output_embeddings().weight.dtype is torch.bfloat16
-    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
-    assert any("quantised before" in s for s in said)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[1], outputs[2])
+    assert any("loading the quantised copy" in s for s in messages)
     with torch.no_grad():
         plain = dequantised(path, model)
         plain.lm_head.weight.data = model.get_output_embeddings().weight.data.float()
-        assert (plain(ids).logits - found[0]).abs().max() < 1e-5
+        assert (plain(ids).logits - outputs[0]).abs().max() < 1e-5
 
 
-def test_quantised_tensors_take_the_bytes_that_are_counted() -> None:
-    # 80 and 30 columns: blocks of 64 run over the ends of rows, and the last one is not full
+def test_quantised_tensors_have_the_counted_bytes() -> None:
+    # 80 and 30 columns: blocks of 64 extend over the ends of rows, and the last block is not full
     for (rows, columns), how in itertools.product(((48, 128), (48, 80), (15, 30)), KINDS):
         weight = torch.randn(rows, columns)
         parts = quantise(weight, how)

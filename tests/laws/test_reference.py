@@ -1,11 +1,11 @@
-"""Law "reference": the same training as ``transformers`` + ``peft`` on the same rows, order and adapter.
+"""Law "reference": luthier trains like ``transformers`` and ``peft`` on the same rows in the same order.
 
-The other side is written with their own parts only: padded batches, their loss, their LoRA, torch's AdamW.
+The reference uses their parts only: padded batches, their loss, their LoRA, torch's AdamW. Both start from one adapter.
 First-step loss within 1e-6 relative, gradients within 5e-5 (norm of the difference over norm, per tensor), losses
 of 20 steps within 1e-4.
 
-Shown able to fail: dividing by the micro-batch's own count of supervised tokens is red, and so is a learning rate
-that is off by a thousandth.
+The law can fail: it detects division by the supervised tokens of a micro-batch instead of the step, and a learning rate
+with an error of 0.1 %.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from luthier.adapters import directory as adapters
 from luthier.batching.collate import collate, to_device
 from luthier.batching.plan import Plan
 from luthier.config import LoraConfig, TrainConfig
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport
 from luthier.encoding.encoder import Encoder
 from luthier.lora.layers import LoraLinear, resolve
 from luthier.models.chat_format import load_chat_format
@@ -47,7 +47,7 @@ FACTS = adapters.Facts(None, {"name": "chatml"}, "", (2,), Fingerprint({}, ""), 
 
 @dataclass
 class Pair:
-    """One base model and adapter, twice: ours, and theirs."""
+    """One base model and adapter, loaded twice: in luthier, and in transformers and peft."""
 
     ours: Any
     layers: dict[str, LoraLinear]
@@ -69,12 +69,12 @@ def their_loss(model: Any, rows: Sequence[Example], supervised: int) -> torch.Te
 
 
 def their_gradients(model: Any) -> dict[str, torch.Tensor]:
-    found = {}
+    by_name = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
             module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-            found[f"{module}.lora_{rest[0]}"] = p.grad.clone()
-    return found
+            by_name[f"{module}.lora_{rest[0]}"] = p.grad.clone()
+    return by_name
 
 
 def first_step(both: Pair, rows: list[Example], own_count: bool = False) -> None:
@@ -130,23 +130,23 @@ def test_twenty_steps_equal_transformers_and_peft(scheduler: Any, tmp_path: Path
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_the_law_sees_a_micro_batchs_own_count(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_the_law_detects_division_by_a_micro_batchs_count(tmp_path: Path, tokenizer: Tokenizer) -> None:
     both = pair(lambda: make_model("llama"), tmp_path)
     assert fails(lambda: first_step(both, examples(tokenizer, 8), own_count=True))
 
 
-def test_the_law_sees_a_wrong_learning_rate(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_the_law_detects_a_wrong_learning_rate(tmp_path: Path, tokenizer: Tokenizer) -> None:
     both = pair(lambda: make_model("llama"), tmp_path)
     assert fails(lambda: twenty_steps(both, examples(tokenizer, 7), TRAIN, rate_error=1.001) and None)
 
 
 @pytest.fixture
 def embedded(smollm2: Path, tmp_path: Path) -> tuple[Pair, list[Example]]:
-    """The embedded model in fp32, twice, and the shortest rows of the shipped persona."""
+    """Load the embedded model in fp32 twice, and the shortest rows of the shipped persona."""
     v = load_chat_format(smollm2)
     rows = load(personas.TRAIN).conversations[:24]
-    found = encode(Encoder(v.template, v.tokenizer, v.stop_ids, 512), rows, DataReport())
-    return pair(lambda: load_weights(smollm2, torch.float32), tmp_path), sorted(found, key=len)
+    encoded = encode(Encoder(v.template, v.tokenizer, v.stop_ids, 512), rows, DataReport())
+    return pair(lambda: load_weights(smollm2, torch.float32), tmp_path), sorted(encoded, key=len)
 
 
 @pytest.mark.smollm2

@@ -1,10 +1,10 @@
-"""Law "resume": killed at any moment and started again = never killed, bit for bit.
+"""Law "resume": a run that is killed at any moment and resumed gives the same bytes as an uninterrupted run.
 
-A child process trains a tiny model with dropout and is killed with SIGKILL at chosen steps and file operations, with
-half-written files where a crash would leave them (``tests/helpers/killing.py``); the same run is started until it
-finishes. The adapter file must be the same bytes.
+A child process trains a tiny model with dropout and is killed with SIGKILL at chosen steps and file operations, leaving
+half-written files like a crash (``tests/helpers/killing.py``); the run is started again until it finishes. The adapter
+file must have the same bytes.
 
-Shown able to fail: a checkpoint that forgets one of AdamW's moments, and one that is off by a step, give other bytes.
+The law can fail: it detects a checkpoint that lacks one of AdamW's moments, and one that is off by a step.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def adapter(run: Path) -> bytes:
 
 
 def losses(run: Path) -> list[float]:
-    found: list[float] = json.loads((run / "summary.json").read_text())["losses"]
-    return found
+    values: list[float] = json.loads((run / "summary.json").read_text())["losses"]
+    return values
 
 
 def stop_after(count: int) -> Callable[[], bool]:
@@ -68,11 +68,11 @@ def stop_after(count: int) -> Callable[[], bool]:
     return lambda: next(seen) >= count
 
 
-def interrupted(made: RunConfig, every: int) -> None:
-    """Run to the end in sessions of ``every`` steps."""
+def interrupted(run_config: RunConfig, every: int) -> None:
+    """Run to the end in sessions of ``every`` steps each."""
     for _ in range(100):
         try:
-            luthier.train(made, stop=stop_after(every))
+            luthier.train(run_config, stop=stop_after(every))
         except Stopped:
             continue
         return
@@ -86,14 +86,16 @@ def model(model_dir: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was never interrupted."""
+    """Make a run without interruption."""
     run = tmp_path_factory.mktemp("whole") / "run"
     luthier.train(config(model, run))
     return run
 
 
 @pytest.mark.parametrize("every", [1, 5])
-def test_stopped_and_resumed_is_never_stopped(every: int, model: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
+    every: int, model: Path, whole: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     interrupted(config(model, run), every)
     assert adapter(run) == adapter(whole)
@@ -103,9 +105,9 @@ def test_stopped_and_resumed_is_never_stopped(every: int, model: Path, whole: Pa
     assert [x["loss"] for x in lines] == losses(whole)
 
 
-def yaml(tmp_path: Path, made: RunConfig) -> Path:
+def yaml(tmp_path: Path, run_config: RunConfig) -> Path:
     file = tmp_path / "config.yaml"
-    file.write_text(json.dumps(made.dump()))
+    file.write_text(json.dumps(run_config.dump()))
     return file
 
 
@@ -113,8 +115,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="sessions are forked 
 
 
 @linux
-def test_killed_ten_times_is_never_killed(model: Path, tmp_path: Path) -> None:
-    """One run, killed ever later in its sessions: in steps, in saves, and in what comes after the last step."""
+def test_a_run_killed_ten_times_equals_an_uninterrupted_one(model: Path, tmp_path: Path) -> None:
+    """Kill one run at ever later moments of its sessions: in steps, in saves, and after the last step."""
     moments = []
     with zygote() as sessions:
         assert not sessions.train(yaml(tmp_path, config(model, tmp_path / "whole"))).killed
@@ -142,8 +144,8 @@ def test_killed_ten_times_is_never_killed(model: Path, tmp_path: Path) -> None:
 
 @linux
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_kill_at_any_moment_costs_nothing(every: int, model: Path, tmp_path: Path) -> None:
-    """A short run killed at its n-th moment, for every n (every 9th in the quick suite), then run to its end."""
+def test_a_kill_at_any_moment_loses_nothing(every: int, model: Path, tmp_path: Path) -> None:
+    """Kill a short run at its n-th moment, for every n (every 9th in the quick suite), then run it to the end."""
     short = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
     seen = set()
     with zygote() as sessions:
@@ -165,7 +167,7 @@ def test_a_kill_at_any_moment_costs_nothing(every: int, model: Path, tmp_path: P
     assert {"step", "fsync"} <= seen
 
 
-def test_the_law_sees_a_forgotten_moment(
+def test_the_law_detects_a_lost_moment(
     model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     restore = Optimizer.restore
@@ -178,7 +180,7 @@ def test_the_law_sees_a_forgotten_moment(
     assert adapter(tmp_path / "run") != adapter(whole)
 
 
-def test_the_law_sees_a_step_too_many(
+def test_the_law_detects_an_additional_step(
     model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     restore = Optimizer.restore
@@ -187,26 +189,26 @@ def test_the_law_sees_a_step_too_many(
     assert adapter(tmp_path / "run") != adapter(whole)
 
 
-def test_old_checkpoints_are_pruned_and_a_damaged_one_passed_over(model: Path, whole: Path, tmp_path: Path) -> None:
+def test_old_checkpoints_are_deleted_and_a_damaged_one_is_skipped(model: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    made = config(model, run)
+    run_config = config(model, run)
     with pytest.raises(Stopped, match="stopped after step 11 of 24, which is saved"):
-        luthier.train(made, stop=stop_after(11))
-    kept = checkpoint.steps(run / "checkpoints")
-    assert [p.name for p in kept] == ["step-00000009", "step-00000011"]
-    tensors = kept[-1] / checkpoint.TENSORS
+        luthier.train(run_config, stop=stop_after(11))
+    remaining = checkpoint.steps(run / "checkpoints")
+    assert [p.name for p in remaining] == ["step-00000009", "step-00000011"]
+    tensors = remaining[-1] / checkpoint.TENSORS
     raw = bytearray(tensors.read_bytes())
     raw[-1] ^= 1
     tensors.write_bytes(raw)
-    said: list[str] = []
-    luthier.train(made, say=said.append)
-    assert any("step-00000011: is damaged" in s for s in said)
-    assert any("resuming after step 9" in s for s in said)
+    messages: list[str] = []
+    luthier.train(run_config, say=messages.append)
+    assert any("step-00000011: is damaged" in s for s in messages)
+    assert any("resuming after step 9" in s for s in messages)
     assert adapter(run) == adapter(whole)
 
 
-def test_a_flipped_bit_anywhere_is_seen(model: Path, whole: Path, tmp_path: Path) -> None:
-    """In the tensors, and in the JSON beside them: every byte of it, one bit each."""
+def test_a_flipped_bit_anywhere_is_detected(model: Path, whole: Path, tmp_path: Path) -> None:
+    """In the tensors, and in every byte of the JSON file."""
     saved = checkpoint.steps(whole / "checkpoints")[-1]
     checkpoint.read(saved)
     copy = tmp_path / saved.name
@@ -217,7 +219,7 @@ def test_a_flipped_bit_anywhere_is_seen(model: Path, whole: Path, tmp_path: Path
             damaged = bytearray(raw)
             damaged[i] ^= 1 << (i % 7)
             (copy / name).write_bytes(damaged)
-            if name == checkpoint.STATE and _says_the_same(raw, bytes(damaged)):
+            if name == checkpoint.STATE and _equal_json(raw, bytes(damaged)):
                 continue  # white space
             with pytest.raises((ValueError, KeyError, TypeError, OSError)):
                 checkpoint.read(copy)
@@ -225,24 +227,24 @@ def test_a_flipped_bit_anywhere_is_seen(model: Path, whole: Path, tmp_path: Path
     checkpoint.read(copy)
 
 
-def _says_the_same(a: bytes, b: bytes) -> bool:
+def _equal_json(a: bytes, b: bytes) -> bool:
     try:
         return bool(json.loads(a) == json.loads(b))
     except ValueError:
         return False
 
 
-def test_with_every_checkpoint_damaged_it_starts_again_and_says_so(model: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_run_with_damaged_checkpoints_only_starts_again_and_warns(model: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    made = config(model, run)
+    run_config = config(model, run)
     with pytest.raises(Stopped):
-        luthier.train(made, stop=stop_after(7))
-    for kept in checkpoint.steps(run / "checkpoints"):
-        (kept / checkpoint.STATE).write_text("[]")
-    said: list[str] = []
-    luthier.train(made, say=said.append)
-    assert sum("is damaged" in s for s in said) == 2
-    assert any("no checkpoint is whole, so the run starts again at its first step" in s for s in said)
+        luthier.train(run_config, stop=stop_after(7))
+    for path in checkpoint.steps(run / "checkpoints"):
+        (path / checkpoint.STATE).write_text("[]")
+    messages: list[str] = []
+    luthier.train(run_config, say=messages.append)
+    assert sum("is damaged" in s for s in messages) == 2
+    assert any("no usable checkpoint, so the run starts again at its first step" in s for s in messages)
     assert adapter(run) == adapter(whole)
 
 
@@ -250,42 +252,43 @@ def test_an_unfinished_run_with_other_settings_or_rows_is_refused(model: Path, t
     run = tmp_path / "run"
     rows = tmp_path / "rows.jsonl"
     shutil.copy(personas.TEAHOUSE, rows)
-    made = config(model, run)
-    made = made.model_copy(update={"data": made.data.model_copy(update={"train": (rows,)})})
+    run_config = config(model, run)
+    run_config = run_config.model_copy(update={"data": run_config.data.model_copy(update={"train": (rows,)})})
     with pytest.raises(Stopped):
-        luthier.train(made, stop=stop_after(4))
+        luthier.train(run_config, stop=stop_after(4))
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    other = made.model_copy(update={"lora": made.lora.model_copy(update={"r": 8})})
+    other = run_config.model_copy(update={"lora": run_config.lora.model_copy(update={"r": 8})})
     with pytest.raises(ConfigError, match=r"an unfinished run with other settings: lora.r: 4 -> 8"):
         luthier.train(other)
     rows.write_text(rows.read_text(encoding="utf-8") + '{"instruction": "a", "output": "b"}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="data: the content has changed"):
-        luthier.train(made)
+        luthier.train(run_config)
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
-def test_another_machine_is_said(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = config(model, tmp_path / "run")
+def test_resuming_on_another_machine_is_reported(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_config = config(model, tmp_path / "run")
     with pytest.raises(Stopped):
-        luthier.train(made, stop=stop_after(4))
+        luthier.train(run_config, stop=stop_after(4))
     here = checkpoint.machine()
     assert {"luthier", "torch", "transformers", "tokenizers", "numpy", "cpu", "threads"} <= here.keys()
     monkeypatch.setattr(checkpoint, "machine", lambda: {**here, "threads": 64})
-    said: list[str] = []
-    luthier.train(made, say=said.append)
+    messages: list[str] = []
+    luthier.train(run_config, say=messages.append)
     assert any(
-        f"may differ in the last bits from an uninterrupted run (threads: {here['threads']} -> 64)" in s for s in said
+        f"may differ in the last bits from an uninterrupted run (threads: {here['threads']} -> 64)" in s
+        for s in messages
     )
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(model: Path, whole: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for a full disk; then room is made, and the run goes on."""
+    """A limit on the size of files replaces a full disk; without the limit, the run resumes."""
     run = tmp_path / "run"
-    made = config(model, run)
+    run_config = config(model, run)
     with pytest.raises(Stopped):
-        luthier.train(made, stop=stop_after(4))
+        luthier.train(run_config, stop=stop_after(4))
     file = tmp_path / "config.yaml"
-    file.write_text(json.dumps(made.dump()))
+    file.write_text(json.dumps(run_config.dump()))
     code = (
         "import resource, signal, sys, luthier\n"
         "from luthier import config as configs\n"
@@ -300,11 +303,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(model: Path, whole: Path, t
     assert "free some disk space, then run the same command again" in done.stdout
     assert [p.name for p in (run / "checkpoints").iterdir()][-1:] != []
     assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
-    luthier.train(made)
+    luthier.train(run_config)
     assert adapter(run) == adapter(whole)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(model: Path, whole: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_prints_how_to_resume(model: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     argv = [sys.executable, "-m", "luthier.cli.main", "train", str(yaml(tmp_path, config(model, run)))]
     code, rest = interrupted_by_hand(argv, 1)
@@ -317,7 +320,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model: Path, whole: Path, tmp_path: 
 
 
 def test_a_second_ctrl_c_stops_at_once(model: Path, tmp_path: Path) -> None:
-    """Here in the first step's place: the model's own code never comes back."""
+    """Here during the first step, in which the model's code never returns."""
     code = (
         "import sys, threading, luthier.training.loop as loop\n"
         "def hang(*_): sys.stderr.write('step 1/\\n'); sys.stderr.flush(); threading.Event().wait(600)\n"
@@ -335,19 +338,19 @@ def test_a_second_ctrl_c_stops_at_once(model: Path, tmp_path: Path) -> None:
 
 
 def interrupted_by_hand(argv: list[str], times: int) -> tuple[int, str]:
-    """Exit code, and what was said after the first step, of a command that gets Ctrl-C there."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's background jobs are born deaf to Ctrl-C
+    """Send Ctrl-C to a command after its first step; return its exit code and its output from then on."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs of a script ignore Ctrl-C by default
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     with child:
         assert child.stderr
-        said = ""
+        messages = ""
         for line in child.stderr:
-            if line.startswith("step 1/") or (said and "stopping after this step" in line):
-                said += line
+            if line.startswith("step 1/") or (messages and "stopping after this step" in line):
+                messages += line
                 child.send_signal(signal.SIGINT)
                 times -= 1
                 if not times:
                     break
-        said += child.stderr.read()
-    return child.returncode, said
+        messages += child.stderr.read()
+    return child.returncode, messages

@@ -1,7 +1,7 @@
 """Law "round trip": saved and loaded, in luthier and in stock ``peft``, an adapter gives identical logits;
-a wrong base is refused with every mismatch listed.
+a wrong base model is refused, with every mismatch listed.
 
-Shown able to fail: an adapter directory that lies about ``lora_alpha`` is red.
+The law can fail: it detects an adapter directory with a wrong ``lora_alpha``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def saved(base: Path, path: Path, lora: LoraConfig = LORA, targets: Any = None) -> torch.Tensor:
-    """Write an adapter; returns the logits of the model it was saved from."""
+    """Write an adapter; return the logits of the model from which it was saved."""
     model = load_weights(base, torch.float32)
     resolved = resolve(model, targets)
     layers = with_adapter(model, **lora.model_dump(include={"r", "lora_alpha", "use_rslora"}))
@@ -71,14 +71,16 @@ def test_luthier_and_peft_give_the_same_logits(arch: str, model_dir: Callable[[s
     same_in_both(base, tmp_path / "adapter", expected)
 
 
-def test_rank_stabilised_and_partly_targeted_adapters_too(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_rank_stabilised_adapters_and_those_of_some_modules_give_the_same_logits(
+    model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
     base = model_dir("llama")
     lora = LoraConfig(r=4, lora_alpha=8, use_rslora=True)
     same_in_both(base, tmp_path / "a", saved(base, tmp_path / "a", lora))
     same_in_both(base, tmp_path / "b", saved(base, tmp_path / "b", LORA, ["q_proj", "layers.1.mlp.down_proj"]))
 
 
-def test_the_law_sees_a_wrong_alpha(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_law_detects_a_wrong_alpha(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     base = model_dir("llama")
     expected = saved(base, tmp_path / "adapter")
     config = tmp_path / "adapter" / adapters.CONFIG
@@ -106,7 +108,7 @@ def test_a_wrong_base_is_refused_with_every_mismatch(model_dir: Callable[[str], 
         adapters.apply(load_weights(other, torch.float32), narrow)
 
 
-def test_the_same_base_in_another_type_and_other_shards_is_the_same(
+def test_the_same_base_in_another_dtype_and_other_shards_is_accepted(
     model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = model_dir("llama")

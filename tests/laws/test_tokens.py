@@ -1,7 +1,7 @@
-"""Law "tokens": ids and mask of fixed conversations, for every template, equal golden files.
+"""Law "tokens": for every template, ids and loss masks of fixed conversations equal golden files.
 
-Shown able to fail: training the newline after the stop token (a fault that three published trainers have) changes
-the golden mask, and so does a tokenizer that splits ``<|im_start|>`` into pieces.
+The law can fail: it detects a trained newline after the stop token (a bug of three published trainers), and a tokenizer
+that splits ``<|im_start|>`` into pieces.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport
 from luthier.encoding.encoder import Encoder
 from luthier.models.chat_format import load_chat_format
 from luthier.models.tokenizer.tokenizer import Tokenizer
@@ -41,26 +41,26 @@ FIXED = {
 
 
 def encoded(template: Template, tokenizer: Tokenizer, stop: tuple[int, ...]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    encodings: dict[str, Any] = {}
     for train_on in ("all_replies", "last_reply"):
         for name, messages in FIXED.items():
             report = DataReport()
             encoder = Encoder(template, tokenizer, stop, 512, train_on=train_on)
             example = encode(encoder, [Conversation(messages, RowRef("fixed", 1))], report)[0]
             assert not report.problems
-            found[f"{name}, {train_on}"] = {
+            encodings[f"{name}, {train_on}"] = {
                 "ids": " ".join(map(str, example.ids)),
                 "trained": "".join("T" if t else "." for t in example.trained),
             }
-    return found
+    return encodings
 
 
-def same_as_golden(name: str, found: dict[str, Any]) -> None:
+def same_as_golden(name: str, encodings: dict[str, Any]) -> None:
     path = GOLDEN / f"{name}.json"
     if not path.exists():  # a new template: look at the file, then commit it
-        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(encodings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         raise AssertionError(f"{path} was written; look at it and run again")
-    assert found == json.loads(path.read_text(encoding="utf-8"))
+    assert encodings == json.loads(path.read_text(encoding="utf-8"))
 
 
 def templates(tokenizer: Tokenizer) -> dict[str, Template]:
@@ -76,7 +76,7 @@ def test_ids_and_masks_equal_the_golden_files(name: str, tokenizer: Tokenizer) -
     same_as_golden(name, encoded(templates(tokenizer)[name], tokenizer, (2,)))
 
 
-def test_the_law_sees_a_trained_newline(tokenizer: Tokenizer) -> None:
+def test_the_law_detects_a_trained_newline(tokenizer: Tokenizer) -> None:
     class Newline(ChatML):
         def spans(self, messages: Any, train_on: Any = "all_replies") -> list[Span]:
             spans = super().spans(messages, train_on)
@@ -86,7 +86,7 @@ def test_the_law_sees_a_trained_newline(tokenizer: Tokenizer) -> None:
         same_as_golden("chatml", encoded(Newline(), tokenizer, (2,)))
 
 
-def test_the_law_sees_a_tokenizer_that_splits_markers(tokenizer: Tokenizer) -> None:
+def test_the_law_detects_a_tokenizer_that_splits_markers(tokenizer: Tokenizer) -> None:
     class Split:
         def encode_batch(self, texts: Any) -> Any:
             return tokenizer.encode_batch([t.replace("<|im_start|>", "<|im_ start|>") for t in texts])
@@ -129,14 +129,14 @@ def test_each_familys_ids_and_masks_equal_the_golden_files(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["phi3", "phi3-2024-04"])
-def test_markers_that_swallow_white_space_equal_the_golden_files(name: str) -> None:
-    """Phi-3's published tokenizer: no newline is left after a marker."""
+def test_markers_that_absorb_white_space_equal_the_golden_files(name: str) -> None:
+    """Phi-3's published tokenizer leaves no newline after a marker."""
     v = tiny(name, rstrip=True)
     template = speaks_to_all(name)
-    found = encoded(template, v, stop_ids(template, v))
-    same_as_golden(f"{name}-rstrip", found)
+    encodings = encoded(template, v, stop_ids(template, v))
+    same_as_golden(f"{name}-rstrip", encodings)
     newline = v.encode_batch(["\n"])[0].ids
-    assert str(newline[0]) not in found["three turns, all_replies"]["ids"].split()
+    assert str(newline[0]) not in encodings["three turns, all_replies"]["ids"].split()
 
 
 @pytest.mark.parametrize(
@@ -149,23 +149,23 @@ def test_each_familys_real_vocabulary_equals_the_golden_file(vocab: str, name: s
 
 
 def test_phi3s_real_ids(vocabs: Path) -> None:
-    """Ids by hand: <|user|> 32010, <|end|> 32007, <|assistant|> 32001, newline 13 after the piece 29871."""
-    found = encoded(FORMS["phi3"], gguf(vocabs, "phi-3"), (32007,))["three turns, all_replies"]
+    """Ids computed by hand: <|user|> 32010, <|end|> 32007, <|assistant|> 32001, newline 13 after the piece 29871."""
+    encodings = encoded(FORMS["phi3"], gguf(vocabs, "phi-3"), (32007,))["three turns, all_replies"]
     turn = "32010 29871 13 {} 32007 29871 13 32001 29871 13 {} 32007"
-    assert found["ids"].startswith(f"{turn.format(29874, 29890)} 29871 13 32010")
-    assert found["trained"].startswith("..........TT...")
+    assert encodings["ids"].startswith(f"{turn.format(29874, 29890)} 29871 13 32010")
+    assert encodings["trained"].startswith("..........TT...")
 
 
-def test_deepseeks_real_ids_have_the_space_in_the_reply(vocabs: Path) -> None:
+def test_deepseeks_real_ids_put_the_space_into_the_reply(vocabs: Path) -> None:
     v = gguf(vocabs, "deepseek-llm")
     begin, end = (v.token_id(t) for t in FORMS["deepseek"].markers)
-    found = encoded(MergedSystem(FORMS["deepseek"]), v, (end or 0,))["three turns, all_replies"]
-    ids = [int(i) for i in found["ids"].split()]
+    encodings = encoded(MergedSystem(FORMS["deepseek"]), v, (end or 0,))["three turns, all_replies"]
+    ids = [int(i) for i in encodings["ids"].split()]
     assert ids[0] == begin
-    first = found["trained"].index("T")
+    first = encodings["trained"].index("T")
     assert v.encode_batch([" b"])[0].ids == ids[first : first + 1]
     assert ids[first + 1] == end
-    assert found["trained"][first : first + 3] == "TT."
+    assert encodings["trained"][first : first + 3] == "TT."
 
 
 CHATML = (

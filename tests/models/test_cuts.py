@@ -1,6 +1,6 @@
-"""Parts encoded once: the same ids, spans and reports as the plain definition, for every family's tokenizer.
+"""Encoding text in parts gives the same ids, loss masks and reports as encoding it whole, for every family's tokenizer.
 
-Shown able to fail: a tokenizer whose added tokens reach over each other differs as soon as it is cut at them.
+The tests can fail: a tokenizer with overlapping added tokens gives other ids when text is split at them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Fast
 
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport
 from luthier.encoding.encoder import Encoder
 from luthier.models.chat_format import load_chat_format
 from luthier.models.tokenizer import tokenizer
@@ -44,7 +44,7 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
 
 
 class Plain:
-    """A tokenizer that is never cut: the definition."""
+    """A tokenizer that never splits text: the reference."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -61,10 +61,10 @@ def plain_ids(fast: Any, texts: Sequence[str]) -> list[bytes]:
 
 
 def texts(markers: Sequence[str]) -> st.SearchStrategy[str]:
-    """Text in which markers, their beginnings and ends, white space and words stand beside each other."""
-    torn = [m[:n] for m in markers for n in (1, 3)] + [m[n:] for m in markers for n in (1, 3)]
+    """Draw text of markers, fragments of markers, white space and words."""
+    fragments = [m[:n] for m in markers for n in (1, 3)] + [m[n:] for m in markers for n in (1, 3)]
     plain = [" ", "  ", "\n", "\t", "a", "lamp", " lamp", "茶", "😀", "1234", "▁", "́", "<", "'s"]
-    return st.lists(st.sampled_from([*markers, *torn, *plain]) | st.text(max_size=3), max_size=14).map("".join)
+    return st.lists(st.sampled_from([*markers, *fragments, *plain]) | st.text(max_size=3), max_size=14).map("".join)
 
 
 def added(fast: Any) -> list[str]:
@@ -74,11 +74,11 @@ def added(fast: Any) -> list[str]:
 @settings(max_examples=150, deadline=None)
 @given(drawn=st.data(), rstrip=st.booleans())
 @pytest.mark.parametrize("name", FORMS)
-def test_ids_are_those_of_the_whole_text(name: str, drawn: st.DataObject, rstrip: bool) -> None:
+def test_ids_are_the_same_as_for_the_whole_text(name: str, drawn: st.DataObject, rstrip: bool) -> None:
     v = tiny(name, rstrip)
     assert all(map(v.is_cut, FORMS[name].stop))
-    found = drawn.draw(st.lists(texts(added(v._fast)), max_size=3))
-    assert v.encode_ids(found) == plain_ids(v._fast, found)
+    samples = drawn.draw(st.lists(texts(added(v._fast)), max_size=3))
+    assert v.encode_ids(samples) == plain_ids(v._fast, samples)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -88,24 +88,24 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return load_tokenizer(path)
 
 
-def test_ids_of_published_tokenizers_are_those_of_the_whole_text(family: Tokenizer) -> None:
+def test_published_tokenizers_give_the_same_ids_as_for_the_whole_text(family: Tokenizer) -> None:
     @settings(max_examples=150, deadline=None)
     @given(st.lists(texts(added(family._fast)), max_size=3))
-    def same(found: list[str]) -> None:
-        assert family.encode_ids(found) == plain_ids(family._fast, found)
+    def same(samples: list[str]) -> None:
+        assert family.encode_ids(samples) == plain_ids(family._fast, samples)
 
     assert family._cuts.tokens
     same()
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
-def test_a_prefix_at_the_beginning_alone_stays_there(scheme: Any) -> None:
+def test_a_prefix_is_added_only_where_the_scheme_adds_it(scheme: Any) -> None:
     fast = Fast.from_file(str(TOKENIZER / "tokenizer.json"))
     fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="a", prepend_scheme=scheme)
-    found = ["lamp<|im_start|>lamp<|im_end|>", "<|im_start|>lamp", "lamp", "", "<|im_end|>"]
-    made = Cuts(fast)
-    assert made.tokens
-    assert made.encode(found) == plain_ids(fast, found)
+    samples = ["lamp<|im_start|>lamp<|im_end|>", "<|im_start|>lamp", "lamp", "", "<|im_end|>"]
+    cuts = Cuts(fast)
+    assert cuts.tokens
+    assert cuts.encode(samples) == plain_ids(fast, samples)
 
 
 OVERLAPS = {
@@ -120,18 +120,18 @@ OVERLAPS = {
 
 
 @pytest.mark.parametrize("case", OVERLAPS)
-def test_tokens_that_reach_over_each_other_are_not_cut_at(case: str) -> None:
+def test_text_is_not_split_at_overlapping_tokens(case: str) -> None:
     tokens, text, expected = OVERLAPS[case]
     fast = Fast.from_file(str(TOKENIZER / "tokenizer.json"))
     fast.add_tokens(tokens)
-    made = Cuts(fast)
-    assert {t for t in made.tokens if "im_" in t} == expected
-    assert tokens[0].content not in made.tokens
-    assert made.encode([text, text + text]) == plain_ids(fast, [text, text + text])
+    cuts = Cuts(fast)
+    assert {t for t in cuts.tokens if "im_" in t} == expected
+    assert tokens[0].content not in cuts.tokens
+    assert cuts.encode([text, text + text]) == plain_ids(fast, [text, text + text])
 
 
 @pytest.mark.parametrize("case", ["begins before", "holds it", "strips"])
-def test_the_law_sees_a_cut_where_none_may_be(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_split_changes_the_ids(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, text, _ = OVERLAPS[case]
     fast = Fast.from_file(str(TOKENIZER / "tokenizer.json"))
     fast.add_tokens(tokens)
@@ -139,21 +139,21 @@ def test_the_law_sees_a_cut_where_none_may_be(case: str, monkeypatch: pytest.Mon
     assert Cuts(fast).encode([text]) != plain_ids(fast, [text])
 
 
-def test_tokens_that_are_normalised_first_are_not_cut_at() -> None:
+def test_text_is_not_split_at_tokens_matched_after_normalisation() -> None:
     fast = Fast.from_file(str(TOKENIZER / "tokenizer.json"))
     fast.add_tokens([AddedToken("#A$", normalized=True)])
-    found = ["x#A$y", "x#a$y", "x<|im_end|>#A$"]
+    samples = ["x#A$y", "x#a$y", "x<|im_end|>#A$"]
     assert "#A$" in Cuts(fast).tokens  # nothing is normalised
-    assert Cuts(fast).encode(found) == plain_ids(fast, found)
+    assert Cuts(fast).encode(samples) == plain_ids(fast, samples)
     fast.normalizer = normalizers.Sequence([])
     assert "#A$" in Cuts(fast).tokens
     fast.normalizer = normalizers.Sequence([normalizers.Lowercase()])
     assert "#A$" not in Cuts(fast).tokens
     assert Cuts(fast).tokens
-    assert Cuts(fast).encode(found) == plain_ids(fast, found)
+    assert Cuts(fast).encode(samples) == plain_ids(fast, samples)
 
 
-def test_markers_read_as_text_are_not_cut_at() -> None:
+def test_text_is_not_split_at_markers_that_are_read_as_text() -> None:
     fast = Fast.from_file(str(TOKENIZER / "tokenizer.json"))
     fast.encode_special_tokens = True
     fast.normalizer = normalizers.Lowercase()
@@ -161,35 +161,35 @@ def test_markers_read_as_text_are_not_cut_at() -> None:
     assert Cuts(fast).encode(["A<|im_end|>b"]) == plain_ids(fast, ["A<|im_end|>b"])
 
 
-def test_what_is_remembered_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "_CHARACTERS", 40)
+def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "_MAX_CACHED_CHARACTERS", 40)
     fast = Fast.from_file(str(TOKENIZER / "tokenizer.json"))
-    made = Cuts(fast)
+    cuts = Cuts(fast)
     for i in range(20):
-        found = [f"<|im_start|>user\nrow {i}<|im_end|>", "<|im_start|>user\nagain<|im_end|>"]
-        assert made.encode(found) == plain_ids(fast, found)
-        assert len(made._known) < 8
+        samples = [f"<|im_start|>user\nrow {i}<|im_end|>", "<|im_start|>user\nagain<|im_end|>"]
+        assert cuts.encode(samples) == plain_ids(fast, samples)
+        assert len(cuts._cache) < 8
 
 
 def both(encoder: Encoder, rows: Sequence[Conversation]) -> tuple[list[Example], DataReport]:
-    """What the encoder makes of the rows, after comparing it with what it makes of them without cuts."""
+    """Encode rows with and without splitting, compare, and return the examples and the report."""
     assert isinstance(encoder.tokenizer, Tokenizer)
-    definition = replace(encoder, tokenizer=Plain(encoder.tokenizer))  # type: ignore[arg-type]
+    reference = replace(encoder, tokenizer=Plain(encoder.tokenizer))  # type: ignore[arg-type]
     reports = [DataReport(read=len(rows)) for _ in range(2)]
-    found, expected = (encode(e, rows, r) for e, r in zip((encoder, definition), reports, strict=True))
+    examples, expected = (encode(e, rows, r) for e, r in zip((encoder, reference), reports, strict=True))
     assert reports[0] == reports[1]
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+    assert len(examples) == len(expected)
+    for a, b in zip(examples, expected, strict=True):
         assert (a.source, a.ids.dtype, a.trained.dtype) == (b.source, b.ids.dtype, b.trained.dtype)
         assert np.array_equal(a.ids, b.ids)
         assert np.array_equal(a.trained, b.trained)
-    return found, reports[0]
+    return examples, reports[0]
 
 
 @settings(max_examples=60, deadline=None)
 @given(chat=chats(), rstrip=st.booleans(), limit=st.sampled_from([8, 24, 60, 4096]), last=st.booleans())
 @pytest.mark.parametrize("name", FORMS)
-def test_rows_are_encoded_as_by_the_definition(
+def test_rows_are_encoded_as_by_the_reference(
     name: str, chat: Conversation, rstrip: bool, limit: int, last: bool
 ) -> None:
     v, template = tiny(name, rstrip), speaks_to_all(name)
@@ -200,25 +200,25 @@ def test_rows_are_encoded_as_by_the_definition(
 
 
 @pytest.mark.smollm2
-def test_huanhuan_is_encoded_as_by_the_definition(smollm2: Path, huanhuan: Path) -> None:
+def test_huanhuan_is_encoded_as_by_the_reference(smollm2: Path, huanhuan: Path) -> None:
     v = load_chat_format(smollm2)
     rows = load(huanhuan).conversations
-    found, report = both(Encoder(v.template, v.tokenizer, v.stop_ids, 128), rows)
+    examples, report = both(Encoder(v.template, v.tokenizer, v.stop_ids, 128), rows)
     assert len(rows) == 3729
     assert report.changed > 100
-    assert report.dropped > 100  # the prompt alone is longer
-    assert len(found) == 3729 - report.dropped
+    assert report.dropped > 100  # their prompts exceed the limit
+    assert len(examples) == 3729 - report.dropped
 
 
-def test_a_real_vocabulary_is_encoded_as_by_the_definition(huanhuan: Path, vocabs: Path) -> None:
+def test_a_published_vocabulary_is_encoded_as_by_the_reference(huanhuan: Path, vocabs: Path) -> None:
     v, template = gguf(vocabs, "phi-3"), FORMS["phi3"]
     rows = load(huanhuan).conversations[:600]
-    found, _ = both(Encoder(template, v, stop_ids(template, v), 2048), rows)
-    assert len(found) == 600
+    examples, _ = both(Encoder(template, v, stop_ids(template, v), 2048), rows)
+    assert len(examples) == 600
 
 
-def test_a_protocols_tokenizer_is_enough(tokenizer: Tokenizer) -> None:
-    """The type that encoding asks for is the one the class has."""
+def test_tokenizer_implements_the_protocol(tokenizer: Tokenizer) -> None:
+    """The class has the type that the encoder requires."""
     plain: ChatTokenizer = tokenizer
     assert plain.is_cut("<|im_end|>")
     assert not plain.is_cut("lamp")

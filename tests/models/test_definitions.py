@@ -1,4 +1,4 @@
-"""The plain definitions equal transformers' own classes fed by hand from the published tensors, and see each fact."""
+"""The reference implementations equal transformers' classes, and detect every conversion error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GLM_NAMES = (
 
 
 def native_glm(tensors: dict[str, Tensor], config: dict[str, Any]) -> Any:
-    """GlmForCausalLM with the published weights in fp32; queries, keys and values cut by hand."""
+    """GlmForCausalLM with the published weights in fp32; queries, keys and values split by hand."""
     size, groups = config["kv_channels"], config["multi_query_group_num"]
     rows = [config["num_attention_heads"] * size, groups * size, groups * size]
     state: dict[str, Tensor] = {}
@@ -65,7 +65,7 @@ def native_glm(tensors: dict[str, Tensor], config: dict[str, Any]) -> Any:
 
 
 def native_llama(tensors: dict[str, Tensor], config: dict[str, Any]) -> Any:
-    """LlamaForCausalLM with Baichuan2's weights in fp32: W_pack cut in thirds, the head's rows normalised."""
+    """LlamaForCausalLM with Baichuan2's weights in fp32: W_pack split in thirds, the head's rows normalised."""
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if "W_pack" in name:
@@ -97,10 +97,10 @@ def _loaded(config: Any, state: dict[str, Tensor]) -> Any:
 def test_glm4_equals_the_native_class(tmp_path: Path) -> None:
     path = glm4(tmp_path)
     tensors, config = read_tensors(path), read_config(path)
-    found = glm4_logits(tensors, config, IDS)
-    assert found.dtype is torch.float32
-    assert found.std() > 0.1
-    torch.testing.assert_close(found, native_glm(tensors, config)(input_ids=IDS).logits, atol=1e-5, rtol=0)
+    logits = glm4_logits(tensors, config, IDS)
+    assert logits.dtype is torch.float32
+    assert logits.std() > 0.1
+    torch.testing.assert_close(logits, native_glm(tensors, config)(input_ids=IDS).logits, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -108,17 +108,17 @@ def test_glm4_equals_the_native_class(tmp_path: Path) -> None:
 def test_baichuan2_equals_the_native_class(tmp_path: Path, weights: str) -> None:
     path = baichuan2(tmp_path, weights)
     tensors, config = read_tensors(path), read_config(path)
-    found = baichuan2_logits(tensors, config, IDS)
-    assert found.dtype is torch.float32
-    assert found.std() > 0.1
-    torch.testing.assert_close(found, native_llama(tensors, config)(input_ids=IDS).logits, atol=1e-5, rtol=0)
+    logits = baichuan2_logits(tensors, config, IDS)
+    assert logits.dtype is torch.float32
+    assert logits.std() > 0.1
+    torch.testing.assert_close(logits, native_llama(tensors, config)(input_ids=IDS).logits, atol=1e-5, rtol=0)
 
 
-def test_glm4_sees_every_fact_of_its_layout(tmp_path: Path) -> None:
-    """Each fault that a conversion could have moves the logits far beyond the tolerance."""
+def test_glm4_detects_every_conversion_error(tmp_path: Path) -> None:
+    """Every possible conversion error changes the logits far beyond the tolerance."""
     path = glm4(tmp_path)
     tensors, config = read_tensors(path), read_config(path)
-    right = glm4_logits(tensors, config, IDS)
+    expected = glm4_logits(tensors, config, IDS)
     fused = "transformer.encoder.layers.0.self_attention.query_key_value"
     gate_up = "transformer.encoder.layers.0.mlp.dense_h_to_4h.weight"
     q, k, v = tensors[f"{fused}.weight"].split([64, 32, 32])
@@ -131,19 +131,19 @@ def test_glm4_sees_every_fact_of_its_layout(tmp_path: Path) -> None:
         "key groups swapped": (tensors | {f"{fused}.weight": torch.cat([q, k.roll(16, 0), v])}, config),
     }
     for name, (weights, settings) in changed.items():
-        assert (glm4_logits(weights, settings, IDS) - right).abs().max() > 1e-3, name
+        assert (glm4_logits(weights, settings, IDS) - expected).abs().max() > 1e-3, name
 
 
-def test_baichuan2_sees_every_fact_of_its_layout(tmp_path: Path) -> None:
+def test_baichuan2_detects_every_conversion_error(tmp_path: Path) -> None:
     path = baichuan2(tmp_path)
     tensors, config = read_tensors(path), read_config(path)
-    right = baichuan2_logits(tensors, config, IDS)
+    expected = baichuan2_logits(tensors, config, IDS)
     packed, head = "model.layers.0.self_attn.W_pack.weight", tensors["lm_head.weight"].float()
     q, k, v = tensors[packed].chunk(3)
     for name, order in {"q and k swapped": (k, q, v), "k and v swapped": (q, v, k)}.items():
-        assert (baichuan2_logits(tensors | {packed: torch.cat(order)}, config, IDS) - right).abs().max() > 1e-3, name
-    assert head.norm(dim=-1).std() > 0.1  # so that a head used as it is published gives other logits
-    torch.testing.assert_close(baichuan2_logits(tensors | {"lm_head.weight": 3 * head}, config, IDS), right)
+        assert (baichuan2_logits(tensors | {packed: torch.cat(order)}, config, IDS) - expected).abs().max() > 1e-3, name
+    assert head.norm(dim=-1).std() > 0.1  # so that an unnormalised head gives other logits
+    torch.testing.assert_close(baichuan2_logits(tensors | {"lm_head.weight": 3 * head}, config, IDS), expected)
 
 
 @pytest.mark.parametrize(("make", "logits"), [(glm4, glm4_logits), (baichuan2, baichuan2_logits)])

@@ -1,4 +1,4 @@
-"""Every tutorial's model from its published files: train, chat, merge, reload; the tutorials' faults answered."""
+"""Train, chat, merge and reload every tutorial's model from its published files; refuse the tutorials' mistakes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_train_chat_merge_reload(name: str, rows: Path, luthier: Run, tmp_path: 
     assert summary["steps"] == 5
     assert summary["losses"][-1] < summary["losses"][0]
     tuned = library.chat(run)
-    few = library.Sampling(max_new_tokens=4)  # rounding the merged weights to bfloat16 shows after a while
+    few = library.Sampling(max_new_tokens=4)  # longer replies would differ, as merged weights are rounded to bfloat16
     reply = tuned.send("你是谁？", few)
     done = luthier("merge", run, "--output-dir", merged)
     assert done.code == 0, done.err
@@ -75,24 +75,24 @@ def test_train_chat_merge_reload(name: str, rows: Path, luthier: Run, tmp_path: 
     assert set(tuned.generator.chat_format.stop_ids) <= set(again.generator.chat_format.stop_ids)
     stock = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
-        expected, found = tuned.generator.model(IDS).logits, stock(IDS).logits
-    # the base is stored in bfloat16, and so is the merged model: one rounding a weight
-    assert (found - expected).norm() / expected.norm() < 2e-2
+        expected, logits = tuned.generator.model(IDS).logits, stock(IDS).logits
+    # the base is stored in bfloat16, and so is the merged model: each weight is rounded once
+    assert (logits - expected).norm() / expected.norm() < 2e-2
     assert stock.generation_config.eos_token_id == list(tuned.generator.chat_format.stop_ids)
 
 
-def test_merging_small_shards_and_one_file_are_the_same(rows: Path, tmp_path: Path) -> None:
+def test_merging_into_many_shards_or_one_file_gives_the_same_weights(rows: Path, tmp_path: Path) -> None:
     path = published.baichuan2(tmp_path / "model")
     tune(path, rows, tmp_path / "run")
-    found = locate_tuned(tmp_path / "run")
+    tuned = locate_tuned(tmp_path / "run")
     whole, many = tmp_path / "whole", tmp_path / "many"
-    write_merged(found, whole)
-    write_merged(found, many, shard_bytes=50_000)
+    write_merged(tuned, whole)
+    write_merged(tuned, many, shard_bytes=50_000)
     assert len(list(many.glob("*.safetensors"))) > 3
     a, b = (load_weights(p, torch.float32).state_dict() for p in (whole, many))
     assert all(torch.equal(a[n], b[n]) for n in a)
     with pytest.raises(ConfigError, match="already exists"):
-        write_merged(found, whole)
+        write_merged(tuned, whole)
 
 
 # --- module names ---------------------------------------------------------------------------------------------------
@@ -143,13 +143,13 @@ def test_names_of_other_models_are_refused_with_the_right_ones(
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_template_is_the_models_own_or_refused_with_one_that_is(name: str, rows: Path, tmp_path: Path) -> None:
-    """The tutorials' prompts of another family (ChatML on Baichuan2, and so on), for every pair; each fix typed."""
+def test_a_template_of_another_family_is_refused_with_a_fix_that_works(name: str, rows: Path, tmp_path: Path) -> None:
+    """Every wrong pair is refused, like the tutorials' ChatML on Baichuan2, and typing the fix solves it."""
     path = PUBLISHED[name](tmp_path / "model")
 
     def refusal(choice: str) -> str | None:
-        found = inspect(configs.build({"model": {"path": path}, "data": {"train": rows, "template": choice}}))
-        return found.error.fix if found.error else None
+        report = inspect(configs.build({"model": {"path": path}, "data": {"train": rows, "template": choice}}))
+        return report.error.fix if report.error else None
 
     assert refusal("auto") is None
     refused = {choice: fix for choice in ("chatml", "jinja", *NATIVE) if (fix := refusal(choice))}
@@ -159,10 +159,10 @@ def test_a_template_is_the_models_own_or_refused_with_one_that_is(name: str, row
         assert typed and refusal(typed.group(1)) is None, choice
 
 
-def test_a_new_family_is_a_record_and_a_template(
+def test_a_new_family_needs_only_a_record_and_a_template(
     rows: Path, luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What CONTRIBUTING.md says it costs is all it costs: entries in two lists, and every verb knows the model."""
+    """As CONTRIBUTING.md states, two table entries are enough for every verb to support the model."""
     turns = Turns(
         name="toy",
         user=("<|im_start|>Q: ", "<|im_end|>"),
@@ -208,16 +208,16 @@ def test_a_new_family_is_a_record_and_a_template(
     assert "model.net.model.layers.0" in json.dumps(list(load_file(tmp_path / "peft" / "adapter_model.safetensors")))
 
 
-# --- adapters people already have -----------------------------------------------------------------------------------
+# --- adapters trained elsewhere --------------------------------------------------------------------------------------
 
 
 def stock_peft(path: Path, to: Path, modules: list[str], targets: list[str]) -> dict[str, Tensor]:
-    """A directory as stock PEFT writes it for the published model; returns the update of each published weight."""
-    tensors, shapes, deltas = dict[str, Tensor](), read_tensors(path), dict[str, Tensor]()
+    """Write an adapter as stock PEFT does for the published model; returns the update of each published weight."""
+    tensors, weights, deltas = dict[str, Tensor](), read_tensors(path), dict[str, Tensor]()
     torch.manual_seed(1)
     for module in modules:
-        high, wide = shapes[f"{module}.weight"].shape
-        a, b = torch.randn(4, wide) * 0.1, torch.randn(high, 4) * 0.1
+        rows, columns = weights[f"{module}.weight"].shape
+        a, b = torch.randn(4, columns) * 0.1, torch.randn(rows, 4) * 0.1
         tensors[f"base_model.model.{module}.lora_A.weight"], tensors[f"base_model.model.{module}.lora_B.weight"] = a, b
         deltas[f"{module}.weight"] = 2.0 * b @ a
     to.mkdir()
@@ -229,16 +229,16 @@ def stock_peft(path: Path, to: Path, modules: list[str], targets: list[str]) -> 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_an_adapter_of_the_original_modules_is_exact(name: str, rows: Path, luthier: Run, tmp_path: Path) -> None:
-    """Trained elsewhere on W_pack or query_key_value, with a target list that names modules that never existed."""
+    """The adapter was trained elsewhere on W_pack or query_key_value, and lists a target that does not exist."""
     path = PUBLISHED[name](tmp_path / "model")
     modules = [m for m in family_of(path).modules(read_config(path)) if "layers." in m]
     deltas = stock_peft(path, tmp_path / "peft", modules, [*{m.rpartition(".")[2] for m in modules}, "q_attn"])
     tensors = {n: t.float() + deltas.get(n, 0) for n, t in read_tensors(path).items()}
     expected = DEFINITIONS[name](tensors, published.read_config(path), IDS)
-    talk = library.chat(model=path, adapter=tmp_path / "peft")
+    session = library.chat(model=path, adapter=tmp_path / "peft")
     with torch.no_grad():
-        found = talk.generator.model(IDS).logits
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        logits = session.generator.model(IDS).logits
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
     argv = ["--model", path, "--adapter", tmp_path / "peft"]
     assert luthier("chat", *argv, "--prompt", "你好", "--max-new-tokens", 3).code == 0
     assert luthier("eval", *argv, "--data", rows, "--json", "--max-new-tokens", 8).code == 0
@@ -261,13 +261,13 @@ def test_export_in_the_original_layout_is_the_same_model(name: str, rows: Path, 
     assert config["r"] == 4 and len(patterns) == 2  # of two layers
     assert all(name.endswith(fused) and rank == 12 for name, rank in patterns.items())
     expected = library.chat(run).generator.model(IDS).logits
-    found = library.chat(model=path, adapter=out).generator.model(IDS).logits
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    logits = library.chat(model=path, adapter=out).generator.model(IDS).logits
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
     refused = luthier("export", run, "--layout", "sideways", "--output-dir", tmp_path / "other")
     assert refused.code == 2 and "--layout sideways: is not a layout" in refused.err
 
 
-def test_the_original_layout_of_a_native_checkpoint(rows: Path, luthier: Run, tmp_path: Path) -> None:
+def test_the_original_layout_of_a_native_checkpoint_is_refused(rows: Path, luthier: Run, tmp_path: Path) -> None:
     tune(published.yi(tmp_path / "model"), rows, tmp_path / "run")
     done = luthier("export", tmp_path / "run", "--layout", "original", "--output-dir", tmp_path / "out")
     assert done.code == 2 and "its module names are already the native ones" in done.err
@@ -293,19 +293,21 @@ def refused(path: Path) -> str:
     return e.value.message
 
 
-def test_relatives_that_are_other_models(tmp_path: Path) -> None:
+def test_similar_but_unsupported_models_are_refused(tmp_path: Path) -> None:
     path = published.baichuan2(tmp_path / "b")
-    assert "13B use ALiBi positions" in refused(edit(path, max_position_embeddings=None))
+    assert "Baichuan 13B models use ALiBi positions, which no native class supports" in refused(
+        edit(path, max_position_embeddings=None)
+    )
     path = published.baichuan2(tmp_path / "b1")
-    assert "the first Baichuan-7B has another head" in refused(edit(path, architectures=["BaiChuanForCausalLM"]))
+    assert "Baichuan-7B (version 1) has a different head" in refused(edit(path, architectures=["BaiChuanForCausalLM"]))
     path = published.baichuan2(tmp_path / "b2")
     assert "config.json lacks rms_norm_eps" in refused(edit(path, rms_norm_eps=None))
     path = published.glm4(tmp_path / "g")
-    assert "without padded_vocab_size is not GLM-4's layout" in refused(edit(path, padded_vocab_size=None))
+    assert "without padded_vocab_size does not have GLM-4's layout" in refused(edit(path, padded_vocab_size=None))
     path = published.glm4(tmp_path / "g1")
-    assert "no native class computes a chatglm model with rmsnorm: False" in refused(edit(path, rmsnorm=False))
+    assert "no native class supports a chatglm model with rmsnorm: False" in refused(edit(path, rmsnorm=False))
     path = published.yi(tmp_path / "q")
-    assert "the checkpoint is quantised already" in refused(edit(path, quantization_config={"bits": 4}))
+    assert "the checkpoint is already quantised" in refused(edit(path, quantization_config={"bits": 4}))
 
 
 def test_every_tensor_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
@@ -324,55 +326,55 @@ def test_every_tensor_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> Non
     )
 
 
-def test_buffers_that_the_model_computes_are_left_and_said(tmp_path: Path) -> None:
-    said: list[str] = []
-    load_weights(published.deepseek(tmp_path / "d", inv_freq=True), torch.float32, say=said.append)
-    load_weights(published.glm4(tmp_path / "g"), torch.float32, say=said.append)
-    names = [s.partition("not used, as the model computes them: ")[2] for s in said]
+def test_buffers_that_the_model_computes_are_ignored_and_reported(tmp_path: Path) -> None:
+    messages: list[str] = []
+    load_weights(published.deepseek(tmp_path / "d", inv_freq=True), torch.float32, say=messages.append)
+    load_weights(published.glm4(tmp_path / "g"), torch.float32, say=messages.append)
+    names = [m.partition("ignored, because the model computes them itself: ")[2] for m in messages]
     assert names == ["model.layers.0-1.self_attn.rotary_emb.inv_freq", "transformer.rotary_pos_emb.inv_freq"]
 
 
-def test_containers_that_are_damaged(tmp_path: Path) -> None:
+def test_damaged_weight_files_are_refused(tmp_path: Path) -> None:
     path = published.baichuan2(tmp_path / "b", "bin-shards")
     shards = sorted(path.glob("*.bin"))
     shards[0].write_bytes(shards[0].read_bytes()[:2000])
     assert "is damaged" in refused(path)
     shards[0].unlink()
-    assert f"lacks {shards[0].name}" in refused(path)
+    assert f"missing weight files: {shards[0].name}" in refused(path)
     (path / "pytorch_model.bin.index.json").write_text("{}")
-    assert "names no weight files" in refused(path)
+    assert "has no valid weight_map" in refused(path)
     path = published.baichuan2(tmp_path / "c", "bin")
     torch.save([1, 2], path / "pytorch_model.bin")
-    assert "it holds something else than named tensors" in refused(path)
+    assert "it contains something other than named tensors" in refused(path)
 
 
-def test_a_rotary_base_for_a_model_without_one(model_dir: Callable[[str], Path]) -> None:
+def test_a_rotary_base_for_a_model_without_one_is_refused(model_dir: Callable[[str], Path]) -> None:
     config = read_config(model_dir("gemma2"))
     config.rope_parameters = None
     with pytest.raises(ConfigError, match=r"model.rope_theta would be ignored"):
         directory._set_rope_theta(config, 5.0)
 
 
-def test_an_export_that_reads_back_as_something_else_is_refused(
+def test_an_export_that_differs_when_read_back_is_refused(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tune(published.yi(tmp_path / "model"), rows, tmp_path / "run")
-    kept = peft.to_native
+    to_native = peft.to_native
     calls: list[int] = []
 
     def other(updates: dict[str, Update], modules: Modules) -> dict[str, Update]:
-        found = kept(updates, modules)
+        native = to_native(updates, modules)
         calls.append(1)
-        return found if len(calls) == 1 else {n: replace(u, b=u.b + 1) for n, u in found.items()}
+        return native if len(calls) == 1 else {n: replace(u, b=u.b + 1) for n, u in native.items()}
 
     monkeypatch.setattr(peft, "to_native", other)
     with pytest.raises(AdapterError, match="differs when read back"):
         library.export(tmp_path / "run", output_dir=tmp_path / "out")
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
     shards = Shards.open(published.yi(tmp_path / "model"))
     for file in shards.files:
         file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="is damaged .*ends too early"):
+    with pytest.raises(ModelError, match="is damaged .*unexpected end of file"):
         list(map(shards.read, shards.shapes))

@@ -1,4 +1,4 @@
-"""The tiny checkpoints are what they claim: published keys, names and ids, read by transformers where it can."""
+"""The tiny test checkpoints have the published keys, names and ids, and load in transformers if it supports them."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ SIZES = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("published")
-    made: dict[str, Path] = {}
-    return lambda name: made.setdefault(name, made.get(name) or PUBLISHED[name](root / name))
+    checkpoints: dict[str, Path] = {}
+    return lambda name: checkpoints.setdefault(name, checkpoints.get(name) or PUBLISHED[name](root / name))
 
 
 def read(path: Path) -> Any:
@@ -65,26 +65,26 @@ def read(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_config_is_the_published_one_but_for_sizes_and_ids(checkpoint: Any, name: str) -> None:
+def test_config_differs_from_the_published_one_only_in_sizes_and_ids(checkpoint: Any, name: str) -> None:
     config, full = read_config(checkpoint(name)), read(CONFIGS / f"{FULL[name]}.json")
     assert list(config) == list(full)
     assert {key for key in full if config[key] != full[key]} <= SIZES
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_weights_are_bfloat16_and_their_index_is_true(checkpoint: Any, name: str) -> None:
+def test_weights_are_bfloat16_and_their_index_is_correct(checkpoint: Any, name: str) -> None:
     path = checkpoint(name)
     tensors = read_tensors(path)
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     for index in path.glob("*.index.json"):
-        where = read(index)["weight_map"]
-        assert where.keys() == tensors.keys()
-        assert {path / f for f in where.values()} == {*path.glob("*.safetensors"), *path.glob("*.bin")}
+        files = read(index)["weight_map"]
+        assert files.keys() == tensors.keys()
+        assert {path / f for f in files.values()} == {*path.glob("*.safetensors"), *path.glob("*.bin")}
         assert read(index)["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_another_seed_is_another_model(checkpoint: Any, tmp_path: Path, name: str) -> None:
+def test_another_seed_gives_another_model(checkpoint: Any, tmp_path: Path, name: str) -> None:
     one, same, other = (
         read_tensors(p)
         for p in (checkpoint(name), PUBLISHED[name](tmp_path / "a"), PUBLISHED[name](tmp_path / "b", seed=1))
@@ -109,7 +109,7 @@ def test_every_python_file_raises(checkpoint: Any, name: str) -> None:
 @pytest.mark.parametrize("name", NATIVE)
 @torch.no_grad()
 def test_native_families_load_as_published(checkpoint: Any, name: str) -> None:
-    """No tensor is missing, left over or of another shape; attention is not uniform, logits are not flat."""
+    """No tensor is missing, unexpected or of another shape; attention is not uniform, logits are not constant."""
     model, info = AutoModelForCausalLM.from_pretrained(
         checkpoint(name), output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
     )
@@ -133,24 +133,26 @@ def test_names_and_shapes_of_the_families_that_are_not_native(checkpoint: Any) -
     assert len(baichuan) == 2 * 7 + 3
 
 
-def test_weight_files_by_kind(tmp_path: Path) -> None:
+def test_every_kind_of_weight_file_holds_the_same_tensors(tmp_path: Path) -> None:
     kinds = {
         "bin": ["pytorch_model.bin"],
         "bin-shards": [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)],
         "safetensors": [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)],
     }
-    found = {}
+    tensors_by_kind = {}
     for kind, files in kinds.items():
         path = baichuan2(tmp_path / kind, kind)
         assert sorted(f.name for f in path.iterdir() if f.suffix in (".bin", ".safetensors")) == files
-        found[kind] = read_tensors(path)
-    assert found["bin"].keys() == found["bin-shards"].keys() == found["safetensors"].keys()
-    assert all(torch.equal(t, found[kind][n]) for n, t in found["bin"].items() for kind in kinds)
+        tensors_by_kind[kind] = read_tensors(path)
+    assert (
+        tensors_by_kind["bin"].keys() == tensors_by_kind["bin-shards"].keys() == tensors_by_kind["safetensors"].keys()
+    )
+    assert all(torch.equal(t, tensors_by_kind[kind][n]) for n, t in tensors_by_kind["bin"].items() for kind in kinds)
     plain, buffers = (read_tensors(deepseek(tmp_path / str(b), inv_freq=b)) for b in (False, True))
     assert buffers.keys() - plain.keys() == {f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in (0, 1)}
 
 
-def test_yi_ids(tmp_path: Path) -> None:
+def test_yi_ids_are_the_published_ones(tmp_path: Path) -> None:
     path = yi(tmp_path, tokenizer_json=True)
     sp = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
     assert len(sp) == read_config(path)["vocab_size"]
@@ -165,7 +167,7 @@ def test_yi_ids(tmp_path: Path) -> None:
     assert sp.encode("the", out_type=str)[0] != "▁"
     prefixed = sentencepiece.SentencePieceProcessor(model_proto=v.yi(dummy_prefix=True))
     assert prefixed.encode("the", out_type=str)[0].startswith("▁")
-    # the converted file's "▁" before every stretch of text
+    # the converted file puts "▁" before the text
     fast = Tokenizer.from_file(str(path / "tokenizer.json"))
     assert fast.encode("the").tokens == prefixed.encode("the", out_type=str)
     generation, config = read(path / "generation_config.json"), read_config(path)
@@ -173,7 +175,7 @@ def test_yi_ids(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["current", "april"])
-def test_phi3_ids(tmp_path: Path, form: Any) -> None:
+def test_phi3_ids_are_the_published_ones(tmp_path: Path, form: Any) -> None:
     path = phi3(tmp_path, form=form)
     fast, sp = (
         Tokenizer.from_file(str(path / "tokenizer.json")),
@@ -194,7 +196,7 @@ def test_phi3_ids(tmp_path: Path, form: Any) -> None:
     assert text == ("<s>" if form == "april" else "") + "<|user|>\nhi<|end|>\n<|assistant|>\n"
 
 
-def test_baichuan2_ids(tmp_path: Path) -> None:
+def test_baichuan2_ids_are_the_published_ones(tmp_path: Path) -> None:
     path = baichuan2(tmp_path)
     sp = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
     assert len(sp) == read_config(path)["vocab_size"]
@@ -208,7 +210,7 @@ def test_baichuan2_ids(tmp_path: Path) -> None:
     assert not (path / "tokenizer.json").exists()
 
 
-def test_glm4_ids(tmp_path: Path) -> None:
+def test_glm4_ids_are_the_published_ones(tmp_path: Path) -> None:
     path, hf = glm4(tmp_path / "original"), glm4_hf(tmp_path / "hf")
     lines = (line.split() for line in (path / "tokenizer.model").read_bytes().splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -230,7 +232,7 @@ def test_glm4_ids(tmp_path: Path) -> None:
     assert text == "[gMASK]<sop><|system|>\ns<|user|>\nq<|assistant|>"
 
 
-def test_deepseek_ids(tmp_path: Path) -> None:
+def test_deepseek_ids_are_the_published_ones(tmp_path: Path) -> None:
     path = deepseek(tmp_path)
     hf = AutoTokenizer.from_pretrained(path)
     config = read_config(path)

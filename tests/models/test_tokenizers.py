@@ -1,4 +1,4 @@
-"""Published checkpoints' directories load to exact tokenizers, without their code, and survive being saved."""
+"""Tokenizers of published checkpoints load exactly, without their code, and stay the same when saved."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ranks() -> dict[bytes, int]:
 
 
 def directory(path: Path, model_type: str, **files: Any) -> Path:
-    """A model directory without weights; ``__`` in a name stands for its dot."""
+    """Write a model directory without weights; ``__`` in a name stands for a dot."""
     path.mkdir(parents=True, exist_ok=True)
     for name, value in {"config__json": {"model_type": model_type}, **files}.items():
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -83,7 +83,7 @@ def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def yi(path: Path, **options: Any) -> Path:
-    """A Llama checkpoint with both files, its tokenizer.json made as Yi's was: a prefix after special tokens too."""
+    """Write a Llama checkpoint with both files; like Yi's, its tokenizer.json adds a prefix after special tokens."""
     markers = ["<|im_start|>", "<|im_end|>"]
     proto = train(
         **{"add_dummy_prefix": False, "user_defined_symbols": markers, "bos_piece": "<|startoftext|>", **options},
@@ -122,7 +122,7 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer.encode_batch([text])[0].ids)
 
 
-def test_baichuan_is_its_sentencepiece_file_without_a_prefix(baichuan: Path) -> None:
+def test_baichuan_gives_the_ids_of_its_sentencepiece_file_without_a_prefix(baichuan: Path) -> None:
     tokenizer = load_tokenizer(baichuan)
     proto = pb.ModelProto.FromString((baichuan / "tokenizer.model").read_bytes())
     proto.normalizer_spec.add_dummy_prefix = False
@@ -136,11 +136,11 @@ def test_baichuan_is_its_sentencepiece_file_without_a_prefix(baichuan: Path) -> 
     assert hf.model_max_length == 4096
     assert hf("fox").input_ids == theirs.encode("fox")
     assert {*RESERVED, "<s>", "</s>"} <= set(tokenizer.control_tokens)
-    assert "<br>" not in tokenizer.control_tokens  # kept whole, and still ordinary text
+    assert "<br>" not in tokenizer.control_tokens  # one token, but ordinary text
     assert tokenizer.chat_template is None
 
 
-def test_glm4_is_its_tiktoken_file_and_adds_nothing(glm: Path, ranks: dict[bytes, int]) -> None:
+def test_glm4_gives_the_ids_of_its_tiktoken_file_and_adds_none(glm: Path, ranks: dict[bytes, int]) -> None:
     tokenizer = load_tokenizer(glm)
     special = {t: len(ranks) + i for i, t in enumerate(tiktoken.ADDED[:10])}
     theirs = reference.Encoding("g", pat_str=tiktoken.PATTERN, mergeable_ranks=ranks, special_tokens=special)
@@ -158,13 +158,13 @@ def test_glm4_with_a_tokenizer_json_uses_it(glm: Path, tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).digest() == load_tokenizer(glm).digest()
 
 
-def test_yi_is_held_to_its_sentencepiece_model(tmp_path: Path) -> None:
+def test_yi_is_corrected_to_its_sentencepiece_model(tmp_path: Path) -> None:
     path = yi(tmp_path)
     theirs = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
     end = theirs.piece_to_id("<|im_end|>")
     assert theirs.encode("<|im_end|>\n") == [end, *theirs.encode("\n")]
     published = Fast.from_file(str(path / "tokenizer.json"))
-    assert published.encode("<|im_end|>\n").ids != [end, *theirs.encode("\n")]  # the fault is there
+    assert published.encode("<|im_end|>\n").ids != [end, *theirs.encode("\n")]  # the published file is wrong
     tokenizer = load_tokenizer(path)
     text = "<|im_start|>user\nthe fox?<|im_end|>\n<|im_start|>assistant\n 嘘<|im_end|>\n"
     assert ids_of(tokenizer, text) == theirs.encode(text)
@@ -176,14 +176,14 @@ def test_yi_is_held_to_its_sentencepiece_model(tmp_path: Path) -> None:
     assert load_tokenizer(path).digest() == tokenizer.digest()
 
 
-@pytest.mark.parametrize("case", ["its own class", "a dummy prefix", "another file", "exact already"])
-def test_other_llama_checkpoints_are_as_published(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["its own class", "a dummy prefix", "another file", "already exact"])
+def test_other_llama_checkpoints_load_as_published(case: str, tmp_path: Path) -> None:
     path = yi(tmp_path, **({"add_dummy_prefix": True} if case == "a dummy prefix" else {}))
     if case == "its own class":
         (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     if case == "another file":
         (path / "tokenizer.model").write_bytes(b"%%\n")
-    if case == "exact already":
+    if case == "already exact":
         config = json.loads((path / "tokenizer_config.json").read_text())
         (path / "tokenizer_config.json").write_text(json.dumps({**config, "add_prefix_space": False}))
     published = AutoTokenizer.from_pretrained(path)
@@ -199,7 +199,7 @@ def byte_level(path: Path, model_type: str, *added: AddedToken) -> Path:
 
 
 def test_a_byte_level_vocabulary_keeps_its_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSeek: releases of transformers wrapped it in SentencePiece's treatment of spaces; here by hand."""
+    """Some releases of transformers treat DeepSeek's vocabulary as SentencePiece; this test does so by hand."""
     path = byte_level(tmp_path, "llama")
     plain = Fast.from_file(str(path / "tokenizer.json"))
     text = "User: a  b\n\n  c\n\nAssistant: 嘘"
@@ -209,10 +209,10 @@ def test_a_byte_level_vocabulary_keeps_its_spaces(tmp_path: Path, monkeypatch: p
         assert ids_of(tokenizer, text) == plain.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(ids_of(tokenizer, text)) == text
     wrapped = LlamaTokenizer.from_pretrained(path).backend_tokenizer
-    assert wrapped.decode(wrapped.encode(text).ids) != text  # the fault is there
+    assert wrapped.decode(wrapped.encode(text).ids) != text  # spaces are lost
 
 
-def test_phi3_keeps_what_its_special_tokens_strip(tmp_path: Path) -> None:
+def test_phi3_special_tokens_strip_the_white_space_after_them(tmp_path: Path) -> None:
     end = AddedToken("<|end|>", rstrip=True, special=True, normalized=False)
     tokenizer = load_tokenizer(byte_level(tmp_path, "phi3", end))
     assert ids_of(tokenizer, "a<|end|>\n b") == ids_of(tokenizer, "a<|end|>b")
@@ -238,7 +238,7 @@ def test_a_saved_tokenizer_gives_the_same_ids(
         assert again.hf.eos_token_id == ours.hf.eos_token_id
         assert again.chat_template == ours.chat_template
     marker = ours.control_tokens[-1]
-    for text in (CORPUS[2], f"a🦙鲸饕b{marker}"):  # the latter in bytes
+    for text in (CORPUS[2], f"a🦙鲸饕b{marker}"):  # the second contains characters encoded as bytes
         ids = ids_of(ours, text)
         assert "".join(ours.pieces(ids)) == text
     cut = ours.pieces([*ids[:-3], ids[-1]])  # within the last character
@@ -255,42 +255,46 @@ def refused(call: Callable[[], Any]) -> str:
     return e.value.message
 
 
-def test_damaged_sentencepiece_files(baichuan: Path, tmp_path: Path) -> None:
+def test_damaged_sentencepiece_files_are_refused(baichuan: Path, tmp_path: Path) -> None:
     path = shutil.copytree(baichuan, tmp_path / "m")
     file = path / "tokenizer.model"
     whole = file.read_bytes()
     for data in (b"", b"\xff" * 99, b"aGk= 0\n", whole[: len(whole) // 2], whole[:4000], written({b"a": 0})):
         file.write_bytes(data)
-        assert "is not a whole SentencePiece model" in refused(lambda: load_tokenizer(path))
+        assert "is not a complete SentencePiece model" in refused(lambda: load_tokenizer(path))
     file.unlink()
     assert "tokenizer.model: cannot be read (No such file" in refused(lambda: load_tokenizer(path))
     file.write_bytes(train(model_type="unigram", vocab_size=400).SerializeToString())
-    assert "is a SentencePiece UNIGRAM model; only BPE" in refused(lambda: load_tokenizer(path))
+    assert "is a SentencePiece UNIGRAM model; only BPE models are supported" in refused(lambda: load_tokenizer(path))
     file.write_bytes(train(normalization_rule_name="nmt_nfkc").SerializeToString())
-    assert "rewrites text before it splits it (nmt_nfkc)" in refused(lambda: load_tokenizer(path))
+    assert "normalises text (nmt_nfkc) in a way that cannot be reproduced exactly" in refused(
+        lambda: load_tokenizer(path)
+    )
 
 
-def test_a_vocabulary_that_merges_cannot_express() -> None:
-    """Two pieces of one score of which one ends as the other begins: SentencePiece forms the leftmost."""
+def test_a_vocabulary_that_merges_cannot_express_is_refused() -> None:
+    """Two pieces of equal score overlap: SentencePiece forms the leftmost."""
     pieces, kinds = ["<unk>", "a", "b", "ab", "ba"], [Kind.UNKNOWN, *[Kind.NORMAL] * 4]
     spacing = Spacing(False, False, False)
-    message = refused(lambda: from_pieces(pieces, [0.0, -1.0, -2.0, -3.0, -3.0], kinds, spacing, where="m"))
+    message = refused(lambda: from_pieces(pieces, [0.0, -1.0, -2.0, -3.0, -3.0], kinds, spacing, source="m"))
     assert "m: cannot be reproduced exactly ('ab' and 'ba' have the same score)" in message
 
 
-def test_damaged_tiktoken_files(glm: Path, ranks: dict[bytes, int], tmp_path: Path) -> None:
+def test_damaged_tiktoken_files_are_refused(glm: Path, ranks: dict[bytes, int], tmp_path: Path) -> None:
     path = shutil.copytree(glm, tmp_path / "m")
     file = path / "tokenizer.model"
     whole = file.read_bytes()
     twice = b"\n".join([*whole.splitlines()[:-1], base64.b64encode("甄嬛".encode()) + b" 7"])
     for data in (b"", whole[:1000], b"\x0a\x0e\n" * 9, whole + b"!!! 9\n", whole + b"YQ== x", b"YQ==\n" * 300, twice):
         file.write_bytes(data)
-        assert "is not a whole tiktoken file" in refused(lambda: load_tokenizer(path))
+        assert "is not a complete tiktoken file" in refused(lambda: load_tokenizer(path))
     file.unlink()
     assert "tokenizer.model: cannot be read" in refused(lambda: load_tokenizer(path))
 
 
-def test_configurations_that_do_not_fit_the_vocabulary(glm: Path, ranks: dict[bytes, int], tmp_path: Path) -> None:
+def test_configurations_that_do_not_fit_the_vocabulary_are_refused(
+    glm: Path, ranks: dict[bytes, int], tmp_path: Path
+) -> None:
     path = shutil.copytree(glm, tmp_path / "m")
     good = json.loads((path / "tokenizer_config.json").read_text())
 

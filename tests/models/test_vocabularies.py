@@ -1,4 +1,4 @@
-"""Vocabularies give the ids of the libraries that made them: SentencePiece and tiktoken."""
+"""Converted vocabularies give the same ids as SentencePiece and tiktoken."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def test_a_trained_sentencepiece_model_gives_its_own_ids(name: str) -> None:
 
     def check(text: str) -> None:
         if "<unk>" in text or (proto.normalizer_spec.add_dummy_prefix and text.strip(" ") in symbols):
-            return  # ours knows <unk> when written; a symbol alone gets no prefix
+            return  # ours reads a written <unk>; a text that is only a symbol gets no prefix
         ids = ours.encode(text).ids
         assert ids == theirs.encode(text), text
         if theirs.unk_id() not in ids and "▁" not in text and proto.trainer_spec.byte_fallback:
-            kept = text if not proto.normalizer_spec.remove_extra_whitespaces else theirs.decode(ids)
-            assert ours.decode(ids) == kept, text
+            expected = text if not proto.normalizer_spec.remove_extra_whitespaces else theirs.decode(ids)
+            assert ours.decode(ids) == expected, text
 
     for text in CASES:
         check(text)
     settings(max_examples=150, deadline=None, derandomize=True, database=None)(given(TEXT)(check))()
 
 
-def test_control_pieces_are_single_tokens_and_cut_the_text() -> None:
+def test_control_pieces_are_single_tokens_and_split_the_text() -> None:
     for name in ("plain", "dummy prefix"):
         proto = train(**VARIANTS[name])
         theirs = SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -96,16 +96,16 @@ def references(path: Path) -> list[tuple[str, list[int]]]:
 
 
 @pytest.mark.parametrize("name", ["baichuan", "llama-spm"])
-def test_published_sentencepiece_vocabularies(vocabs: Path, name: str) -> None:
+def test_published_sentencepiece_vocabularies_give_the_reference_ids(vocabs: Path, name: str) -> None:
     path = vocabs / f"ggml-vocab-{name}.gguf"
     pieces, scores, types = gguf(path, "tokens", "scores", "token_type")
-    if name == "baichuan":  # the file does not say that its first 393 are user-defined; without a file of references
+    if name == "baichuan":  # the file does not mark its first 393 pieces as user-defined, and has no reference ids
         types = [Kind.USER_DEFINED if t == Kind.NORMAL and i < 393 else t for i, t in enumerate(types)]
     else:
         ours = sentencepiece.from_pieces(pieces, scores, types, Spacing(remove_extra_whitespaces=False))
-        found = references(path)
-        assert len(found) == 47
-        assert [text for text, ids in found if ours.encode(text).ids != ids] == []
+        samples = references(path)
+        assert len(samples) == 47
+        assert [text for text, ids in samples if ours.encode(text).ids != ids] == []
     spacing = Spacing(add_dummy_prefix=False, remove_extra_whitespaces=False)
     ours = sentencepiece.from_pieces(pieces, scores, types, spacing)
     theirs = SentencePieceProcessor(model_proto=as_proto(pieces, scores, types, spacing).SerializeToString())
@@ -121,20 +121,22 @@ def test_published_sentencepiece_vocabularies(vocabs: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "misses"), [("phi-3", []), pytest.param("deepseek-llm", ["½"], marks=pytest.mark.slow)]
 )
-def test_published_vocabularies_that_transformers_reads(vocabs: Path, name: str, misses: list[str]) -> None:
-    """The known miss is of the way from GGUF, not of a tokenizer.json. Qwen2 is among the laws."""
+def test_published_vocabularies_read_by_transformers_give_the_reference_ids(
+    vocabs: Path, name: str, misses: list[str]
+) -> None:
+    """The known miss comes from the conversion from GGUF, not from a tokenizer.json. Qwen2 is tested in tests/laws."""
     path = vocabs / f"ggml-vocab-{name}.gguf"
     ours = Tokenizer(AutoTokenizer.from_pretrained(vocabs, gguf_file=path.name))
-    found = [(text, ids, list(ours.encode_batch([text])[0].ids)) for text, ids in references(path)]
-    assert [text for text, ids, got in found if got != ids and not any(m in text for m in misses)] == []
-    assert sum(got != ids for _, ids, got in found) == len(misses)
+    results = [(text, ids, list(ours.encode_batch([text])[0].ids)) for text, ids in references(path)]
+    assert [text for text, ids, got in results if got != ids and not any(m in text for m in misses)] == []
+    assert sum(got != ids for _, ids, got in results) == len(misses)
 
 
 # tiktoken
 
 
 def test_tiktoken_ranks_give_tiktokens_ids() -> None:
-    # A token that merges cannot reach is still found whole, as tiktoken finds it.
+    # A token that no merge can form is still one token, as in tiktoken.
     ranks = {**trained.ranks(), "甄嬛传".encode(): len(trained.ranks())}
     special = {t: len(ranks) + i for i, t in enumerate(tiktoken.ADDED)}
     theirs = reference.Encoding("t", pat_str=tiktoken.PATTERN, mergeable_ranks=ranks, special_tokens=special)
@@ -152,7 +154,7 @@ def test_tiktoken_ranks_give_tiktokens_ids() -> None:
     settings(max_examples=250, deadline=None, derandomize=True, database=None)(given(TEXT)(check))()
 
 
-# What cannot be had
+# Vocabularies that cannot be reproduced
 
 
 def refused(call: Callable[[], Any]) -> str:
@@ -162,7 +164,7 @@ def refused(call: Callable[[], Any]) -> str:
     return e.value.message
 
 
-def test_vocabularies_that_merges_cannot_equal() -> None:
+def test_vocabularies_that_merges_cannot_reproduce_are_refused() -> None:
     def build(*more: tuple[str, float, int]) -> Fast:
         table = [("<unk>", 0.0, 2), *((c, -9.0, 1) for c in "abc "), *more]
         return sentencepiece.from_pieces(*zip(*table, strict=True), Spacing(add_dummy_prefix=False))  # type: ignore[arg-type]
@@ -170,15 +172,15 @@ def test_vocabularies_that_merges_cannot_equal() -> None:
     assert build(("ab", -1.0, 1), ("bc", -2.0, 1)).encode("abc").tokens == ["ab", "c"]
     assert "have the same score" in refused(lambda: build(("ab", -1.0, 1), ("bc", -1.0, 1)))
     assert build(("aa", -1.0, 1), ("aaa", -1.0, 1)).encode("aaaaa").tokens == ["aaa", "aa"]
-    assert "is part of a piece and no piece" in refused(lambda: build(("ad", -1.0, 1)))
-    assert "is unused and can be formed" in refused(lambda: build(("ab", -1.0, 5)))
+    assert "occurs in a piece but is not a piece itself" in refused(lambda: build(("ad", -1.0, 1)))
+    assert "is marked unused but merges can form it" in refused(lambda: build(("ab", -1.0, 5)))
     assert build(("xy", -1.0, 5)).encode("abc").tokens == ["a", "b", "c"]
-    assert "is white space that is removed" in refused(lambda: build(("▁▁", 0.0, 4)))
-    assert "holds a piece twice, or not one for unknown" in refused(lambda: build(("a", -1.0, 1)))
-    assert "holds a piece twice, or not one for unknown" in refused(lambda: build(("<none>", 0.0, 2)))
+    assert "the normalizer removes the symbol" in refused(lambda: build(("▁▁", 0.0, 4)))
+    assert "must have distinct pieces and exactly one for unknown" in refused(lambda: build(("a", -1.0, 1)))
+    assert "must have distinct pieces and exactly one for unknown" in refused(lambda: build(("<none>", 0.0, 2)))
 
 
-def test_a_configuration_names_pieces_and_adds_others() -> None:
+def test_a_configuration_can_rename_pieces_and_add_tokens() -> None:
     pieces = ["<unk>", "<s>", "</s>", "<extra>", "a", "b", "ab"]
     scores, types = [0.0] * 4 + [-2.0, -3.0, -1.0], [2, 3, 3, 4, 1, 1, 1]
     declared = {3: AddedToken("<|end|>", rstrip=True, special=True), 7: AddedToken("<|new|>", special=True)}
@@ -188,5 +190,5 @@ def test_a_configuration_names_pieces_and_adds_others() -> None:
     assert ours.decode([6, 3, 4, 7]) == "aba"
 
 
-def test_merges_are_every_way_to_join_the_best_first() -> None:
+def test_merges_list_every_way_to_join_best_result_first() -> None:
     assert merges_of(["ab", "abc", "a", "b", "c", "bc"]) == [("a", "b"), ("ab", "c"), ("a", "bc"), ("b", "c")]

@@ -1,6 +1,6 @@
-"""The structure: imports point down, no cycles, nothing heavy at import, no file or function too long.
+"""The structure: imports follow the order of packages, no cycles, light imports, no long file or function.
 
-Shown able to fail: the same checks on made-up modules that break each rule.
+The same checks are run on invented modules that break each rule.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tests.helpers.layout import ORDER, PAGE, ROOT, SOURCE, modules, top, writte
 LINES_A_FILE, LINES_A_FUNCTION = 400, 80
 PLACE = {name: i for i, name in enumerate(ORDER)}
 TOP_LEVEL = {"__init__.py", "__main__.py", "errors.py", "types.py", "config.py", "py.typed"}
-CALLED_BEFORE, CALLED_AT_MOST = 64, 48  # modules that one run went through before the packages were made, and may now
+CALLED_BEFORE, CALLED_AT_MOST = 64, 48  # modules used by one run before packages existed, and the limit now
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
-    """(module of ours, whether at the top of the file). Names under TYPE_CHECKING are for the reader alone."""
+    """Yield (imported module of luthier, whether at the top of the file). Imports under TYPE_CHECKING do not count."""
     typing_only = {
         id(node)
         for block in ast.walk(tree)
@@ -60,7 +60,7 @@ def order_faults(trees: dict[str, ast.Module]) -> list[str]:
 
 
 def inner_faults(trees: dict[str, ast.Module]) -> list[str]:
-    """Imports of our own inside functions, other than a verb's."""
+    """List imports of luthier's modules inside functions, except those of commands."""
     return [
         f"{name} imports {target} inside a function"
         for name, tree in trees.items()
@@ -72,11 +72,11 @@ def inner_faults(trees: dict[str, ast.Module]) -> list[str]:
 
 def cycles(trees: dict[str, ast.Module]) -> list[str]:
     graph = {n: {t if t in trees else t.rpartition(".")[0] for t, _ in imports(tree)} for n, tree in trees.items()}
-    found, done = [], set()
+    loops, done = [], set()
 
     def visit(node: str, path: list[str]) -> None:
         if node in path:
-            found.append(" -> ".join([*path[path.index(node) :], node]))
+            loops.append(" -> ".join([*path[path.index(node) :], node]))
             return
         if node in done:
             return
@@ -86,7 +86,7 @@ def cycles(trees: dict[str, ast.Module]) -> list[str]:
 
     for name in graph:
         visit(name, [])
-    return found
+    return loops
 
 
 def long_functions(trees: dict[str, ast.Module]) -> list[str]:
@@ -98,7 +98,7 @@ def long_functions(trees: dict[str, ast.Module]) -> list[str]:
     ]
 
 
-def test_the_top_level_holds_packages_and_a_handful_of_modules() -> None:
+def test_the_top_level_has_packages_and_few_modules() -> None:
     files = {p.name for p in SOURCE.iterdir() if p.is_file()}
     assert files == TOP_LEVEL
     packages = {p.name for p in SOURCE.iterdir() if p.is_dir() and p.name != "__pycache__"}
@@ -112,13 +112,13 @@ def test_imports_follow_the_order_of_the_packages() -> None:
     assert order_faults(modules()) == []
 
 
-def test_the_map_is_made_from_the_order() -> None:
+def test_the_map_in_contributing_is_up_to_date() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert page == written(page), "python -m tests.helpers.layout writes it"
 
 
-def test_a_run_goes_through_few_modules(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    """Counted in a process of its own, with an empty cache; a quarter fewer than before the packages were made."""
+def test_a_run_uses_few_modules(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    """Counted in a separate process with an empty cache; at most 3/4 of the number before packages existed."""
     command = [sys.executable, "-m", "tests.helpers.called_modules", str(model_dir("llama")), str(tmp_path / "run")]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
@@ -144,7 +144,7 @@ def test_no_file_over_400_lines_and_no_function_over_80() -> None:
     assert long_functions(modules()) == []
 
 
-def test_the_structure_tests_see_faults() -> None:
+def test_the_structure_tests_detect_faults() -> None:
     low = ast.parse("from luthier.verbs.train import train")
     assert order_faults({"luthier.errors": low})
     inner = ast.parse("def f():\n    from luthier import config")
@@ -155,7 +155,7 @@ def test_the_structure_tests_see_faults() -> None:
 
 
 @pytest.mark.parametrize("forbidden", ["trust_remote_code=True", "weights_only=False", "allow_pickle=True"])
-def test_nothing_unsafe_is_switched_on(forbidden: str) -> None:
+def test_nothing_unsafe_is_enabled(forbidden: str) -> None:
     for path in SOURCE.rglob("*.py"):
         assert forbidden not in path.read_text(encoding="utf-8").replace(" ", "")
 

@@ -1,4 +1,4 @@
-"""Documentation that cannot drift: every verb and key is there, links lead somewhere, the README's commands run."""
+"""The documentation is up to date: it has every command and key, links are valid, the README's commands work."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ PAGES = [*READMES, "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT 
 
 
 def commands(page: str) -> list[str]:
-    """The shell lines of the blocks that say they are run here."""
+    """Return the shell lines of the blocks that are marked as run by this test."""
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"<!-- these commands are run[^>]*-->\n```bash\n(.*?)```", text, re.DOTALL)
-    assert blocks, f"{page} has no block that is run"
+    assert blocks, f"{page} has no block that is marked as run"
     return [line for block in blocks for line in block.strip().splitlines()]
 
 
-def test_the_page_of_settings_is_made_from_the_code() -> None:
+def test_the_page_of_settings_is_generated_from_the_code() -> None:
     assert make_reference.TARGET.read_text(encoding="utf-8") == make_reference.text()
     for key in configs.all_keys():
         assert f"`{key}`" in make_reference.text()
 
 
 @pytest.mark.parametrize("page", READMES)
-def test_every_verb_is_documented(page: str) -> None:
+def test_every_command_is_documented(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for verb in app.registered_commands:
         assert f"`luthier {verb.name}" in text
 
 
-def test_every_option_says_what_it_is_for() -> None:
+def test_every_option_has_a_help_text() -> None:
     for name, verb in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         assert verb.help and verb.short_help, name
         for parameter in verb.params:
@@ -57,20 +57,20 @@ def test_a_readme_starts_with_the_two_commands(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_are_valid(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         assert target.startswith("http") or (path.parent / target).exists(), target
 
 
-def test_both_readmes_give_the_same_commands() -> None:
+def test_both_readmes_have_the_same_commands() -> None:
     assert commands(READMES[0]) == commands(READMES[1])
 
 
 def test_the_readmes_commands_run(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As they stand, with a tiny model in the places of the real ones."""
+    """Run them unchanged, with a tiny model in place of the real ones."""
     lines = commands("README.md")
     assert lines[0].startswith("luthier pull smollm2-135m --to model")
     for name in ("model", "Yi-6B-Chat"):
@@ -90,9 +90,9 @@ def test_the_readmes_commands_run(
     assert done.returncode == 0, done.stderr
 
 
-def test_the_project_speaks_of_itself_alone() -> None:
+def test_no_file_mentions_this_machine() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    # made from where this runs, so that no path and no host stands here; a host is told by its scheme
+    # computed, so that this file contains no path and no host itself; a host is recognised by its scheme
     forbidden = [re.escape(f"{ROOT}/"), re.escape(f"{Path.home()}/."), r"https?://(?!huggingface|arxiv|github)"]
     for name in tracked:
         path = ROOT / name
@@ -103,3 +103,10 @@ def test_the_project_speaks_of_itself_alone() -> None:
         ):
             text = path.read_text(encoding="utf-8", errors="ignore")
             assert not [f for f in forbidden if re.search(f, text)], name
+
+
+def test_paths_in_the_tour_exist() -> None:
+    text = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", text))
+    assert len(named) > 25
+    assert [p for p in named if not (ROOT / "src" / "luthier" / p).exists() and not (ROOT / p).exists()] == []

@@ -1,4 +1,4 @@
-"""Errors that no other test covers: each has a message that names what is wrong, and a fix."""
+"""Errors that no other test covers have a message that names what is wrong, and a fix."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from luthier._util import files
 from luthier.adapters import directory as adapters
 from luthier.adapters.locate import locate_tuned
 from luthier.adapters.run_dir import RunDir
-from luthier.data.loader import Loader
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport, Loader
 from luthier.data.source import read_rows
 from luthier.data.text import read_head
 from luthier.encoding.encoder import Encoder
@@ -78,7 +77,7 @@ def bad_rows(path: Path, text: str, **kwargs: Any) -> str:
 
 def test_models_that_cannot_be_used_are_refused(model: Path, rows: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "holds no config.json" in refused(ModelError, lambda: read_config(tmp_path / "empty"))
+    assert "contains no config.json" in refused(ModelError, lambda: read_config(tmp_path / "empty"))
     good = json.loads((model / "config.json").read_text())
     for change in (
         {"hidden_size": "abc"},
@@ -90,12 +89,12 @@ def test_models_that_cannot_be_used_are_refused(model: Path, rows: Path, tmp_pat
         message = refused(ModelError, lambda: empty_model(read_config(model)))
         assert (
             "is not a valid configuration" in message
-            or "describes no model that can be built" in message
+            or "does not describe a valid model" in message
             or ("without running the model's own code" in message)
         )
     (model / "config.json").write_text(json.dumps(good))
     (model / "model.safetensors").unlink()
-    assert "holds no weights (model.safetensors" in refused(ModelError, lambda: library.chat(model))
+    assert "contains no weights (model.safetensors" in refused(ModelError, lambda: library.chat(model))
     assert "is not a model directory" in refused(ModelError, lambda: read_config(rows))
     (model / "generation_config.json").write_text("{")
     config = configs.build({"model": {"path": model}, "data": {"train": rows}})
@@ -310,7 +309,7 @@ def test_a_prompt_longer_than_the_context_is_refused(model: Path) -> None:
 
 
 def test_a_reply_that_the_tokenizer_joins_with_its_prompt_is_refused(tokenizer: Tokenizer) -> None:
-    """The newline after ``assistant`` and the spaces of the reply are one token in this vocabulary."""
+    """In this vocabulary, the newline after ``assistant`` and the spaces of the reply form one token."""
     joined = Tokenizer(copy.deepcopy(tokenizer.hf))
     joined._fast.add_tokens(["\n  "])
     report = DataReport()

@@ -1,4 +1,4 @@
-"""Typing the fix that an error offers works."""
+"""Typing the fix that an error offers makes the command work."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_typing_the_fix_works(
 ) -> None:
     text, command, message, placeholders = CASES[name]
     if command[0] == "pull":
-        request.getfixturevalue("smollm2")  # it is pulled already, so that nothing is fetched
+        request.getfixturevalue("smollm2")  # so that the model exists and nothing is downloaded
     Path(places["rows"]).write_text(text)
     argv = [w.format(**places) for w in command]
     with monkeypatch.context() as broken:

@@ -1,6 +1,6 @@
-"""What users and other programs rely on is a golden file: options, keys of every file a run writes, an old run.
+"""Golden files record what users and other programs rely on: options, keys of every file of a run, an old run.
 
-A change shows in review: delete a golden list and run the test to have it written again, then look at the difference.
+After an intended change, delete a golden file, run the test to write it again, and review the difference.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ def same_as_golden(name: str, lines: list[str]) -> None:
     file = GOLDEN / name
     if not file.exists():
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        pytest.fail(f"{file} was written: look at it, then commit it")
+        pytest.fail(f"{file} was written: review it, then commit it")
     assert lines == file.read_text(encoding="utf-8").splitlines()
 
 
 def keys(value: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of everything in a JSON object; of a list, of its first element."""
+    """Yield the dotted keys of a JSON object; for a list, those of its first element."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            shown = key if "/" not in key else "FILE"
-            yield f"{prefix}{shown}"
-            yield from keys(inner, f"{prefix}{shown}.")
+            label = key if "/" not in key else "FILE"
+            yield f"{prefix}{label}"
+            yield from keys(inner, f"{prefix}{label}.")
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         yield from keys(value[0], f"{prefix}[].")
 
 
-def test_the_options_of_every_verb() -> None:
+def test_the_options_of_every_command() -> None:
     lines = []
     for name, verb in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         for parameter in verb.params:
-            shown = " ".join([*parameter.opts, *parameter.secondary_opts])
+            options = " ".join([*parameter.opts, *parameter.secondary_opts])
             default = str(parameter.default) if isinstance(parameter.default, Path) else repr(parameter.default)
             required = ", required" if parameter.required else ""
-            lines.append(f"{name} {shown} {parameter.metavar}, default {default}{required}")
+            lines.append(f"{name} {options} {parameter.metavar}, default {default}{required}")
     same_as_golden("options.txt", lines)
 
 
@@ -73,7 +73,7 @@ def test_the_keys_of_every_file_that_a_run_writes(model_dir: Callable[[str], Pat
 
 @pytest.fixture
 def old_run(tmp_path: Path) -> Path:
-    """The run that ``tests/helpers/make_golden_run.py`` wrote, as it stood then, in a place of its own."""
+    """Copy the run that ``tests/helpers/make_golden_run.py`` wrote."""
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     shutil.copytree(TOKENIZER, tmp_path / "model", dirs_exist_ok=True)
     run = tmp_path / "run"
@@ -92,11 +92,11 @@ def test_an_adapter_written_by_an_earlier_version_is_read(old_run: Path) -> None
     assert expected["reply"].startswith(reply.text) and len(reply.text) == 20
 
 
-def test_a_checkpoint_written_by_an_earlier_version_goes_on(old_run: Path) -> None:
-    """Until the format of checkpoints changes: then this expects the refusal."""
+def test_a_checkpoint_written_by_an_earlier_version_is_resumed(old_run: Path) -> None:
+    """If the format of checkpoints changes, this must expect an error instead."""
     shutil.rmtree(old_run / "adapter")
-    said: list[str] = []
-    summary = luthier.train(luthier.load(old_run / "run.yaml"), say=said.append)
+    messages: list[str] = []
+    summary = luthier.train(luthier.load(old_run / "run.yaml"), say=messages.append)
     expected = json.loads((OLD / "expected.json").read_text(encoding="utf-8"))
-    assert "resuming after step 2" in said
+    assert "resuming after step 2" in messages
     assert summary["losses"] == pytest.approx(expected["losses"], abs=1e-4)

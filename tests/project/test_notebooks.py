@@ -1,4 +1,4 @@
-"""The notebooks: what make.py writes, the same in both languages, and every cell of all ten runs and does its work."""
+"""The notebooks are what make.py writes, have the same code in both languages, and every cell of all ten works."""
 
 from __future__ import annotations
 
@@ -62,21 +62,21 @@ def make() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The tiny published checkpoint of a recipe's family."""
+    """Return a function that makes a tiny checkpoint in the published layout of a recipe's family."""
     root = tmp_path_factory.mktemp("published")
-    made: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
 
     def get(recipe: str) -> Path:
-        if recipe not in made:
-            made[recipe] = PUBLISHED[CHECKPOINTS[recipe]](root / recipe)
-        return made[recipe]
+        if recipe not in paths:
+            paths[recipe] = PUBLISHED[CHECKPOINTS[recipe]](root / recipe)
+        return paths[recipe]
 
     return get
 
 
 @pytest.fixture
 def aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory of its own, a cache of its own, and figures that nobody sees."""
+    """Use a separate working directory and cache, and do not show plots."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with mpl.rc_context({"backend": "agg"}):
@@ -86,7 +86,7 @@ def aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def injected(values: dict[str, Any]) -> str:
-    """A cell of parameters in place of the first one's."""
+    """Make a cell of parameters that replaces the first one."""
 
     def plain(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
@@ -95,7 +95,7 @@ def injected(values: dict[str, Any]) -> str:
 
 
 def play(notebook: NotebookNode, values: dict[str, Any]) -> dict[str, Any]:
-    """Run every code cell in one namespace, which is returned."""
+    """Run every code cell in one namespace and return it."""
     names: dict[str, Any] = {}
     for name, source in code(notebook).items():
         exec(compile(source, f"<{name}>", "exec"), names)
@@ -104,7 +104,7 @@ def play(notebook: NotebookNode, values: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
-def test_there_are_two_for_each_tutorial_and_they_are_what_make_writes(make: ModuleType) -> None:
+def test_each_tutorial_has_two_notebooks_that_are_up_to_date(make: ModuleType) -> None:
     written = make.written()
     assert sorted(written) == NAMES
     assert sorted({recipe_of(n) for n in NAMES}) == recipes.names() == sorted(CHECKPOINTS)
@@ -126,12 +126,12 @@ def test_both_languages_have_the_same_steps_and_code(recipe: str) -> None:
     for a, b in zip(english.cells, chinese.cells, strict=True):
         if a.cell_type == "markdown":
             numbers = [re.findall(r"\d[\d,.]*\d|`[^`]+`", c.source) for c in (a, b)]
-            assert sorted(numbers[0]) == sorted(numbers[1]), a.id  # figures and names are in both
+            assert sorted(numbers[0]) == sorted(numbers[1]), a.id  # numbers and names are in both
             assert not re.search("[\u4e00-\u9fff]", re.sub("微调", "", a.source)), a.id
             assert re.search("[\u4e00-\u9fff]", b.source), b.id
 
 
-def test_the_first_cell_is_what_a_reader_changes() -> None:
+def test_the_first_cell_has_all_that_a_reader_changes() -> None:
     for name in NAMES:
         first = next(c for c in read(name).cells if c.cell_type == "code")
         assert first.metadata.tags == ["parameters"]
@@ -144,7 +144,7 @@ def test_the_first_cell_is_what_a_reader_changes() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_trains_and_talks(
+def test_a_notebook_trains_and_chats(
     name: str, checkpoint: Callable[[str], Path], aside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, english = recipe_of(name), "zh-CN" not in name
@@ -156,7 +156,7 @@ def test_it_trains_and_talks(
     losses = json.loads((run / "summary.json").read_text())["losses"]
     assert len(losses) == 3 and losses[-1] != losses[0]
     assert (run / "adapter" / "luthier.json").is_file()
-    assert "huanhuan.json is not here: the shipped persona teahouse.zh.jsonl" in printed
+    assert "huanhuan.json does not exist: using the shipped persona teahouse.zh.jsonl" in printed
     assert names["config"].data.train == (personas.TEAHOUSE,) and names["config"].data.system == ""
     assert "在下姓陆" in printed  # the rows
     assert names["summary"]["rows"]["kept"] == 74 == len(names["rows"].train)
@@ -177,10 +177,10 @@ def test_it_trains_and_talks(
     assert (merged is not None and (merged / "model.safetensors").is_file()) == english
 
 
-def test_rows_of_ones_own_keep_the_recipes_system_prompt(
+def test_the_users_rows_are_trained_with_the_recipes_system_prompt(
     checkpoint: Callable[[str], Path], aside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And a run that is finished is not trained again."""
+    """A finished run is not trained again."""
     rows = [{"instruction": "你是谁？", "input": "", "output": "我是甄嬛。"}, {"instruction": "你好", "output": "好。"}]
     (aside / "huanhuan.json").write_text(json.dumps(rows), encoding="utf-8")
     values = {"MODEL": checkpoint("glm-4-9b-chat"), "RUN": "run", "SETTINGS": SHORT}
@@ -188,7 +188,7 @@ def test_rows_of_ones_own_keep_the_recipes_system_prompt(
     assert names["config"].data.train == (Path("huanhuan.json"),)
     assert names["talk"].system == "假设你是皇帝身边的女人--甄嬛。"
     printed = capsys.readouterr().out
-    assert "is not here" not in printed and "我是甄嬛。" in printed
+    assert "does not exist" not in printed and "我是甄嬛。" in printed
     before = {p: p.stat().st_mtime_ns for p in (aside / "run").rglob("*")}
     play(read("glm-4-9b-chat.zh-CN.ipynb"), values)
     assert "finished already" in capsys.readouterr().out
@@ -196,9 +196,7 @@ def test_rows_of_ones_own_keep_the_recipes_system_prompt(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_that_is_not_there_is_pulled_under_its_name(
-    name: str, aside: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_model_is_pulled_by_its_name(name: str, aside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
     def pull(model: str, to: Path, **_: Any) -> Path:
@@ -209,14 +207,14 @@ def test_a_model_that_is_not_there_is_pulled_under_its_name(
     monkeypatch.setattr(luthier, "pull", pull, raising=False)
     cells = code(read(name))
     names: dict[str, Any] = {"Path": Path, "luthier": luthier}
-    for _ in range(2):  # the second time it is there
+    for _ in range(2):  # the second time it exists
         exec(f"{cells['parameters']}\n{cells['download']}", names)
     assert asked == [(names["MODEL"].name, names["MODEL"])]
     assert asked[0][0] in hub.FAMILIES
     inspect.signature(pull).bind(asked[0][0], to=asked[0][1], say=print)
 
 
-def test_a_mistake_in_the_data_stops_it(checkpoint: Callable[[str], Path], aside: Path) -> None:
+def test_a_mistake_in_the_data_stops_the_notebook(checkpoint: Callable[[str], Path], aside: Path) -> None:
     (aside / "huanhuan.json").write_text('[{"instrution": "a", "output": "b"}]', encoding="utf-8")
     with pytest.raises(luthier.UserError, match="did you mean 'instruction'"):
         play(read("yi-6b-chat.ipynb"), {"MODEL": checkpoint("yi-6b-chat"), "RUN": "run", "SETTINGS": SHORT})
@@ -224,8 +222,8 @@ def test_a_mistake_in_the_data_stops_it(checkpoint: Callable[[str], Path], aside
 
 
 @pytest.mark.parametrize("recipe", CHECKPOINTS)
-def test_the_text_says_what_the_recipe_and_the_page_say(recipe: str, tutorials: Path) -> None:
-    """What is quoted from the tutorial stands there, and the numbers of parameters are the recipe's."""
+def test_the_text_agrees_with_the_recipe_and_the_tutorial(recipe: str, tutorials: Path) -> None:
+    """Quotations are in the tutorial, and the numbers of parameters are those of the recipe."""
     page = (tutorials / TUTORIALS[recipe]).read_text(encoding="utf-8")
     text = "\n".join(c.source for c in read(f"{recipe}.ipynb").cells if c.cell_type == "markdown")
     assert re.search(r'tutorial "([^"]+)"', text).group(1) in page.splitlines()[0].strip("# .")  # type: ignore[union-attr]
@@ -243,8 +241,8 @@ def test_the_text_says_what_the_recipe_and_the_page_say(recipe: str, tutorials: 
     assert in_recipe <= set(re.findall(r"\d\d?,\d{3},\d{3}", text))
 
 
-def test_a_real_kernel_runs_one_and_shows_its_plots(checkpoint: Callable[[str], Path], aside: Path) -> None:
-    """As Jupyter runs it: with the inline backend, coloured tokens, and nothing echoed by a cell's last line."""
+def test_a_notebook_runs_in_a_real_kernel_and_shows_its_plots(checkpoint: Callable[[str], Path], aside: Path) -> None:
+    """With the inline backend, coloured tokens, and no output of a cell's last expression."""
     notebook = read("phi-3-mini-4k-instruct.zh-CN.ipynb")
     values = {"MODEL": checkpoint("phi-3-mini-4k-instruct"), "RUN": "run", "SETTINGS": SHORT}
     notebook.cells.insert(2, new_code_cell(injected(values), id="injected"))

@@ -1,4 +1,4 @@
-"""Types mean something: ``Any`` is rare and in no public signature, and hardly any line is exempt from mypy."""
+"""``Any`` is rare and in no public signature, and few lines are exempt from mypy."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ANY_AT_MOST, IGNORED_AT_MOST, CASTS_AT_MOST = 30, 16, 2
 
 
 def uses_of_any(tree: ast.AST) -> int:
-    """How often the name ``Any`` is used, imports not counted."""
+    """Count the uses of the name ``Any``, imports excluded."""
     return sum(isinstance(n, ast.Name) and n.id == "Any" for n in ast.walk(tree))
 
 
 def public_signatures(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef]:
-    """Functions and methods that neither have a private name nor belong to a class that has one."""
+    """Yield functions and methods that neither have a private name nor belong to a private class."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield from public_signatures(node)
@@ -27,7 +27,7 @@ def public_signatures(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionD
 
 
 def faults(tree: ast.Module) -> list[str]:
-    """Public functions with ``Any`` in an annotation, as name:line."""
+    """List public functions with ``Any`` in an annotation, as name:line."""
     found = []
     for function in public_signatures(tree):
         arguments = function.args
@@ -49,13 +49,13 @@ def test_no_public_signature_has_any() -> None:
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
-def test_hardly_any_line_is_exempt_from_the_type_checker() -> None:
+def test_few_lines_are_exempt_from_the_type_checker() -> None:
     text = "\n".join(p.read_text(encoding="utf-8") for p in SOURCE.rglob("*.py"))
     assert len(re.findall(r"# type: ignore", text)) <= IGNORED_AT_MOST
     assert len(re.findall(r"\bcast\(", text)) <= CASTS_AT_MOST
 
 
-def test_the_tests_see_faults() -> None:
+def test_the_tests_detect_faults() -> None:
     tree = ast.parse("from typing import Any\ndef f(x: list[Any]) -> None: ...\nclass A:\n def g(self) -> Any: ...")
     assert faults(tree) == ["f:2", "g:4"]
     assert faults(ast.parse("def _f(x: Any): ...\nclass _A:\n def g(self) -> Any: ...")) == []

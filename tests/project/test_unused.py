@@ -1,4 +1,4 @@
-"""Functions in the source that nothing in the source uses: each is public on purpose, or is to be deleted."""
+"""Every function in the source is used in the source, or listed here with a reason."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ CALLED_FROM_OUTSIDE = {
     "extra_repr", "forward", "backward",  # torch
     "tokenize",  # rouge-score
 }  # fmt: skip
-# used by tests or benchmarks only, each with the reason why it is in the source
+# used by tests or benchmarks only, with the reason why it is in the source
 KEPT = {
     "bytes_held": "what the compiled layers hold, which the estimate is compared with",
 }
 
 
-OTHERS = ("self.model", "model", "os", "json", "yaml", "torch", "subprocess")  # whose methods are not ours
+OTHERS = ("self.model", "model", "os", "json", "yaml", "torch", "subprocess")  # objects whose methods are not luthier's
 
 
 def functions(trees: dict[str, ast.Module]) -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Every function and method except special ones, routes, validators and the methods of protocols."""
+    """Yield every function and method except special methods, routes, validators and methods of protocols."""
     for name, tree in trees.items():
         protocols = [
             n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and "Protocol" in map(ast.unparse, n.bases)
@@ -46,15 +46,15 @@ def functions(trees: dict[str, ast.Module]) -> Iterator[tuple[str, ast.FunctionD
 
 
 def uses(trees: dict[str, ast.Module]) -> Counter[str]:
-    """How often each name is read, as a name, an attribute, or an import."""
-    found: Counter[str] = Counter()
+    """Count how often each name is read, as a name, an attribute, or an import."""
+    counts: Counter[str] = Counter()
     for tree in trees.values():
         for node in ast.walk(tree):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                found[node.id] += 1
+                counts[node.id] += 1
             elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in OTHERS:
-                found[node.attr] += 1
-    return found
+                counts[node.attr] += 1
+    return counts
 
 
 def unused(trees: dict[str, ast.Module]) -> list[str]:
@@ -66,17 +66,17 @@ def unused(trees: dict[str, ast.Module]) -> list[str]:
     )
 
 
-def test_no_function_is_called_by_tests_only() -> None:
+def test_no_function_is_used_by_tests_only() -> None:
     assert unused(modules()) == []
 
 
-def test_what_is_kept_is_still_there_and_still_unused() -> None:
+def test_listed_functions_exist_and_are_still_unused() -> None:
     trees = modules()
     names = {node.name for _, node in functions(trees)}
     assert set(KEPT) <= names
     assert not [name for name in KEPT if uses(trees)[name] > 1]  # bytes_held calls the arena's
 
 
-def test_an_unused_function_is_seen() -> None:
+def test_an_unused_function_is_detected() -> None:
     trees = {"luthier.x": ast.parse("def lonely():\n    pass\n\ndef used():\n    pass\n\nused()")}
     assert unused(trees) == ["luthier.x.lonely"]

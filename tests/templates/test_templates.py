@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from luthier import templates
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport
 from luthier.errors import TemplateError
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.templates import ChatML, Jinja

@@ -1,4 +1,4 @@
-"""The estimate: the parts that are counted are there; a run that cannot fit is refused, with settings that fit."""
+"""The estimate equals measured memory; a run that does not fit is refused, with settings that make it fit."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ def look(path: Path, rows: RowLengths, recompute: bool = False, precision: Preci
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3", "glm", "gemma2"])
-def test_what_autograd_keeps_is_counted_to_the_byte(
+def test_what_autograd_saves_is_counted_to_the_byte(
     arch: str, recompute: bool, model_dir: Callable[[str], Path]
 ) -> None:
-    """The same forward pass with values, on the CPU, keeps exactly what the one without values was counted to."""
+    """A forward pass with values on the CPU saves as many bytes as counted on the meta device."""
     path = model_dir(arch)
     rows = [memory_model._row(40, 12), memory_model._row(25, 20)]
     model = load_weights(path, torch.float32)
     attach(model, LoraConfig(), resolve(model, None), seed=0)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     model.train()
@@ -76,48 +76,48 @@ def test_what_autograd_keeps_is_counted_to_the_byte(
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
     ):
         loss_sum(model, to_device(collate(rows), "cpu"))
-    there = sum(t.untyped_storage().nbytes() for t in kept.values())
+    measured = sum(t.untyped_storage().nbytes() for t in saved.values())
     blank = empty_model(read_config(path)).to(torch.float32)
     attach(blank, LoraConfig(), resolve(blank, None), seed=0)
     counted = memory_model._count(blank, rows, recompute, "padded")
-    assert counted == pytest.approx(there, rel=0.01)
+    assert counted == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_what_two_layers_tell_of_many_is_what_many_keep(recompute: bool, model_dir: Callable[[str], Path]) -> None:
+def test_the_extrapolation_from_three_layers_is_exact(recompute: bool, model_dir: Callable[[str], Path]) -> None:
     config = read_config(model_dir("llama"))
     config.num_hidden_layers = 7
     model: Any = empty_model(config)
     attach(model, LoraConfig(), resolve(model, None), seed=0)
     rows = [memory_model._row(40, 12), memory_model._row(25, 20)]
-    told = memory_model._count(model, rows, recompute, "padded")
+    extrapolated = memory_model._count(model, rows, recompute, "padded")
     assert len(model.get_decoder().layers) == 7
-    assert told == memory_model._counted(model, rows, recompute, "padded")
+    assert extrapolated == memory_model._counted(model, rows, recompute, "padded")
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_models_of_experts_are_counted_in_every_type(kind: str) -> None:
-    """The meta device knows their products in bfloat16 alone."""
+    """The meta device supports the products of experts in bfloat16 only."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model(kind, **sizes, num_key_value_heads=2, head_dim=16, moe_intermediate_size=32)
     config.vocab_size = 640
     targets = resolve(empty_model(config), None)
-    kept = [
+    estimates = [
         estimate(config, targets, LoraConfig(), TrainConfig(), RowLengths.of_length(40, 4), Precision("", dtype), False)
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    assert kept[0].activations == pytest.approx(2 * kept[1].activations, rel=0.1)
-    assert kept[0].base == 2 * kept[1].base
+    assert estimates[0].activations == pytest.approx(2 * estimates[1].activations, rel=0.1)
+    assert estimates[0].base == 2 * estimates[1].base
 
 
-def test_base_and_adapter_are_those_in_memory(model_dir: Callable[[str], Path]) -> None:
+def test_base_and_adapter_equal_those_in_memory(model_dir: Callable[[str], Path]) -> None:
     path = model_dir("qwen2")
-    found = look(path, RowLengths.of_length(50, 4))
+    expected = look(path, RowLengths.of_length(50, 4))
     model = load_weights(path, torch.float32)
-    assert found.base + found.embedding_and_head == sum(p.numel() * 4 for p in model.parameters())
+    assert expected.base + expected.embedding_and_head == sum(p.numel() * 4 for p in model.parameters())
     layers = attach(model, LoraConfig(), resolve(model, None), seed=0)
     trained = sum(p.numel() * 4 for m in layers.values() for p in (m.lora_A, m.lora_B))
-    assert (found.adapter, found.gradients, found.optimizer) == (trained, trained, 2 * trained)
+    assert (expected.adapter, expected.gradients, expected.optimizer) == (trained, trained, 2 * trained)
     how = Quantisation("nf4")
     small = load_quantised(
         path, torch.float32, torch.device("cpu"), read_config(path), FourOrEight(how, torch.float32, cache=False)
@@ -134,21 +134,21 @@ def test_base_and_adapter_are_those_in_memory(model_dir: Callable[[str], Path]) 
     assert four.on_disk > 0  # the embedding
 
 
-def test_longer_rows_take_more_and_recomputation_takes_less(model_dir: Callable[[str], Path]) -> None:
+def test_longer_rows_need_more_memory_and_recomputation_needs_less(model_dir: Callable[[str], Path]) -> None:
     short, long = (look(model_dir("llama"), RowLengths.of_length(n, 4)) for n in (50, 200))
     assert long.activations > 3.5 * short.activations
     assert look(model_dir("llama"), RowLengths.of_length(200, 4), recompute=True).activations < 0.8 * long.activations
 
 
-def test_the_heaviest_micro_batch_is_the_runs_own() -> None:
+def test_the_largest_micro_batch_is_one_of_the_runs_plan() -> None:
     lengths = list(range(10, 110))
     train = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2, micro_batch_tokens=0)
-    found = sum(len(e) for e in memory_model._heaviest(RowLengths(lengths, [5] * 100), train))
+    tokens = sum(len(e) for e in memory_model._heaviest(RowLengths(lengths, [5] * 100), train))
     plan = memory_model.Plan(100, 2, 3, train.seed, train.num_train_epochs, 2)
-    assert found == max(sum(lengths[i] for i in micro) for step in range(2) for micro in plan.step(step))
+    assert tokens == max(sum(lengths[i] for i in micro) for step in range(2) for micro in plan.step(step))
 
 
-def made(model: Path, run: Path | None = None, **train: Any) -> configs.RunConfig:
+def run_config(model: Path, run: Path | None = None, **train: Any) -> configs.RunConfig:
     values = {"model": {"path": model}, "data": {"train": personas.TEAHOUSE}, "output_dir": run}
     return configs.build({**values, "train": {"max_steps": 1, **train}})
 
@@ -158,7 +158,7 @@ def test_a_run_that_cannot_fit_is_refused_and_the_fix_fits(
 ) -> None:
     path = model_dir("llama")
     whole, lean = (
-        library.estimate(made(path, gradient_checkpointing=r, per_device_train_batch_size=b)).chosen.memory.peak
+        library.estimate(run_config(path, gradient_checkpointing=r, per_device_train_batch_size=b)).chosen.memory.peak
         for r, b in ((False, 8), (True, 8))
     )
     base = memory_model.resident_now()
@@ -169,21 +169,21 @@ def test_a_run_that_cannot_fit_is_refused_and_the_fix_fits(
     argv += ["--set", "train.max_steps=1", "--set", "train.per_device_train_batch_size=8"]
     done = luthier(*argv, "--set", "train.gradient_checkpointing=false")
     assert done.code == 2
-    assert re.search(r"the run needs about \d+\.\d GB of memory, and \d+\.\d GB are free", done.err)
+    assert re.search(r"the run needs about \d+\.\d GB of memory, but only \d+\.\d GB are available", done.err)
     fix = done.err.strip().splitlines()[-1].removeprefix("  fix: ")
-    assert "to start all the same: --force" in fix
+    assert "to start anyway: --force" in fix
     assert not (tmp_path / "run" / "run.yaml").exists()
     again = luthier(*argv, *shlex.split(fix.split(", or ")[0].split(" (")[0]))
     assert again.code == 0, again.err
     assert "estimate: " in again.err
 
 
-def test_a_fix_says_only_what_changes_and_takes_back_what_it_excludes(
+def test_a_fix_lists_changed_settings_only_and_resets_conflicting_ones(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(**model: bool) -> configs.RunConfig:
         lean = {"gradient_checkpointing": True, "per_device_train_batch_size": 1, "micro_batch_tokens": 0}
-        run = made(model_dir("llama"), **lean)
+        run = run_config(model_dir("llama"), **lean)
         return run.model_copy(update={"model": run.model.model_copy(update=model)})
 
     base = memory_model.resident_now()
@@ -197,14 +197,16 @@ def test_a_fix_says_only_what_changes_and_takes_back_what_it_excludes(
     assert library.estimate(config(load_in_4bit=True)).fixes == ()
 
 
-def test_forced_it_starts(model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_starts_a_run_that_does_not_fit(
+    model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(resources, "available", lambda: 1.0)
     with pytest.raises(UserError):
-        library.train(made(model_dir("llama"), tmp_path / "run"))
-    said: list[str] = []
-    summary = library.train(made(model_dir("llama"), tmp_path / "run"), say=said.append, force=True)
+        library.train(run_config(model_dir("llama"), tmp_path / "run"))
+    messages: list[str] = []
+    summary = library.train(run_config(model_dir("llama"), tmp_path / "run"), say=messages.append, force=True)
     assert summary["steps"] == 1
-    assert any("gradient checkpointing is on to save memory" in s for s in said)
+    assert any("gradient checkpointing is on to save memory" in s for s in messages)
 
 
 def test_the_command_and_its_json(model_dir: Callable[[str], Path], luthier: Run) -> None:
@@ -213,13 +215,13 @@ def test_the_command_and_its_json(model_dir: Callable[[str], Path], luthier: Run
     assert done.code == 0, done.err
     assert [line.split()[0] for line in done.out.splitlines()[2:6]] == ["float32", "bfloat16", "int8", "nf4"]
     assert all(len(line) <= 80 for line in done.out.splitlines()[1:6])
-    found = json.loads(luthier(*argv, "--data", personas.TEAHOUSE, "--json").out)
-    assert found["trainable_parameters"] > 0
-    assert {r["precision"] for r in found["rows"]} == {"float32", "bfloat16", "int8", "nf4"}
-    for row in found["rows"]:
+    report = json.loads(luthier(*argv, "--data", personas.TEAHOUSE, "--json").out)
+    assert report["trainable_parameters"] > 0
+    assert {r["precision"] for r in report["rows"]} == {"float32", "bfloat16", "int8", "nf4"}
+    for row in report["rows"]:
         assert row["peak_bytes"] == max(row["load_bytes"], row["training_bytes"])
         assert row["seconds_per_epoch"] > 0
-    assert library.estimate(made(model_dir("llama"))).parameters == found["parameters"]
+    assert library.estimate(run_config(model_dir("llama"))).parameters == report["parameters"]
     assert luthier("estimate", "--model", model_dir("llama"), "--data", "none.json").code == 2
 
 
@@ -240,7 +242,7 @@ def test_the_calibration_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_the_peak_is_within_ten_per_cent(
     kind: str, recompute: bool, smollm2: Path, huanhuan: Path, tmp_path: Path
 ) -> None:
-    """A process of its own for each, two steps; the estimate is the line that the run printed first."""
+    """Run each in a separate process for two steps; the estimate is in the first line that the run prints."""
     settings = {
         "train.max_steps": 2,
         "train.gradient_accumulation_steps": 1,
@@ -253,7 +255,7 @@ def test_the_peak_is_within_ten_per_cent(
     }
     command = train_command(smollm2, huanhuan, tmp_path / "run", [f"{k}={v}" for k, v in settings.items()])
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    said = float(re.findall(r"estimate: ([\d.]+) GB", done.stderr)[0]) * 1e9
+    estimated = float(re.findall(r"estimate: ([\d.]+) GB", done.stderr)[0]) * 1e9
     peak = json.loads((tmp_path / "run" / "summary.json").read_text())["peak_rss_bytes"]
-    print(f"{kind} checkpointing={recompute}: estimated {said / 1e9:.2f} GB, measured {peak / 1e9:.2f} GB")
-    assert np.isclose(said, peak, rtol=0.10)
+    print(f"{kind} checkpointing={recompute}: estimated {estimated / 1e9:.2f} GB, measured {peak / 1e9:.2f} GB")
+    assert np.isclose(estimated, peak, rtol=0.10)

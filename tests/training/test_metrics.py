@@ -1,4 +1,4 @@
-"""Replies against references: every figure is the library's own on the same texts; batched replies, the single ones."""
+"""Scores equal those of their libraries on the same texts; batched replies equal those generated one at a time."""
 
 from __future__ import annotations
 
@@ -49,37 +49,37 @@ class ChineseWords:
         return [w for w in words(text.lower()) if any(c.isalnum() for c in w)]
 
 
-def test_english_figures_are_the_libraries_own() -> None:
+def test_english_scores_equal_the_libraries_own() -> None:
     replies, references = ENGLISH
-    found = measure(replies, references)
-    assert found.bleu == pytest.approx(sacrebleu.corpus_bleu(replies, [references]).score, abs=1e-9)
-    assert found.chrf == pytest.approx(sacrebleu.corpus_chrf(replies, [references]).score, abs=1e-9)
+    scores = measure(replies, references)
+    assert scores.bleu == pytest.approx(sacrebleu.corpus_bleu(replies, [references]).score, abs=1e-9)
+    assert scores.chrf == pytest.approx(sacrebleu.corpus_chrf(replies, [references]).score, abs=1e-9)
     rouge = RougeScorer(["rougeL"])
     expected = fmean(rouge.score(ref, reply)["rougeL"].fmeasure for reply, ref in zip(*ENGLISH, strict=True))
-    assert found.rouge_l == pytest.approx(expected, abs=1e-12)
-    assert found.length_ratio == pytest.approx(len("".join(replies)) / len("".join(references)))
-    assert 5 < (found.bleu or 0) < 95
-    assert 0.2 < (found.rouge_l or 0) < 0.95
+    assert scores.rouge_l == pytest.approx(expected, abs=1e-12)
+    assert scores.length_ratio == pytest.approx(len("".join(replies)) / len("".join(references)))
+    assert 5 < (scores.bleu or 0) < 95
+    assert 0.2 < (scores.rouge_l or 0) < 0.95
 
 
-def test_chinese_figures_are_over_jiebas_words() -> None:
+def test_chinese_scores_are_computed_on_jiebas_words() -> None:
     replies, references = CHINESE
-    found = measure(replies, references)
+    scores = measure(replies, references)
     cut = [" ".join(words(x)) for x in replies], [[" ".join(words(x)) for x in references]]
-    assert found.bleu == pytest.approx(sacrebleu.corpus_bleu(*cut, tokenize="none", force=True).score, abs=1e-9)
-    assert found.chrf == pytest.approx(sacrebleu.corpus_chrf(replies, [references]).score, abs=1e-9)
+    assert scores.bleu == pytest.approx(sacrebleu.corpus_bleu(*cut, tokenize="none", force=True).score, abs=1e-9)
+    assert scores.chrf == pytest.approx(sacrebleu.corpus_chrf(replies, [references]).score, abs=1e-9)
     rouge = RougeScorer(["rougeL"], tokenizer=ChineseWords())
     expected = fmean(rouge.score(ref, reply)["rougeL"].fmeasure for reply, ref in zip(*CHINESE, strict=True))
-    assert found.rouge_l == pytest.approx(expected, abs=1e-12)
-    assert (found.rouge_l or 0) > 0.3
+    assert scores.rouge_l == pytest.approx(expected, abs=1e-12)
+    assert (scores.rouge_l or 0) > 0.3
     assert RougeScorer(["rougeL"]).score(references[0], replies[0])["rougeL"].fmeasure == 0  # without segmentation
 
 
-def test_rows_of_two_languages_are_each_cut_in_their_own_way() -> None:
+def test_rows_of_two_languages_are_each_segmented_in_their_own_way() -> None:
     replies, references = ENGLISH[0] + CHINESE[0], ENGLISH[1] + CHINESE[1]
     both = measure(replies, references)
     parts = [measure(*ENGLISH), measure(*CHINESE)]
-    assert both.rouge_l == pytest.approx(fmean(p.rouge_l or 0 for p in parts))  # as many rows of each
+    assert both.rouge_l == pytest.approx(fmean(p.rouge_l or 0 for p in parts))  # equally many rows of each
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     cut = [
@@ -103,17 +103,17 @@ def test_rows_of_two_languages_are_each_cut_in_their_own_way() -> None:
         ("42", "spaced"),
     ],
 )
-def test_the_script_of_the_reference_tells_how_it_is_cut(text: str, kind: str) -> None:
+def test_the_script_of_the_reference_decides_how_it_is_segmented(text: str, kind: str) -> None:
     assert script(text) == kind
 
 
 @pytest.mark.parametrize(
     "text", ["Привет, мир! Как дела?", "Der Bär läuft über die Brücke.", "これは本です。", "你好，世界。"]
 )
-def test_what_is_the_same_scores_full_marks_in_any_script(text: str) -> None:
-    found = measure([f" {text}\n"], [text])
-    assert found.length_ratio == found.rouge_l == 1
-    assert found.chrf == pytest.approx(100)
+def test_identical_texts_get_the_full_score_in_any_script(text: str) -> None:
+    scores = measure([f" {text}\n"], [text])
+    assert scores.length_ratio == scores.rouge_l == 1
+    assert scores.chrf == pytest.approx(100)
     other = measure(["@ @"], [text])
     assert other.rouge_l == other.bleu == 0
 
@@ -134,7 +134,7 @@ def test_the_dictionary_is_read_from_no_shared_cache(tmp_path: Path, monkeypatch
     assert (tmp_path / "jieba.cache").read_bytes() == b"planted"
 
 
-# ---- the verb
+# ---- the command
 
 
 @pytest.fixture(scope="module")
@@ -149,39 +149,39 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_eval_gives_the_figures_of_its_own_samples(run: Path, luthier: Run) -> None:
+def test_eval_reports_the_scores_of_its_samples(run: Path, luthier: Run) -> None:
     done = luthier("eval", run, "--json", "--samples", 5, "--max-new-tokens", 40)
     assert (done.code, done.err) == (0, "")
-    found = json.loads(done.out)
-    samples = found["samples"]
-    assert len(samples) == found["base"]["replies"] == found["tuned"]["replies"] == 5
+    report = json.loads(done.out)
+    samples = report["samples"]
+    assert len(samples) == report["base"]["replies"] == report["tuned"]["replies"] == 5
     references = [s["reference"] for s in samples]
     for side in ("base", "tuned"):
         expected = measure([s[side] for s in samples], references).as_dict()
         assert expected.keys() == {"length_ratio", "bleu", "chrf", "rouge_l"}
-        assert {k: found[side][k] for k in expected} == expected
+        assert {k: report[side][k] for k in expected} == expected
         assert None not in expected.values()
-    assert found["tuned"]["chrf"] > found["base"]["chrf"]
+    assert report["tuned"]["chrf"] > report["base"]["chrf"]
     table = luthier("eval", run, "--samples", 5, "--max-new-tokens", 40).out
     assert "5 answered" in table
     for name, key, form in (("BLEU", "bleu", ".2f"), ("chrF", "chrf", ".2f"), ("ROUGE-L", "rouge_l", ".4f")):
         line = next(x for x in table.splitlines() if name in x)
         for side in ("base", "tuned"):
-            assert format(found[side][key], form) in line
+            assert format(report[side][key], form) in line
 
 
-def test_no_samples_leave_the_losses(run: Path, luthier: Run) -> None:
-    found = json.loads(luthier("eval", run, "--json", "--samples", 0).out)
-    assert found["samples"] == []
-    assert found["tuned"]["stop_rate"] is found["tuned"]["bleu"] is None
-    assert found["tuned"]["loss"] < found["base"]["loss"]
+def test_without_samples_the_losses_are_still_reported(run: Path, luthier: Run) -> None:
+    report = json.loads(luthier("eval", run, "--json", "--samples", 0).out)
+    assert report["samples"] == []
+    assert report["tuned"]["stop_rate"] is report["tuned"]["bleu"] is None
+    assert report["tuned"]["loss"] < report["base"]["loss"]
     table = luthier("eval", run, "--samples", 0).out
     assert "perplexity" in table
     assert "BLEU" not in table
     assert "end by themselves" not in table
 
 
-def test_the_end_of_a_run_has_them_and_its_page_shows_them(run: Path) -> None:
+def test_a_finished_run_has_scores_and_its_report_shows_them(run: Path) -> None:
     stored = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     page = (run / "report.html").read_text(encoding="utf-8")
     for side in ("base", "tuned"):
@@ -196,36 +196,38 @@ def test_the_end_of_a_run_has_them_and_its_page_shows_them(run: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["sacrebleu", "rouge_score", "jieba"])
-def test_without_a_package_the_rest_is_there_and_it_is_said(
+def test_a_missing_package_is_reported_and_the_other_scores_remain(
     package: str, run: Path, luthier: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     done = luthier("eval", run, "--json", "--samples", 2, "--max-new-tokens", 8)
-    found = json.loads(done.out)["tuned"]
-    assert found["bleu"] is found["chrf"] is found["rouge_l"] is None
-    assert found["perplexity"] > 1
-    assert found["length_ratio"] > 0
-    assert 0 <= found["stop_rate"] <= 1
+    tuned = json.loads(done.out)["tuned"]
+    assert tuned["bleu"] is tuned["chrf"] is tuned["rouge_l"] is None
+    assert tuned["perplexity"] > 1
+    assert tuned["length_ratio"] > 0
+    assert 0 <= tuned["stop_rate"] <= 1
     assert f"need {package.replace('_', '-')}: pip install 'luthier[eval]'" in done.err
     assert "BLEU" not in luthier("eval", run, "--samples", 2, "--max-new-tokens", 8).out
 
 
-def test_the_end_of_a_run_says_what_to_install(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_names_the_package_to_install(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    said: list[str] = []
-    library.train(config(model, tmp_path / "run", {"eval_fraction": 0.1}, max_steps=2), say=said.append)
-    assert any("need sacrebleu: pip install 'luthier[eval]'" in s for s in said)
+    messages: list[str] = []
+    library.train(config(model, tmp_path / "run", {"eval_fraction": 0.1}, max_steps=2), say=messages.append)
+    assert any("need sacrebleu: pip install 'luthier[eval]'" in s for s in messages)
     assert "BLEU" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_base_model_is_refused_before_it_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_model_is_refused_before_it_is_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.verbs.chat.load_weights", None)
     with pytest.raises(ConfigError, match="there is no adapter to compare with its base"):
         library.eval(model, [personas.HELD_OUT])
 
 
-def test_a_prompt_that_the_model_cannot_read_is_not_asked(model: Path, tmp_path: Path) -> None:
-    """In training it is cut; at the end of the run it must not stop the run."""
+def test_a_prompt_longer_than_the_context_is_skipped(model: Path, tmp_path: Path) -> None:
+    """Training truncates it; the evaluation at the end of the run must not fail."""
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": r, "content": "word " * 80} for r in ("user", "assistant")] * 20
     long = {"messages": [*turns, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -251,7 +253,7 @@ def test_a_prompt_that_the_model_cannot_read_is_not_asked(model: Path, tmp_path:
 
 
 class Recorded(Generator):
-    """Keeps every reply's token ids, and the size of every batch."""
+    """A generator that records the token ids of every reply and the size of every batch."""
 
     def __init__(self, generator: Generator) -> None:
         super().__init__(generator.model, generator.chat_format)
@@ -276,8 +278,8 @@ def prompts_of(lengths: Sequence[int]) -> list[list[Message]]:
 
 
 def by_ids(generator: Recorded, prompts: Sequence[Sequence[Message]], sampling: Sampling) -> list[list[int]]:
-    """Ids of the replies together, put in the prompts' order by the stock model's own forward pass as definition."""
-    found = []
+    """Decode greedily without a cache, one forward pass per token, as the definition; return the ids per reply."""
+    replies = []
     for prompt in prompts:
         ids = generator.chat_format.prompt_ids(prompt)
         start = len(ids)
@@ -288,12 +290,12 @@ def by_ids(generator: Recorded, prompts: Sequence[Sequence[Message]], sampling: 
             ids.append(int(logits.argmax()))
             if ids[-1] in generator.stop_ids:
                 break
-        found.append(ids[start:])
-    return found
+        replies.append(ids[start:])
+    return replies
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
-def test_batched_replies_are_token_for_token_the_single_ones(
+def test_batched_replies_equal_single_ones_token_for_token(
     arch: str, model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("luthier.inference.generation._BATCH_TOKENS", 220)
@@ -311,7 +313,7 @@ def test_batched_replies_are_token_for_token_the_single_ones(
 
 
 def test_a_long_prompt_does_not_shorten_its_neighbours(model: Path) -> None:
-    """The model reads 1024 tokens: beside a prompt that leaves room for a few, the others still get all of theirs."""
+    """The context is 1024 tokens: a prompt that leaves room for a few does not reduce the limit of the others."""
     generator = library.chat(model).generator
     size = next(n for n in range(900, 4000) if not generator.fits(prompts_of([n])[0]))
     prompts = prompts_of([5, size - 9, 9, size - 5])
@@ -321,27 +323,27 @@ def test_a_long_prompt_does_not_shorten_its_neighbours(model: Path) -> None:
     assert max(r.reply_tokens for r in replies[::2]) > max(r.reply_tokens for r in replies[1::2])
 
 
-def test_a_batch_holds_no_more_than_its_tokens(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_does_not_exceed_its_token_limit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = Recorded(library.chat(model).generator)
     lengths = [30, 10, 20, 500, 10]
     batches = list(generator._batches(lengths, Sampling(max_new_tokens=100)))
     assert batches == [[3, 0, 2, 1, 4]]
     monkeypatch.setattr("luthier.inference.generation._BATCH_TOKENS", 270)
     batches = list(generator._batches(lengths, Sampling(max_new_tokens=100)))
-    assert batches == [[3], [0, 2], [1, 4]]  # 600 tokens are over by themselves; 2 x 130; 2 x 110
+    assert batches == [[3], [0, 2], [1, 4]]  # 600 tokens exceed the limit, so a batch of one; 2 x 130; 2 x 110
     penalty = list(generator._batches(lengths, Sampling(max_new_tokens=100, repetition_penalty=1.2)))
     assert penalty == [[3], [0], [2], [1], [4]]
     assert generator.replies([], Sampling()) == []
 
 
-def test_time_is_shared_by_all_replies(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_batch_is_divided_among_its_replies(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.inference.generation._BATCH_TOKENS", 1)
     generator = library.chat(model).generator
     replies = generator.replies(prompts_of([5] * 6), Sampling(max_new_tokens=400, max_seconds=0.0))
     assert [r.reply_tokens for r in replies] == [1] * 6
 
 
-def test_rows_are_in_their_order_after_sorting(model: Path) -> None:
+def test_replies_are_in_the_order_of_the_rows(model: Path) -> None:
     generator = library.chat(model).generator
     prompts = prompts_of([50, 2, 20])
     expected = [len(generator.chat_format.prompt_ids(p)) for p in prompts]

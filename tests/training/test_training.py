@@ -1,4 +1,4 @@
-"""The loop around the laws: gates, dropout, half precision, schedules, and what a run writes."""
+"""The training loop: checks of the first step, dropout, half precision, schedules, and the files of a run."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ def test_bf16_trains_close_to_fp32(tokenizer: Tokenizer) -> None:
     assert half == pytest.approx(run(tokenizer), abs=0.05)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_naming_its_rows(tokenizer: Tokenizer) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tokenizer: Tokenizer) -> None:
     model = make_model("llama")
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(TrainError) as e:
         run(tokenizer, model)
-    assert "the loss is nan at step 1; its rows: rows:" in e.value.message
+    assert "the loss is nan at step 1; rows of that step: rows:" in e.value.message
     assert "--set" in e.value.fix
     with pytest.raises(TrainError, match="step [23]"):
         run(tokenizer, config=FAST.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 0.0}))
 
 
-def test_an_adapter_that_no_gradient_reaches_stops_the_run(tokenizer: Tokenizer) -> None:
+def test_an_adapter_without_a_gradient_stops_the_run(tokenizer: Tokenizer) -> None:
     model = make_model("llama")
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.zero_()  # nothing above reads gate and up of layer 1
+        model.model.layers[1].mlp.down_proj.weight.zero_()  # so that no later layer depends on gate and up of layer 1
     with pytest.raises(TrainError, match=r"no gradient reaches the adapter of model.layers.1.mlp.gate_proj"):
         run(tokenizer, model)
 
 
-def test_checkpointing_gives_the_same_losses(tokenizer: Tokenizer) -> None:
+def test_gradient_checkpointing_gives_the_same_losses(tokenizer: Tokenizer) -> None:
     again = run(tokenizer, config=FAST.model_copy(update={"gradient_checkpointing": True}))
     assert again == pytest.approx(run(tokenizer), abs=1e-6)
 
@@ -98,7 +98,7 @@ def config(model_dir: Callable[[str], Path], tmp_path: Path) -> RunConfig:
     )
 
 
-def test_a_run_writes_what_it_promises(config: RunConfig) -> None:
+def test_a_run_writes_all_its_files(config: RunConfig) -> None:
     assert config.output_dir
     seen: list[Any] = []
     summary = luthier.train(config, on_step=seen.append)
@@ -130,13 +130,13 @@ def test_a_run_writes_what_it_promises(config: RunConfig) -> None:
     assert report["rows"]["kept"] == 74
 
 
-def test_a_finished_run_is_left_alone_and_another_is_refused(config: RunConfig, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(config: RunConfig, tmp_path: Path) -> None:
     assert config.output_dir
     first = luthier.train(config)
     stamps = {p: p.stat().st_mtime_ns for p in config.output_dir.rglob("*")}
-    said: list[str] = []
-    assert luthier.train(config, say=said.append) == first
-    assert "finished already" in said[0]
+    messages: list[str] = []
+    assert luthier.train(config, say=messages.append) == first
+    assert "finished already" in messages[0]
     assert {p: p.stat().st_mtime_ns for p in config.output_dir.rglob("*")} == stamps
     other = config.model_copy(update={"train": config.train.model_copy(update={"seed": 7})})
     with pytest.raises(ConfigError) as e:
@@ -146,7 +146,7 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(config: RunConfig, 
     assert {p: p.stat().st_mtime_ns for p in config.output_dir.rglob("*")} == stamps
 
 
-def test_the_same_settings_over_other_rows_are_another_run(config: RunConfig, tmp_path: Path) -> None:
+def test_the_same_settings_with_other_rows_are_refused(config: RunConfig, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n')
     mine = config.model_copy(update={"data": config.data.model_copy(update={"train": (rows,)})})
@@ -175,18 +175,18 @@ def test_a_failed_run_leaves_no_adapter(config: RunConfig) -> None:
     assert (config.output_dir / "adapter").exists()
 
 
-def test_the_adapter_file_is_the_same_bytes_every_time(config: RunConfig, tmp_path: Path) -> None:
+def test_the_adapter_file_is_reproducible(config: RunConfig, tmp_path: Path) -> None:
     luthier.train(config)
     luthier.train(config.model_copy(update={"output_dir": tmp_path / "again"}))
     a, b = (p / "adapter" / "adapter_model.safetensors" for p in (tmp_path / "run", tmp_path / "again"))
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_max_length_beyond_the_model_is_refused(config: RunConfig) -> None:
+def test_a_max_length_beyond_the_context_is_refused(config: RunConfig) -> None:
     long = config.model_copy(update={"data": config.data.model_copy(update={"max_length": 5000})})
-    found = luthier.check(long)
-    assert found.error
-    assert found.error.fix == "--set data.max_length=1024"
+    inspection = luthier.check(long)
+    assert inspection.error
+    assert inspection.error.fix == "--set data.max_length=1024"
 
 
 @pytest.mark.parametrize("steps", [1, 3, 6])
@@ -197,7 +197,7 @@ def test_a_profile_is_a_trace_of_the_first_steps(
     done = luthier(*command, "--profile", "--set", f"train.max_steps={steps}")
     assert done.code == 0, done.err
     file = tmp_path / "run" / "trace.json"
-    assert file.is_file() == (steps > 1)  # the first one warms up
+    assert file.is_file() == (steps > 1)  # the first step is warm-up
     assert ("trace.json (open it at chrome://tracing)" in done.out) == (steps > 1)
     if steps > 1:
         names = [e.get("name", "") for e in json.loads(file.read_text())["traceEvents"]]
@@ -210,7 +210,7 @@ def test_a_profile_is_a_trace_of_the_first_steps(
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "plain" / weights).read_bytes()
 
 
-def test_a_profile_that_cannot_be_written_costs_the_profile_alone(
+def test_a_run_continues_if_its_profile_cannot_be_written(
     model_dir: Callable[[str], Path], luthier: Callable[..., Result], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -224,7 +224,7 @@ def test_a_profile_that_cannot_be_written_costs_the_profile_alone(
     assert not list(run.glob(".trace*"))
 
 
-def test_the_peak_is_the_processs_own_and_not_that_of_the_one_that_started_it() -> None:
+def test_peak_memory_does_not_include_that_of_the_parent_process() -> None:
     child = "from luthier.devices.device import peak_rss_bytes; x = b'x' * 100_000_000; print(peak_rss_bytes())"
     code = "import subprocess, sys; x = b'x' * 800_000_000; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     done = subprocess.run([sys.executable, "-c", code, child], capture_output=True, text=True, check=True)

@@ -14,6 +14,7 @@ from luthier.cli.conversation import Conversation, ask, ask_both
 from luthier.errors import ConfigError
 
 if TYPE_CHECKING:
+    from luthier.inference.chat import Chat
     from luthier.inference.generation import Reply
 
 
@@ -96,9 +97,15 @@ def run(
     base = chat.beside() if compare else None
     if prompt is None:
         Conversation(chat, base).run()
-    elif not as_json:
+    elif as_json:
+        _print_json(chat, base, prompt)
+    else:
         ask(chat, prompt, base)
-    elif base is None:
+
+
+def _print_json(chat: Chat, base: Chat | None, prompt: str) -> None:
+    """Print the reply, or both models' replies, as one JSON object."""
+    if base is None:
         print(json.dumps(_as_dict(chat.send(prompt))))
     else:
         replies = zip(("base", "tuned"), ask_both(chat, base, prompt), strict=True)

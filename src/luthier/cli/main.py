@@ -1,6 +1,6 @@
-"""``luthier``: the verbs, and errors turned into exit codes.
+"""The command line ``luthier``: its commands, and exit codes for errors.
 
-0 done, 2 the user must act (one message and what to type), 1 our bug (a traceback to send us).
+0: done. 2: the user must act (prints one message and what to type). 1: a bug in luthier (prints a traceback).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from luthier.errors import UserError
 
 app = typer.Typer(
     name="luthier",
-    help="Fine-tune chat models with LoRA and QLoRA on the machine you have, and talk to the result.",
+    help="Fine-tune chat models with LoRA and QLoRA on the machine you have, and chat with the result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,11 +32,11 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and stop."),
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
     keep_freed_memory: bool = typer.Option(
         True,
         envvar=KEEP_FREED_MEMORY,
-        help="Let the process keep memory that it freed (glibc's mallopt): training is 10 to 30 % faster.",
+        help="Keep freed memory in the process (mallopt of glibc): training is 10 to 30 % faster.",
     ),
 ) -> None:
     os.environ[KEEP_FREED_MEMORY] = "1" if keep_freed_memory else "0"
@@ -45,25 +45,25 @@ def _root(
         raise typer.Exit
 
 
-app.command("demo", short_help="The whole story on a small model, in minutes.")(demo.run)
-app.command("pull", short_help="Download a model and check it.")(pull.run)
+app.command("demo", short_help="Train a small model and chat with it, in minutes.")(demo.run)
+app.command("pull", short_help="Download a model and verify its files.")(pull.run)
 app.command("init", short_help="Write a run.yaml with every setting explained.")(init.run)
-app.command("check", short_help="Prove data, template and targets; trains nothing.")(check.run)
-app.command("estimate", short_help="Memory and time of a run, before it starts.")(estimate.run)
+app.command("check", short_help="Check data, template and targets without training.")(check.run)
+app.command("estimate", short_help="Estimate memory and time of a run.")(estimate.run)
 app.command("train", short_help="Train an adapter.")(train.run)
-app.command("eval", short_help="Base and tuned model on held-out rows, side by side.")(evaluate.run)
-app.command("chat", short_help="Talk to a run, an adapter or a base model.")(chat.run)
-app.command("merge", short_help="Base and adapter as one plain model.")(merge.run)
-app.command("export", short_help="The adapter in another tool's format.")(export.run)
-app.command("serve", short_help="Serve runs to clients of OpenAI's protocol.")(serve.run)
-app.command("doctor", short_help="Show what this machine can do; try one step.")(doctor.run)
+app.command("eval", short_help="Compare base and tuned model on held-out rows.")(evaluate.run)
+app.command("chat", short_help="Chat with a run, an adapter or a base model.")(chat.run)
+app.command("merge", short_help="Merge an adapter into its base model.")(merge.run)
+app.command("export", short_help="Export a run in another tool's format.")(export.run)
+app.command("serve", short_help="Serve runs over an OpenAI-compatible API.")(serve.run)
+app.command("doctor", short_help="Show what this machine supports and test it.")(doctor.run)
 
 
 def main() -> None:
-    """The entry point of the ``luthier`` command."""
+    """Run the ``luthier`` command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a console that cannot show a character still shows the rest
+            stream.reconfigure(errors="backslashreplace")  # for characters the console lacks
     try:
         app()
     except UserError as e:
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """torch's own error on a GPU; on the CPU a RuntimeError whose text tells."""
+    """Whether an error means lack of memory; torch raises a plain RuntimeError on the CPU, recognised by its text."""
     names = ("MemoryError", "OutOfMemoryError")
     return type(error).__name__ in names or "can't allocate memory" in str(error)
 

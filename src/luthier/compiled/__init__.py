@@ -1,4 +1,4 @@
-"""The training step in compiled layers: the same mathematics as the model's own, with a fraction of the traffic."""
+"""Compute loss and adapter gradients with compiled decoder layers: the same mathematics with less memory traffic."""
 
 from luthier.compiled.model import CompiledModel, Unsuitable, compiled_model, unsuitable
 

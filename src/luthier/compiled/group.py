@@ -1,11 +1,11 @@
-"""Linear layers that read the same input, as one product: frozen weights and adapters side by side.
+"""Compute linear layers that read the same input as one matrix product, adapters included.
 
-A layer with an adapter is x W^T + z B^T with z = scaling * dropout(x) A^T. Stacked by rows and written as one,
+A layer with an adapter is x W^T + z B^T with z = scaling * dropout(x) A^T. With the layers stacked by rows,
 
     [x | z] [W | B]^T
 
-is a single product of the frozen one's speed; its gradient with respect to the input holds that of z in the same
-way. Rows of [W | B] are padded to a whole number of the processor's tiles.
+is one product, about as fast as the frozen layers' own; the gradient of [x | z] likewise contains that of z. The
+columns of [W | B] are padded to a multiple of the processor's tile width.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Linear = nn.Linear | QuantLinear
 
 
 def mapped(elements: int, dtype: torch.dtype) -> Tensor:
-    """[elements] fresh memory, zero where it is read before it is written."""
+    """Allocate a tensor [elements] in new zero-filled pages."""
     size = max(1, elements) * dtype.itemsize
     return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype)
 
 
 class Bump:
-    """Tensors one after the other in one block; ``reset`` takes all of them back at once."""
+    """Allocator of tensors, one after another in one block of memory; ``reset`` frees all of them at once."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -49,32 +49,34 @@ class Bump:
         return -(-elements // step) * step
 
     def reserve(self, elements: int) -> None:
-        """Take everything back, and have room for so many elements."""
+        """Free everything and make room for ``elements`` elements."""
         self._used, self._reserved = 0, elements
         if self._block.numel() < elements:
-            self._block = mapped(0, self._dtype)  # the old one goes before the new one comes
+            self._block = mapped(0, self._dtype)  # free the old block before allocating the new one
             self._block = mapped(int(elements * _SPARE), self._dtype)
 
     def take(self, *shape: int) -> Tensor:
+        """Allocate an uninitialised tensor of this shape."""
         size = math.prod(shape)
-        found = self._block[self._used : self._used + size]
-        assert found.numel() == size, "more was taken than was reserved"
+        tensor = self._block[self._used : self._used + size]
+        assert tensor.numel() == size, "more elements than were reserved"
         self._used += self.rounded(size, self._dtype)
-        return found.view(shape)
+        return tensor.view(shape)
 
     def reset(self) -> None:
         self._used = 0
 
     @property
     def reserved(self) -> int:
-        """Elements that were asked for last."""
+        """Elements of the latest ``reserve``."""
         return self._reserved
 
 
 class Arena:
-    """streams: what every layer was given. layers: what else it keeps. Scratch is lent for a block of code.
+    """Memory of one micro-batch, reused by the next.
 
-    generation: counts the micro-batches; what an earlier one kept is gone.
+    streams: inputs of the layers. layers: their other saved tensors. Scratch memory is valid within a ``with`` block.
+    generation: number of micro-batches so far; tensors of earlier ones are overwritten.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -85,19 +87,19 @@ class Arena:
         self.generation = 0
 
     def begin(self, streams: int, layers: int) -> None:
-        """A new micro-batch that keeps so many elements of each kind."""
+        """Begin a micro-batch that saves ``streams`` and ``layers`` elements."""
         self.streams.reserve(streams)
         self.layers.reserve(layers)
         self.generation += 1
 
     def bytes_held(self) -> int:
-        """Of the latest micro-batch: what its layers keep, and the scratch that is held, without what was spared."""
+        """Bytes of the latest micro-batch: saved tensors and scratch memory, without the spare allocation."""
         named = sum(t.numel() for t in self._named.values()) / _SPARE
         return int((self.streams.reserved + self.layers.reserved + named) * self.dtype.itemsize)
 
     @contextmanager
     def scratch(self, name: str, *shape: int) -> Iterator[Tensor]:
-        """Memory that is the block's alone; its content is undefined at the start and lost at the end."""
+        """Lend exclusive memory for the block; its content is undefined at the start and lost at the end."""
         assert name not in self._lent, f"{name} is in use"
         self._lent.add(name)
         try:
@@ -106,7 +108,7 @@ class Arena:
             self._lent.remove(name)
 
     def buffer(self, name: str, *shape: int) -> Tensor:
-        """Memory under a name that no other caller asks for: the same again at the next call, if it is large enough."""
+        """Return the memory of this name, which each caller chooses uniquely; it is reused if large enough."""
         size = math.prod(shape)
         if name not in self._named or self._named[name].numel() < size:
             self._named.pop(name, None)
@@ -114,12 +116,12 @@ class Arena:
         return self._named[name][:size].view(shape)
 
 
-PAD = 32  # columns: a tile of bf16
+PAD = 32  # columns of a bf16 tile
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One adapter of a group: its rows of the group's output, its columns of z, its number among the run's."""
+    """One adapter of a group: its columns of the output, its columns of z, its index among the model's adapters."""
 
     layer: LoraLinear
     rows: slice
@@ -128,16 +130,16 @@ class Part:
 
 
 def _base(layer: nn.Module) -> Linear:
-    """The frozen linear layer, of one with an adapter too."""
+    """Return the frozen linear layer, with or without an adapter around it."""
     base = layer.base if isinstance(layer, LoraLinear) else layer
     assert isinstance(base, nn.Linear | QuantLinear)
     return base
 
 
 class Group:
-    """Stacked linear layers of one input width, in the order of their rows.
+    """Linear layers that read the same input, stacked by rows.
 
-    k, n: input and output width. wide: k and the ranks, padded. index: of an adapter layer by its identity.
+    k, n: input and output width. wide: k plus the ranks, padded. index: adapter index by ``id`` of the layer.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class Group:
             row += base.out_features
 
     def _resident(self) -> Tensor:
-        """The frozen weights moved into [W | B]; the layers keep views of it."""
+        """Move the frozen weights into [W | B]; the layers' weights become views of it."""
         weight = torch.zeros(self.n, self.wide, dtype=self._arena.dtype)
         for base, rows in self._slices():
             assert isinstance(base, nn.Linear)
@@ -190,7 +192,7 @@ class Group:
         return weight
 
     def release(self) -> None:
-        """Give the layers weights of their own again."""
+        """Give the layers their own copies of the weights again."""
         if self._weight is not None:
             for base, _ in self._slices():
                 assert isinstance(base, nn.Linear)
@@ -198,7 +200,7 @@ class Group:
             self._weight = None
 
     def refresh(self) -> None:
-        """Take over the adapters' values, which an optimizer step or a checkpoint may have changed."""
+        """Copy the adapters' current values, which an optimizer step or a checkpoint may have changed."""
         for part in self.parts:
             self.a[part.ranks] = part.layer.lora_A.detach()
             self._b[part.rows, part.ranks] = part.layer.lora_B.detach().to(self._b.dtype)
@@ -207,7 +209,7 @@ class Group:
 
     @contextmanager
     def weight(self) -> Iterator[Tensor]:
-        """[W | B], [n, wide], within the block: quantised layers are dequantised for it."""
+        """Yield [W | B], [n, wide]; quantised layers are dequantised for the block."""
         if self._weight is not None:
             yield self._weight
             return
@@ -219,14 +221,14 @@ class Group:
 
     @contextmanager
     def input_gradient(self, grad: Tensor) -> Iterator[Tensor]:
-        """[T, wide], within the block: the gradient of the input, that of z beside it. grad [T, n]: the output's."""
+        """Yield [T, wide]: the gradients of the input and of z, side by side. grad [T, n]: of the output."""
         with self._arena.scratch("input gradient", len(grad), self.wide) as wide:
             with self.weight() as weight:
                 torch.mm(grad, weight, out=wide)
             yield wide
 
     def _floats(self, base: Linear, out: Tensor) -> None:
-        """One layer's weight into the first k columns of ``out``."""
+        """Write one layer's weight into the first k columns of ``out``."""
         if not isinstance(base, QuantLinear):
             out[:, : self.k] = base.weight.detach()
         elif base.how.kind == "int8":
@@ -239,14 +241,14 @@ class Group:
             self._kernels.four_bits(len(out), self.k, base.packed, scales, table, out, self.wide)
 
     def lora(self, places: Tensor | None = None) -> tuple[Argument, ...]:
-        """The arguments that the row kernels share. places: rows of the stream that are computed; None: all."""
+        """Return the arguments that the row kernels share. places: rows of the stream to compute; None: all."""
         if not self.rank or not self.dropout:
             return (self.rank, self.a, self.factor, 0, 0, None)
         key = self._dropout_state.key(self.parts[0].layer.dropout_group)
         return (self.rank, self.a, self.factor, key, threshold(self.dropout), places)
 
     def gradients(self, grad: Tensor, z: Tensor, grad_a: Tensor, into: list[Tensor | None]) -> None:
-        """Put the gradients of this group's A and B into ``into``: grad [T, n] of the output, z [T, rank or more]."""
+        """Write the gradients of this group's A and B to ``into``. grad [T, n]: of the output; z [T, rank or more]."""
         for part in self.parts:
             wide = part.rows.stop - part.rows.start
             rank = part.ranks.stop - part.ranks.start

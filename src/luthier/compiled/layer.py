@@ -1,9 +1,9 @@
-"""One decoder layer, forward and backward, as a dozen calls: products by torch, everything between them compiled.
+"""Compute one decoder layer, forward and backward: matrix products by torch, everything else by compiled kernels.
 
     x -> norm -> [q k v] -> rotary -> attention -> o -> + x -> norm -> [gate up] -> SwiGLU -> down -> + -> next layer
 
-Kept for the backward pass: the two residual streams, q k v, the attention's output and gate and up. The norms' and
-SwiGLU's outputs are made again where the gradients need them, a few rows at a time.
+Saved for the backward pass: the two residual streams, q k v, the attention's output, gate and up. The outputs of the
+norms and of SwiGLU are recomputed in the backward pass, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from luthier.kernels.native import Argument, Kernels
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A flat batch as the kernels want it. All index tensors int64 on the host.
+    """A flat batch in the form that the kernels read. Index tensors are int64 on the host.
 
-    rows:   the positions whose output is wanted of the last layer [U], in order; row_offsets: theirs by segment.
-    shared: how many rows of the stream, the first ones, are seen by other segments.
+    rows:   positions that the last layer outputs [U], ascending; row_offsets: their start by segment.
+    shared: number of rows at the start of the stream that other segments attend to as well.
     """
 
     offsets: Tensor
@@ -36,7 +36,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Shape of the attention. window: 0 if every earlier token is seen."""
+    """Shape of the attention: query and key heads, features per head. window: sliding window; 0 if there is none."""
 
     query: int
     key: int
@@ -47,11 +47,11 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What one layer keeps for its backward pass.
+class Saved:
+    """The tensors that one layer saves for its backward pass.
 
     x [T, H], x2 [U, H]: the residual streams before attention and MLP. rstd, rstd2: 1 / rms of their rows.
-    z_*: the adapters' inner values [., rank]. U is T but for the last layer.
+    z_*: the adapters' inner values [., rank]. U equals T except in the last layer.
     """
 
     x: Tensor
@@ -70,7 +70,7 @@ class Kept:
 
 @dataclass(slots=True)
 class Layer:
-    """The parts of one decoder layer. norm, norm2: RMS norms' weights; eps: theirs."""
+    """One decoder layer. norm, norm2: weights of the RMS norms; eps, eps2: their epsilons."""
 
     kernels: Kernels
     arena: Arena
@@ -87,26 +87,26 @@ class Layer:
     def groups(self) -> tuple[Group, ...]:
         return self.qkv, self.o, self.gate_up, self.down
 
-    def kept(self, tokens: int) -> int:
-        """Elements of the arena that ``attention`` and ``mlp`` keep, the residual stream that goes on left out."""
+    def saved_elements(self, tokens: int) -> int:
+        """Elements of the arena that one layer saves for ``tokens`` tokens, without its output."""
         widths = (self.qkv.n, self.o.wide, self.o.n, self.gate_up.n, *(g.rank for g in self.groups()))
-        return sum(Bump.rounded(tokens * w, self.arena.dtype) for w in widths) + 64  # q and k v apart
+        return sum(Bump.rounded(tokens * w, self.arena.dtype) for w in widths) + 64  # q and k v are separate
 
-    def forward(self, x: Tensor, stream: Stream, last: bool) -> tuple[Tensor, Kept]:
-        """x [T, H] -> [T, H], or [U, H] at the stream's ``rows`` of the last layer; and what backward needs."""
+    def forward(self, x: Tensor, stream: Stream, last: bool) -> tuple[Tensor, Saved]:
+        """Compute x [T, H] -> [T, H], in the last layer [U, H] at the stream's ``rows``; save tensors for backward."""
         out = self.arena.streams.take(len(stream.rows) if last else len(x), x.shape[1])
         return out, self._forward(x, stream, last, out)
 
-    def recomputed(self, x: Tensor, stream: Stream, last: bool) -> Kept:
-        """What ``forward`` kept of this input, made again."""
+    def recomputed(self, x: Tensor, stream: Stream, last: bool) -> Saved:
+        """Recompute what ``forward`` saved for this input."""
         self.arena.layers.reset()
         return self._forward(x, stream, last, None)
 
-    def _forward(self, x: Tensor, stream: Stream, last: bool, out: Tensor | None) -> Kept:
-        """out: None if only what is kept is wanted."""
+    def _forward(self, x: Tensor, stream: Stream, last: bool, out: Tensor | None) -> Saved:
+        """Compute the layer into ``out``; None to compute the saved tensors only."""
         keep, places = self.arena.layers.take, stream.rows if last else None
         rstd, z_qkv, q, kv = self._project(x, stream, last)
-        self._turn(q, kv, stream, last)
+        self._rotate(q, kv, stream, last)
         attended = self._attend(q, kv, stream, last)
         z_o = keep(len(attended), self.o.rank)
         self.kernels.lora_forward(len(attended), self.o.k, attended, self.o.wide, *self.o.lora(places), z_o)
@@ -124,10 +124,10 @@ class Layer:
             if out is not None:
                 with self.down.weight() as weight:
                     torch.addmm(x2, act, weight.t(), out=out)
-        return Kept(x, rstd, z_qkv, q, kv, attended, z_o, x2, rstd2, z_gate_up, gate_up, z_down)
+        return Saved(x, rstd, z_qkv, q, kv, attended, z_o, x2, rstd2, z_gate_up, gate_up, z_down)
 
     def _project(self, x: Tensor, stream: Stream, last: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """1 / rms of the rows, z, and q and k v [T, .] before rotary positions; q only at the stream's rows if last."""
+        """Return 1 / rms, z, q and k v [T, .] before rotary positions; in the last layer q only at ``stream.rows``."""
         keep, width, n = self.arena.layers.take, self.heads.query * self.heads.dim, len(x)
         rstd, z = torch.empty(n), keep(n, self.qkv.rank)
         with self.arena.scratch("normed", n, self.qkv.wide) as h, self.qkv.weight() as weight:
@@ -142,11 +142,11 @@ class Layer:
         self, x: Tensor, weight: Tensor, eps: float, group: Group, places: Tensor | None, h: Tensor, z: Tensor,
         rstd: Tensor,
     ) -> None:  # fmt: skip
-        """Fill h [T, wide] with normalised rows and z beside them, z by itself, and 1 / rms."""
+        """Normalise rows: fill h [T, wide] with the rows and z, z with a copy of z, and rstd with 1 / rms."""
         self.kernels.norm_forward(len(x), x.shape[1], x, weight, eps, *group.lora(places), h, group.wide, z, rstd)
 
-    def _turn(self, q: Tensor, kv: Tensor, stream: Stream, last: bool, back: bool = False) -> None:
-        """Rotary positions (and the projections' biases, on the way forward), in place."""
+    def _rotate(self, q: Tensor, kv: Tensor, stream: Stream, last: bool, back: bool = False) -> None:
+        """Add the projections' biases and rotate by position, in place; with ``back``, rotate the gradients back."""
         h, bias = self.heads, None if back else self.qkv.bias
         width = h.query * h.dim
         cos, sin = (stream.cos[stream.rows], stream.sin[stream.rows]) if last else (stream.cos, stream.sin)
@@ -170,73 +170,73 @@ class Layer:
         return out
 
     def backward(
-        self, grad: Tensor, kept: Kept, stream: Stream, last: bool, into: list[Tensor | None], below: Tensor | None
+        self, grad: Tensor, saved: Saved, stream: Stream, last: bool, into: list[Tensor | None], below: Tensor | None
     ) -> None:
-        """Put the adapters' gradients into ``into``, and that of the input into ``below`` [T, H].
+        """Write the adapters' gradients into ``into`` and the input's gradient into ``below`` [T, H].
 
-        grad [U, H]: of the output; its memory may be ``below``'s. below: None if nothing before this layer trains.
+        grad [U, H]: of the output; it may share memory with ``below``. below: None if no earlier layer is trained.
         """
         places, n = stream.rows if last else None, len(grad)
         with self.arena.scratch("middle", *grad.shape) as grad2:
             with self.arena.scratch("gate_up gradient", n, self.gate_up.n) as grad_gate_up:
-                self._down_backward(grad, kept, places, grad_gate_up, into)
-                self._gate_up_backward(grad_gate_up, grad, kept, places, grad2, into)
-            with self.arena.scratch("qkv gradient", len(kept.kv), self.qkv.n) as grad_qkv:
+                self._down_backward(grad, saved, places, grad_gate_up, into)
+                self._gate_up_backward(grad_gate_up, grad, saved, places, grad2, into)
+            with self.arena.scratch("qkv gradient", len(saved.kv), self.qkv.n) as grad_qkv:
                 with self.arena.scratch("attended gradient", n, self.o.k) as grad_attended:
-                    self._o_backward(grad2, kept, places, grad_attended, into)
-                    self._attention_backward(grad_attended, kept, stream, last, grad_qkv)
-                above = torch.zeros_like(kept.x).index_copy_(0, stream.rows, grad2) if last else grad2
-                self._qkv_backward(grad_qkv, above, kept, below, into)
+                    self._o_backward(grad2, saved, places, grad_attended, into)
+                    self._attention_backward(grad_attended, saved, stream, last, grad_qkv)
+                above = torch.zeros_like(saved.x).index_copy_(0, stream.rows, grad2) if last else grad2
+                self._qkv_backward(grad_qkv, above, saved, below, into)
 
     def _down_backward(
-        self, grad: Tensor, kept: Kept, places: Tensor | None, out: Tensor, into: list[Tensor | None]
+        self, grad: Tensor, saved: Saved, places: Tensor | None, out: Tensor, into: list[Tensor | None]
     ) -> None:
-        """grad [U, H] -> out [U, gate and up], through down and SwiGLU."""
+        """Propagate grad [U, H] through down and SwiGLU to out [U, gate and up]."""
         grad_a = torch.empty(self.down.rank, self.down.k)
         with self.down.input_gradient(grad) as wide:
             self.kernels.swiglu_backward(
-                len(grad), self.down.k, kept.gate_up, *self.down.lora(places), wide, self.down.wide, out, grad_a
+                len(grad), self.down.k, saved.gate_up, *self.down.lora(places), wide, self.down.wide, out, grad_a
             )
-        self.down.gradients(grad, kept.z_down, grad_a, into)
+        self.down.gradients(grad, saved.z_down, grad_a, into)
 
     def _o_backward(
-        self, grad: Tensor, kept: Kept, places: Tensor | None, out: Tensor, into: list[Tensor | None]
+        self, grad: Tensor, saved: Saved, places: Tensor | None, out: Tensor, into: list[Tensor | None]
     ) -> None:
-        """grad [U, H] -> out [U, attention's output]."""
+        """Propagate grad [U, H] through o to out [U, attention output]."""
         grad_a = torch.empty(self.o.rank, self.o.k)
         with self.o.input_gradient(grad) as wide:
             self.kernels.lora_backward(
-                len(grad), self.o.k, kept.attended, self.o.wide, *self.o.lora(places), wide, self.o.wide, out, grad_a
+                len(grad), self.o.k, saved.attended, self.o.wide, *self.o.lora(places), wide, self.o.wide, out, grad_a
             )
-        self.o.gradients(grad, kept.z_o, grad_a, into)
+        self.o.gradients(grad, saved.z_o, grad_a, into)
 
     def _gate_up_backward(
-        self, grad: Tensor, above: Tensor, kept: Kept, places: Tensor | None, out: Tensor, into: list[Tensor | None]
+        self, grad: Tensor, above: Tensor, saved: Saved, places: Tensor | None, out: Tensor, into: list[Tensor | None]
     ) -> None:
-        """grad [U, gate and up] -> out [U, H], through the norm; above: the residual stream's gradient, added."""
+        """Propagate grad [U, gate and up] through the projections and the norm to out [U, H], and add ``above``."""
         group, grad_a = self.gate_up, torch.empty(self.gate_up.rank, self.gate_up.k)
         with group.input_gradient(grad) as wide:
             self.kernels.norm_backward(
-                len(grad), above.shape[1], kept.x2, self.norm2, kept.rstd2, *group.lora(places), wide, group.wide,
+                len(grad), above.shape[1], saved.x2, self.norm2, saved.rstd2, *group.lora(places), wide, group.wide,
                 above, out, grad_a,
             )  # fmt: skip
-        group.gradients(grad, kept.z_gate_up, grad_a, into)
+        group.gradients(grad, saved.z_gate_up, grad_a, into)
 
     def _qkv_backward(
-        self, grad: Tensor, above: Tensor, kept: Kept, out: Tensor | None, into: list[Tensor | None]
+        self, grad: Tensor, above: Tensor, saved: Saved, out: Tensor | None, into: list[Tensor | None]
     ) -> None:
-        """grad [T, q k v] -> out [T, H], as ``_gate_up_backward``; None if it is not wanted."""
+        """Propagate grad [T, q k v] to out [T, H] (None: adapters only), as ``_gate_up_backward``."""
         group, grad_a = self.qkv, torch.empty(self.qkv.rank, self.qkv.k)
         with group.input_gradient(grad) as wide:
             self.kernels.norm_backward(
-                len(kept.x), kept.x.shape[1], kept.x, self.norm, kept.rstd, *group.lora(), wide, group.wide,
+                len(saved.x), saved.x.shape[1], saved.x, self.norm, saved.rstd, *group.lora(), wide, group.wide,
                 above, out, grad_a,
             )  # fmt: skip
-        group.gradients(grad, kept.z_qkv, grad_a, into)
+        group.gradients(grad, saved.z_qkv, grad_a, into)
 
-    def _attention_backward(self, grad: Tensor, kept: Kept, stream: Stream, last: bool, out: Tensor) -> None:
-        """grad [U, attention's output] -> out [T, q k v], of the projections' outputs."""
-        h, q, kv = self.heads, kept.q, kept.kv
+    def _attention_backward(self, grad: Tensor, saved: Saved, stream: Stream, last: bool, out: Tensor) -> None:
+        """Propagate grad [U, attention output] through attention and rotation to out [T, q k v]."""
+        h, q, kv = self.heads, saved.q, saved.kv
         width, keys = h.query * h.dim, h.key * h.dim
         grad_q = torch.empty_like(grad) if last else out[:, :width]
         grad_kv = out[:, width:]
@@ -244,7 +244,7 @@ class Layer:
             *self._place(stream, last), q, q.stride(0), kv, kv[:, keys:], kv.stride(0), grad, grad.stride(0),
             grad_q, grad_q.stride(0), grad_kv, grad_kv[:, keys:], out.stride(0),
         )  # fmt: skip
-        self._turn(grad_q, grad_kv, stream, last, back=True)
+        self._rotate(grad_q, grad_kv, stream, last, back=True)
         if last:
             out[:, :width] = 0
             out[stream.rows, :width] = grad_q

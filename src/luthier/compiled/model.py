@@ -1,6 +1,6 @@
-"""A whole model's loss and the gradients of its adapters, layer by layer, without autograd inside.
+"""Compute a model's loss and its adapters' gradients layer by layer with compiled layers, without autograd inside.
 
-``compiled_model`` raises Unsuitable, with the reason, if a model cannot be trained so; it then trains through
+``compiled_model`` raises Unsuitable, with the reason, if the compiled layers do not support a model; training then uses
 transformers' own layers.
 """
 
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from luthier.batching.collate import DeviceBatch
 from luthier.compiled.group import Arena, Bump, Group
-from luthier.compiled.layer import Heads, Kept, Layer, Stream
+from luthier.compiled.layer import Heads, Layer, Saved, Stream
 from luthier.kernels import native
 from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype
 from luthier.models.protocols import CausalLM, Decoder
 from luthier.models.quantization import QuantLinear
 
-LOGITS = 40_000_000  # elements of logits that exist at once
-_BLOCK = 8192  # rows of a narrower head widened at once
-# transformers' decoder layers that are this very computation, and whether rotary pairs are neighbours
+LOGITS = 40_000_000  # elements of logits that exist at the same time
+_BLOCK = 8192  # rows of the head that are converted at the same time if its dtype differs from the model's
+# transformers' decoder layers with exactly this computation, and whether rotary pairs are adjacent
 _LAYERS = {
     "LlamaDecoderLayer": False,
     "MistralDecoderLayer": False,
@@ -36,25 +36,25 @@ _LAYERS = {
 
 
 class Unsuitable(Exception):
-    """Why a model cannot be trained by the compiled layers."""
+    """The compiled layers do not support a model; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """One micro-batch between its forward and its backward pass. grad [U, H]: of the last layer's output.
 
-    kept: of each layer from the first that trains on; with recomputation only its input [T, H].
+    saved: tensors of each layer, from the first trained layer on; with recomputation only its input [T, H].
     """
 
     stream: Stream
-    kept: list[Kept | Tensor]
+    saved: list[Saved | Tensor]
     grad: Tensor
     generation: int
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPass:
-    """One layer's output, the gradient of its input if a layer below trains, and its adapters' gradients.
+    """One layer's output, the gradient of its input if an earlier layer is trained, and its adapters' gradients.
 
     gradients: by index into ``CompiledModel.parameters``.
     """
@@ -65,7 +65,7 @@ class LayerPass:
 
 
 class CompiledModel:
-    """The compiled form of a model with its adapters attached. recompute: keep each layer's input only."""
+    """The compiled form of a model with attached adapters. recompute: save the input of each layer only."""
 
     def __init__(self, model: CausalLM, layers: Mapping[str, LoraLinear], state: DropoutState, recompute: bool) -> None:
         decoder, dtype = _suited(model, layers), frozen_dtype(model)
@@ -109,36 +109,36 @@ class CompiledModel:
         )  # fmt: skip
 
     def release(self) -> None:
-        """Give the model its own weights back."""
+        """Give the model its own copies of the weights again."""
         for layer in self.layers:
             for group in layer.groups():
                 group.release()
 
     def bytes_held(self) -> int:
-        """Memory of the latest micro-batch; logits included."""
+        """Bytes of the latest micro-batch, logits included."""
         return self._arena.bytes_held()
 
     def loss_sum(self, batch: DeviceBatch) -> Tensor:
-        """[] fp32: cross-entropy summed over the batch's supervised tokens, with gradients for the adapters."""
+        """Sum the cross-entropy of the batch's supervised tokens, [] fp32, with gradients for the adapters."""
         loss: Tensor = _Loss.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
 
     def forward(self, batch: DeviceBatch) -> tuple[Tensor, State]:
-        """The loss, and what ``backward`` needs: gradients of the logits are formed here, at once with the loss."""
+        """Compute the loss and the state for ``backward``, which includes the gradient of the last layer's output."""
         x, stream = self.embedded(batch)
-        kept: list[Kept | Tensor] = []
+        saved: list[Saved | Tensor] = []
         for i, layer in enumerate(self.layers):
             if self.recompute:
                 self._arena.layers.reset()
             below = x
-            x, saved = layer.forward(below, stream, i == len(self.layers) - 1)
+            x, layer_saved = layer.forward(below, stream, i == len(self.layers) - 1)
             if i >= self.first:
-                kept.append(below if self.recompute else saved)
+                saved.append(below if self.recompute else layer_saved)
         loss, grad = self.head_loss(x, stream, batch)
-        return loss, State(stream, kept, grad, self._arena.generation)
+        return loss, State(stream, saved, grad, self._arena.generation)
 
     def embedded(self, batch: DeviceBatch) -> tuple[Tensor, Stream]:
-        """Begin a micro-batch with the adapters' present values: its embeddings [T, H], and what the kernels read."""
+        """Begin a micro-batch with the adapters' current values; return its embeddings [T, H] and index tensors."""
         self._begin(batch.input_ids.shape[1])
         for layer in self.layers:
             for group in layer.groups():
@@ -148,31 +148,31 @@ class CompiledModel:
         return x, _stream(batch, cos[0], sin[0], torch.unique(batch.target_index))
 
     def one_layer(self, i: int, x: Tensor, stream: Stream, grad: Tensor) -> LayerPass:
-        """Layer ``i`` by itself, forward and backward, within a micro-batch that ``embedded`` began.
+        """Compute layer ``i`` only, forward and backward, in a micro-batch that ``embedded`` began.
 
-        x [T, H]: its input; grad [T, H]: of its output, both [U, H] at the stream's ``rows`` for the last layer.
+        x [T, H]: its input; grad [T, H]: of its output, for the last layer [U, H] at the stream's ``rows``.
         """
         layer, last = self.layers[i], i == len(self.layers) - 1
         self._arena.streams.reset()
         self._arena.layers.reset()
-        out, kept = layer.forward(x, stream, last)
+        out, saved = layer.forward(x, stream, last)
         gradients: list[Tensor | None] = [None] * len(self.parameters)
         below = torch.empty_like(x) if i > self.first else None
         if i >= self.first:
-            layer.backward(grad, kept, stream, last, gradients, below)
+            layer.backward(grad, saved, stream, last, gradients, below)
         return LayerPass(out.clone(), below, {n: g for n, g in enumerate(gradients) if g is not None})
 
     def _begin(self, tokens: int) -> None:
-        """Room for what the layers keep of so many tokens."""
-        layers = [layer.kept(tokens) for layer in self.layers]
+        """Reserve the memory that the layers save for ``tokens`` tokens."""
+        layers = [layer.saved_elements(tokens) for layer in self.layers]
         streams = Bump.rounded(tokens * int(self._decoder.norm.weight.shape[0]), self._arena.dtype)
         self._arena.begin(streams * len(self.layers), max(layers) if self.recompute else sum(layers))
 
     def head_loss(self, x: Tensor, stream: Stream, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
-        """The loss of the last layer's output x [U, H] at the stream's ``rows``, and its gradient [U, H]."""
+        """Compute the loss of the last layer's output x [U, H] and its gradient [U, H]."""
         order = torch.argsort(batch.target_index, stable=True)
         targets = batch.target_ids[order]
-        # the row of each target, if some rows have several
+        # the row of each target, needed if a row has several targets
         which = torch.searchsorted(stream.rows, batch.target_index[order]) if len(order) > len(x) else None
         norm = self._decoder.norm
         n, k = x.shape
@@ -190,7 +190,7 @@ class CompiledModel:
                 self._logits(inputs, logits)
                 self.kernels.cross_entropy(
                     len(inputs), vocabulary, logits, vocabulary, targets[part].contiguous(), losses[part]
-                )  # in place: the logits become their gradient
+                )  # in place: the gradient overwrites the logits
                 part_grad = self._logits_backward(logits)
             if which is None:
                 grad[part] = part_grad
@@ -201,7 +201,7 @@ class CompiledModel:
         return losses.double().sum().float(), below
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The head's weight in the model's type: whole, or so many rows at a time where it is stored in another."""
+        """Yield the head's weight in the model's dtype: whole, or ``_BLOCK`` rows at a time if it must be converted."""
         weight = self._head.weight.detach()
         size = len(weight) if weight.dtype is self._arena.dtype else _BLOCK
         for first in range(0, len(weight), size):
@@ -209,7 +209,7 @@ class CompiledModel:
             yield rows, weight[rows].to(self._arena.dtype)
 
     def _logits(self, h: Tensor, out: Tensor) -> None:
-        """out [N, vocabulary] of h [N, H]."""
+        """Compute the logits ``out`` [N, vocabulary] of h [N, H]."""
         for rows, block in self._blocks():
             if len(block) == out.shape[1]:
                 torch.mm(h, block.t(), out=out)
@@ -222,24 +222,24 @@ class CompiledModel:
         return total
 
     def backward(self, state: State, scale: Tensor) -> list[Tensor | None]:
-        """Gradients of every adapter's A and B, in the order of ``parameters``."""
-        stream, kept, grad = state.stream, state.kept, state.grad
+        """Compute the gradients of every adapter's A and B, in the order of ``parameters``."""
+        stream, saved, grad = state.stream, state.saved, state.grad
         assert state.generation == self._arena.generation, "another micro-batch has been computed since"
         into: list[Tensor | None] = [None] * len(self.parameters)
         current = grad * scale.to(grad.dtype)
         for i in range(len(self.layers) - 1, self.first - 1, -1):
-            layer, last, saved = self.layers[i], i == len(self.layers) - 1, kept.pop()
-            if not isinstance(saved, Kept):
-                saved = layer.recomputed(saved, stream, last)
-            below = self._arena.buffer("below", *saved.x.shape) if i > self.first else None
-            layer.backward(current, saved, stream, last, into, below)
+            layer, last, tensors = self.layers[i], i == len(self.layers) - 1, saved.pop()
+            if not isinstance(tensors, Saved):
+                tensors = layer.recomputed(tensors, stream, last)
+            below = self._arena.buffer("below", *tensors.x.shape) if i > self.first else None
+            layer.backward(current, tensors, stream, last, into, below)
             if below is not None:
                 current = below
         return into
 
 
 class _Loss(torch.autograd.Function):
-    """Where the hand-written gradients meet autograd."""
+    """The connection of the hand-written gradients to autograd."""
 
     @staticmethod
     def forward(ctx: Any, model: CompiledModel, batch: DeviceBatch, *_: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        state, ctx.state = ctx.state, None  # a loss that someone keeps must not keep the activations
+        state, ctx.state = ctx.state, None  # so that a loss that is kept does not keep the activations
         return (None, None, *ctx.model.backward(state, scale))
 
 
@@ -261,7 +261,7 @@ def _stream(batch: DeviceBatch, cos: Tensor, sin: Tensor, rows: Tensor) -> Strea
 
 
 def _window(block: Any, config: Any) -> int:
-    """How many keys a query of this layer sees; 0: all."""
+    """Number of keys that a query of this layer attends to; 0: all."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[block.self_attn.layer_idx] == "full_attention":
         return 0
@@ -272,7 +272,10 @@ def _window(block: Any, config: Any) -> int:
 def compiled_model(
     model: CausalLM, layers: Mapping[str, LoraLinear], state: DropoutState, recompute: bool
 ) -> Iterator[CompiledModel]:
-    """Within the block the model's frozen weights stand where the compiled layers want them. Raises Unsuitable."""
+    """Build the compiled form of a model for the block; the model's frozen weights become views of its memory.
+
+    Raises Unsuitable.
+    """
     compiled = CompiledModel(model, layers, state, recompute)
     try:
         yield compiled
@@ -281,7 +284,7 @@ def compiled_model(
 
 
 def unsuitable(model: CausalLM, layers: Mapping[str, LoraLinear]) -> str | None:
-    """Why this model cannot be trained by the compiled layers, None where it can (a compiler set aside)."""
+    """Return why the compiled layers do not support this model, None if they do; does not look for a compiler."""
     try:
         _suited(model, layers)
     except Unsuitable as e:
@@ -290,26 +293,26 @@ def unsuitable(model: CausalLM, layers: Mapping[str, LoraLinear]) -> str | None:
 
 
 def _suited(model: CausalLM, layers: Mapping[str, LoraLinear]) -> Decoder:
-    """The decoder. Raises Unsuitable."""
+    """Return the decoder of a supported model. Raises Unsuitable."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     blocks = list(getattr(decoder, "layers", ()))
     kinds = {type(b).__name__ for b in blocks}
     config = model.config
     reasons = {
-        f"they know the layers of Llama, Mistral, Qwen2, Phi-3 and GLM-4, not {', '.join(sorted(kinds))}": not kinds
+        f"they support the layers of Llama, Mistral, Qwen2, Phi-3 and GLM-4, not {', '.join(sorted(kinds))}": not kinds
         or not kinds <= set(_LAYERS),
-        "they run on the CPU": model.device.type not in ("cpu", "meta"),
-        "they know SiLU alone": getattr(config, "hidden_act", "silu") != "silu",
-        "they know no dropout but LoRA's": any(
+        "they run on the CPU only": model.device.type not in ("cpu", "meta"),
+        "they support the activation SiLU only": getattr(config, "hidden_act", "silu") != "silu",
+        "they support no dropout except LoRA's": any(
             getattr(config, k, 0.0) for k in ("attention_dropout", "resid_pdrop", "embd_pdrop")
         ),
         "the head has a bias or an adapter": getattr(head, "bias", None) is not None or isinstance(head, LoraLinear),
     }
     if kinds and kinds <= set(_LAYERS):
         reasons |= {
-            "a layer that is not attention's input has a bias": any(_biased(b) for b in blocks),
+            "a linear layer other than q, k and v has a bias": any(_biased(b) for b in blocks),
             "widths must be multiples of 16": any(_uneven(b) for b in blocks),
-            "quantised layers must compute in the model's own type": any(
+            "quantised layers must compute in the model's own dtype": any(
                 isinstance(m, QuantLinear) and m.compute is not frozen_dtype(model) for m in decoder.modules()
             ),
         }

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport
 from luthier.errors import DataError
 from luthier.types import ChatTokenizer, Conversation, Message, Template
 

@@ -1,1 +1,1 @@
-"""What a device offers: its kind, the types it computes in, its memory."""
+"""Detect the device: its kind, the dtypes it computes in, its memory."""

@@ -1,4 +1,4 @@
-"""What this machine offers: device and dtype, processor, memory that is free, in use and at the peak; the allocator."""
+"""Detect device, dtype, CPU and memory (available, in use, peak), and configure the C library's allocator."""
 
 from __future__ import annotations
 
@@ -41,39 +41,40 @@ def _field(key: str) -> str:
 
 
 def pick_device() -> torch.device:
-    """The device that trains: CUDA where there is one, else the CPU."""
+    """Return the device for training: CUDA if available, else the CPU."""
     return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 where the device computes in it natively; CUDA without it: float16; else float32.
+    """Return the dtype of a name.
 
-    Raises ConfigError for a name that is none.
+    ``auto``: bfloat16 if the device supports it natively, else float16 on CUDA and float32 on the CPU.
+    Raises ConfigError for an unknown name.
     """
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
-        raise ConfigError(f"--dtype {name}: is not a type", "use auto, float32, bfloat16 or float16")
+        raise ConfigError(f"--dtype {name}: is not a dtype", "use auto, float32, bfloat16 or float16")
     if device.type == "cuda":  # not yet run on a GPU
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if _cpu_has_bf16() else torch.float32
 
 
 def _cpu_has_bf16() -> bool:
-    """Emulated bfloat16 is many times slower than float32, so only the real thing counts."""
-    found = torch.cpu.get_capabilities()
+    """Whether the CPU has bfloat16 instructions; emulated bfloat16 is many times slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
     if platform.machine().lower() in ("arm64", "aarch64"):
-        return bool(found.get("bf16") or found.get("sve_bf16"))
-    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+        return bool(capabilities.get("bf16") or capabilities.get("sve_bf16"))
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def resident_now() -> float:
-    """Bytes of this process that are resident: interpreter and libraries, before a model is loaded."""
+    """Resident bytes of this process; before a model is loaded, those of the interpreter and the libraries."""
     return float(psutil.Process().memory_info().rss)
 
 
 def available() -> float:
-    """Bytes that this process could have in all: free memory and what it has, or the container's limit."""
+    """Bytes that this process could use in total: free memory plus its own, at most the container's limit."""
     free = float(psutil.virtual_memory().available) + resident_now()
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -87,11 +88,11 @@ def available() -> float:
 
 
 def peak_rss_bytes() -> int:
-    """The process's largest resident size so far; 0 where the system does not tell (Windows)."""
+    """Peak resident bytes of this process; 0 if unknown (Windows)."""
     if sys.platform == "win32":
         return 0
     status = Path("/proc/self/status")
-    # Linux's own count: its ru_maxrss begins with the size of the program that started this one
+    # preferred on Linux, where ru_maxrss includes the size of the parent process
     lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else []
     for line in lines:
         if line.startswith("VmHWM:"):
@@ -103,20 +104,20 @@ def peak_rss_bytes() -> int:
 
 
 def memory_bytes() -> int | None:
-    """Physical memory; None if unknown (Windows)."""
+    """Physical memory in bytes; None if unknown (Windows)."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
 
 
-# --- the C library's allocator: it serves the whole process, so nothing here acts unless a command allows it ---
+# --- the C library's allocator: settings affect the whole process, so nothing changes unless a command allows it ---
 
 _KEPT, _RETURNED = 1 << 30, 1 << 24  # bytes: freed blocks up to this size stay with the process
 
 
 def keep_freed_memory(size: int = _KEPT) -> None:
-    """Make glibc keep freed blocks of up to ``size`` bytes: given back, every page of the next one faults (10 to 30 %).
+    """Make glibc keep freed blocks of up to ``size`` bytes, which saves page faults (10 to 30 % of training time).
 
     Warns if glibc refuses. Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
     """
@@ -130,7 +131,7 @@ def keep_freed_memory(size: int = _KEPT) -> None:
 
 @contextmanager
 def returning_freed_memory() -> Iterator[None]:
-    """Within the block glibc returns large freed blocks to the system: blocks of changing sizes would leave holes."""
+    """Let glibc return large freed blocks to the system for now: blocks of varying sizes would fragment memory."""
     keep_freed_memory(_RETURNED)
     try:
         yield
@@ -139,7 +140,7 @@ def returning_freed_memory() -> Iterator[None]:
 
 
 def trim_freed_memory() -> bool:
-    """Return freed memory to the system now; whether any was returned. Source: malloc_trim(3)."""
+    """Return freed memory to the system now; true if any was returned. Source: malloc_trim(3)."""
     library = _glibc()
     return library is not None and bool(library.malloc_trim(0))
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.control_tokens import ControlTokens
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport
 from luthier.errors import TemplateError
 from luthier.templates import RefusedConversation
 from luthier.types import ChatTokenizer, Conversation, Example, Span, Template, TooLong, TrainOn

@@ -24,7 +24,7 @@ from typing import TypedDict
 from luthier import __version__
 from luthier._util import files
 from luthier.config import RunConfig
-from luthier.data.report import DataReport, Outcome
+from luthier.data.loader import DataReport, Outcome
 from luthier.data.source import expand
 from luthier.encoding.encoder import Encoder
 from luthier.encoding.rows import EncodedRows, RowsReport, read_into

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from luthier.config import DataConfig
-from luthier.data.loader import Loader, refuse
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport, Loader, refuse
 from luthier.encoding.encoder import Encoder
 from luthier.encoding.store import ExampleStore, StoreWriter
 from luthier.errors import ConfigError, UserError

@@ -1,1 +1,1 @@
-"""The arithmetic of a training step. ``reference`` is the definition that the others are proven against."""
+"""Compute attention, dropout and the operations in C++; ``reference`` has definitions that they are tested against."""

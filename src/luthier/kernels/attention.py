@@ -1,12 +1,12 @@
-"""Attention over segments, as transformers' ``AttentionInterface`` functions.
+"""Compute attention over the segments of a flat batch, as transformers' ``AttentionInterface`` functions.
 
-``luthier_padded``    one padded row a segment, batched matrix products, fp32 softmax: fastest on short rows
-``luthier_looped``    torch's scaled_dot_product_attention, one call a segment: no [S, L, L] scores, for long rows
-``luthier_varlen``    FlashAttention's function for rows of any length, where the package ``flash-attn`` is installed
-``luthier_auto``      varlen where it can be had; else padded up to AUTO_LONGEST tokens a segment, looped beyond
+``luthier_padded``    one padded row per segment, batched matrix products, fp32 softmax: fastest on short rows
+``luthier_looped``    torch's scaled_dot_product_attention, one call per segment: no [S, L, L] scores, for long rows
+``luthier_varlen``    FlashAttention's function for rows of unequal length, if the package ``flash-attn`` is installed
+``luthier_auto``      varlen if available; else padded for segments of up to AUTO_LONGEST tokens, looped beyond
 ``luthier_reference`` the definition
 
-They serve flat batches alone: ``models.forward.segment_attention`` puts a model's own attention back afterwards.
+They support flat batches only: ``training.forward.segment_attention`` restores a model's own attention afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from luthier.errors import ConfigError
 from luthier.kernels import reference
 
 AUTO_LONGEST = 512
-VARLEN_WIDEST = 256  # features of a head that FlashAttention 2 takes
+VARLEN_WIDEST = 256  # features per head that FlashAttention 2 supports
 OLDEST_GPU = (8, 0)
 Kernel = Callable[..., Tensor]
 
@@ -40,7 +40,7 @@ def padded(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """As ``reference.attention``: [1, H, T, D] -> [1, T, H, D]; query heads of a group share one product."""
+    """Compute ``reference.attention`` with padded rows; the query heads of a group share one product."""
     _, heads, _, dim = query.shape
     kv, count = key.shape[1], len(segments.parents)
     groups, before = heads // kv, segments.before()
@@ -75,7 +75,7 @@ def looped(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """As ``reference.attention``, one fused call a segment. torch's fused function knows no soft cap."""
+    """Compute ``reference.attention`` with one fused call per segment; with a soft cap, as ``padded``."""
     if softcap is not None:
         return padded(query, key, value, segments, scaling, dropout, sliding_window, softcap)
     groups = query.shape[1] // key.shape[1]
@@ -111,7 +111,7 @@ def varlen(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """As ``reference.attention``, in one call. Its causal mask ends where the keys end, so a segment sees all above it.
+    """Compute ``reference.attention`` in one call of FlashAttention, whose causal mask is aligned to the last key.
 
     Source: Dao, FlashAttention-2 (2023), and the documentation of ``flash_attn_varlen_func``.
     """
@@ -132,13 +132,13 @@ def varlen(
         causal=True,
         window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
         softcap=softcap or 0.0,
-        deterministic=True,  # else its gradients differ from run to run, and a resumed run from an uninterrupted one
+        deterministic=True,  # otherwise gradients differ between runs, so a resumed run would differ too
     )
     return out[None]
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``varlen`` can be had: its package, a GPU that it knows, 16 bits."""
+    """Whether ``varlen`` is available: its package is installed, the GPU supports it, and the dtype has 16 bits."""
     return (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
@@ -148,7 +148,7 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def check(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ConfigError where this way to attend cannot be had."""
+    """Raise ConfigError if the attention kernel ``name`` is not available."""
     if name == "varlen" and not serves(device, dtype):
         raise ConfigError(
             "model.attn_implementation: varlen needs a GPU of compute capability 8.0 or newer, a 16-bit model.dtype "
@@ -172,7 +172,7 @@ def auto(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """As ``reference.attention``, by the fastest kernel that supports the input."""
+    """Compute ``reference.attention`` with the fastest kernel that supports the input."""
     if query.shape[-1] <= VARLEN_WIDEST and serves(query.device, query.dtype):
         kernel = varlen
     else:
@@ -181,8 +181,8 @@ def auto(
 
 
 def _causal(queries: int, keys: int, before: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """[queries, keys] fp32: 0 where visible, -inf elsewhere; the first query stands after ``before`` keys."""
-    place = torch.arange(before, before + queries, device=device).clamp_max(keys - 1)  # padding sees something too
+    """Build a mask [queries, keys] fp32: 0 if visible, else -inf; the first query follows ``before`` keys."""
+    place = torch.arange(before, before + queries, device=device).clamp_max(keys - 1)  # padding must see a key too
     distance = place[:, None] - torch.arange(keys, device=device)[None]
     visible = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
     return torch.zeros(queries, keys, device=device).masked_fill(~visible, float("-inf"))
@@ -202,7 +202,7 @@ def _adapter(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
         softcap: float | None = None,
         **kwargs: object,  # noqa: ARG001
     ) -> tuple[Tensor, None]:
-        assert segments is not None, "outside segment_attention() models keep their own attention"
+        assert segments is not None, "segments are missing: these functions work within segment_attention() only"
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return kernel(query, key, value, segments, scale, dropout, sliding_window, softcap), None
 

@@ -1,6 +1,6 @@
-"""Dropout whose mask follows from (seed, step, micro-batch, layer, row, column) alone: nothing to store or to resume.
+"""Apply dropout whose mask depends on (seed, step, micro-batch, layer, row, column) only: no state to save.
 
-One mask per input: adapters that read the same activations (q, k and v; gate and up) drop the same of them.
+One mask per input: adapters that read the same activations (q, k and v; gate and up) drop the same elements.
 Source of the mixer: "lowbias32", https://github.com/skeeto/hash-prospector (public domain).
 """
 
@@ -20,7 +20,7 @@ _WORD = 0xFFFFFFFF
 
 
 def mixed(x: int) -> int:
-    """A 32-bit number that depends on every bit of ``x``."""
+    """Hash the low 32 bits of ``x`` to 32 bits."""
     x &= _WORD
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
@@ -29,30 +29,31 @@ def mixed(x: int) -> int:
 
 @dataclass(slots=True)
 class DropoutState:
-    """Where training is; the adapter layers of a model share one and derive their masks from it."""
+    """Seed, step and micro-batch, from which all adapter layers of a model derive their masks."""
 
     seed: int = 0
     step: int = 0
     micro: int = 0
 
     def key(self, group: int) -> int:
-        found = mixed(self.seed)
+        """Return the 32-bit key of the mask for one input of one layer."""
+        key = mixed(self.seed)
         for part in (self.step, self.micro, group):
-            found = mixed(found + 0x9E3779B9 * (part + 1))
-        return found
+            key = mixed(key + 0x9E3779B9 * (part + 1))
+        return key
 
 
 def threshold(p: float) -> int:
-    """Hashes below it are dropped."""
+    """Return the 32-bit threshold: elements whose hash is below it are dropped."""
     return round(p * 2**32)
 
 
 def keep(key: int, rows: int, columns: int, p: float, device: torch.device | str = "cpu") -> Tensor:
-    """[rows, columns] bool: the definition of the mask, in 32-bit arithmetic that wraps."""
+    """Return the mask [rows, columns] bool, true to keep; this is its definition, in wrapping 32-bit arithmetic."""
     row = torch.arange(rows, dtype=torch.int32, device=device) * _signed(0x9E3779B9) + _signed(key)
     column = torch.arange(columns, dtype=torch.int32, device=device) * _signed(0x85EBCA6B)
     hashed = _mixed(_mixed(row)[:, None] + column[None])
-    low = torch.iinfo(torch.int32).min  # unsigned comparison: both sides moved
+    low = torch.iinfo(torch.int32).min  # makes the signed comparison an unsigned one
     return (hashed ^ low) >= _signed(threshold(p) ^ 0x80000000)
 
 
@@ -68,7 +69,10 @@ def _signed(x: int) -> int:
 
 
 def dropout(x: Tensor, p: float, key: int) -> Tensor:
-    """x [..., columns], rows counted over all leading dimensions: dropped or scaled by 1 / (1 - p)."""
+    """Apply dropout to x [..., columns]; kept elements are scaled by 1 / (1 - p).
+
+    Rows are counted over all leading dimensions.
+    """
     out: Tensor = _Dropout.apply(x, p, key)  # type: ignore[no-untyped-call]
     return out
 
@@ -96,14 +100,14 @@ def _dropped(x: Tensor, p: float, key: int) -> Tensor:
 
 
 def _defined(x: Tensor, p: float, key: int) -> Tensor:
-    """The definition: x [rows, columns], dropped or scaled by 1 / (1 - p)."""
+    """Apply dropout to x [rows, columns] with torch's operations; this is the definition."""
     mask = keep(key, len(x), x.shape[1], p, x.device)
     return torch.where(mask, x * (1 / (1 - p)), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 @cache
 def _kernel(dtype: torch.dtype) -> Callable[..., None] | None:
-    """The compiled function, verified once against the definition; None if there is none or it differs."""
+    """Return the compiled function, verified once against the definition; None if unavailable or different."""
     try:
         kernel = native.kernels(dtype).dropout
     except native.Unavailable:

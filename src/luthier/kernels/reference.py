@@ -1,6 +1,6 @@
-"""The definitions: attention over segments and the loss at supervised positions.
+"""Define attention over segments in plain torch, written to be read.
 
-Written to be read. Whatever is faster is elsewhere, and tested against these forward and backward.
+Faster versions in other modules are tested against it, forward and backward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Causal attention in which each segment of the stream sees itself and the segments above it.
+    """Compute causal attention in which each segment of the stream sees itself and its ancestors.
 
     query [1, H, T, D], key and value [1, K, T, D] with H a multiple of K -> [1, T, H, D]. Scores are softmaxed in fp32.
     """
@@ -46,5 +46,5 @@ def attention(
 
 
 def _places(segments: Segments, which: Sequence[int]) -> Tensor:
-    """Where the tokens of these segments stand in the stream."""
+    """Return the positions in the stream of these segments' tokens."""
     return torch.cat([torch.arange(segments.offsets[s], segments.offsets[s + 1]) for s in which])

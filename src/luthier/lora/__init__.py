@@ -1,1 +1,1 @@
-"""LoRA: the adapter layers, and which linear layers get one."""
+"""Define LoRA layers and choose the linear layers that get one."""

@@ -1,4 +1,4 @@
-"""LoRA: ``LoraLinear`` in place of a linear layer, and which layers get one."""
+"""Define ``LoraLinear`` and choose the linear layers that it replaces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _INPUTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer plus ``scaling * B(A(dropout(x)))``; A and B in fp32, computed in the layer's type.
+    """A frozen linear layer plus ``scaling * B(A(dropout(x)))``; A and B are fp32, computed in the input's dtype.
 
     x [..., in] -> [..., out]; A [r, in], B [out, r]. Named as in PEFT (``lora_A``, ``lora_B``).
     Source: Hu et al. 2021, arXiv 2106.09685; rank-stabilised scaling: Kalajdzievski 2023, arXiv 2312.03732.
@@ -43,11 +43,11 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, dtype=torch.float32, device=device))
 
     def reset(self, generator: torch.Generator) -> None:
-        """A uniform in +-1/sqrt(in) (PEFT's default), B zero: the model is unchanged at the start."""
+        """Initialise A uniformly in +-1/sqrt(in) (PEFT's default) and B with zeros, so that the model is unchanged."""
         bound = 1 / math.sqrt(self.base.in_features)
-        start = torch.empty(self.lora_A.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        initial = torch.empty(self.lora_A.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
-            self.lora_A.copy_(start)
+            self.lora_A.copy_(initial)
             self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,12 +62,18 @@ class LoraLinear(nn.Module):
 
 
 def scaling(config: LoraConfig) -> float:
+    """Return the factor of the update: alpha / rank, or alpha / sqrt(rank) if rank-stabilised."""
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Resolved layers: full module names, and the leaf names that say the same in PEFT's terms."""
+    """The layers that get an adapter.
+
+    modules: full module names.
+    leaves:  PEFT target names that select the same modules.
+    notes:   messages for the user.
+    """
 
     modules: tuple[str, ...]
     leaves: tuple[str, ...]
@@ -75,25 +81,26 @@ class Targets:
 
 
 def resolve(model: ModuleTree, requested: Sequence[str] | None, published: Modules | None = None) -> Targets:
-    """Which linear layers get an adapter; works on the meta device, before weights are read.
+    """Choose the linear layers that get an adapter; works on the meta device, before weights are read.
 
-    None: every linear layer inside the decoder blocks (the head is not one). A name matches as in PEFT: the whole
-    module name or the end of it after a dot; ``published`` names (``Family.modules``) mean the native modules they
-    became. Raises ConfigError listing every name that matches nothing.
+    requested: names that match as in PEFT: a full module name, or the end of one after a dot. None: every linear layer
+        of the decoder except the head.
+    published: the checkpoint's own module names (``Family.modules``), replaced by their native modules.
+    Raises ConfigError listing every name that matches nothing.
     """
     head_of: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = head_of()
     decoder_of: Any = getattr(model, "get_decoder", lambda: None)
-    inside = {id(m) for m in (decoder_of() or model).modules()}  # not the vision tower, say
+    inside = {id(m) for m in (decoder_of() or model).modules()}  # excludes a vision tower, for example
     kinds = (nn.Linear, QuantLinear)
     linear = [n for n, m in model.named_modules() if isinstance(m, kinds) and m is not head and id(m) in inside]
     leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in linear))
     if not linear:
         name = str(getattr(getattr(model, "config", None), "model_type", "this model"))
-        raise ConfigError(f"{name} models have no linear layer that an adapter could go on", "use another model")
+        raise ConfigError(f"{name} models have no linear layer for an adapter", "use another model")
     if requested is None:
         return Targets(tuple(linear), tuple(leaves))
-    requested, notes = _native(requested, linear, published or {})
+    requested, notes = _to_native_names(requested, linear, published or {})
     unknown = [r for r in requested if not any(_matches(n, r) for n in linear)]
     name = str(getattr(getattr(model, "config", None), "model_type", "this model"))
     check_names(unknown, leaves, f"a {name} model", ConfigError)
@@ -101,19 +108,21 @@ def resolve(model: ModuleTree, requested: Sequence[str] | None, published: Modul
     return Targets(chosen, tuple(dict.fromkeys(requested)), notes)
 
 
-def _native(requested: Sequence[str], linear: Sequence[str], published: Modules) -> tuple[list[str], tuple[str, ...]]:
-    """Names of the checkpoint's own modules replaced by those of the native modules they became, and what to say."""
+def _to_native_names(
+    requested: Sequence[str], linear: Sequence[str], published: Modules
+) -> tuple[list[str], tuple[str, ...]]:
+    """Replace published module names by native ones; returns the names and a note per replacement."""
     names: list[str] = []
     notes: list[str] = []
     for name in requested:
-        became = [part for old, parts in published.items() if _matches(old, name) for part, _ in parts]
-        if not became or any(_matches(n, name) for n in linear):
+        native = [part for old, parts in published.items() if _matches(old, name) for part, _ in parts]
+        if not native or any(_matches(n, name) for n in linear):
             names.append(name)
             continue
-        short = became if "." in name else [part.rpartition(".")[2] for part in became]
-        means = list(dict.fromkeys(short))
-        names += means
-        notes.append(f"{name} means {', '.join(means)} here")
+        matching = native if "." in name else [part.rpartition(".")[2] for part in native]
+        replacements = list(dict.fromkeys(matching))
+        names += replacements
+        notes.append(f"{name} means {', '.join(replacements)} here")
     return names, tuple(notes)
 
 
@@ -124,9 +133,10 @@ def attach(
     seed: int,
     configs: Mapping[str, LoraConfig] | None = None,
 ) -> dict[str, LoraLinear]:
-    """Freeze the model and put a ``LoraLinear`` in place of every target, in place. Returns them by module name.
+    """Freeze the model and replace every target by a ``LoraLinear``, in place; returns them by module name.
 
-    configs: of modules whose rank or alpha is their own.
+    seed:    initialises A.
+    configs: settings of modules with their own rank or alpha.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -146,14 +156,14 @@ def attach(
 
 
 def detach(model: ModuleTree, layers: dict[str, LoraLinear]) -> None:
-    """Put the base's own linear layers back."""
+    """Restore the linear layers of the base model."""
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.base)
 
 
 def share_dropout_state(layers: Mapping[str, LoraLinear]) -> DropoutState:
-    """One new state for all layers, which the caller moves from step to step; returns it."""
+    """Give all layers one new dropout state, which the caller advances every step; returns it."""
     state = DropoutState()
     for layer in layers.values():
         layer.dropout_state = state
@@ -162,7 +172,7 @@ def share_dropout_state(layers: Mapping[str, LoraLinear]) -> DropoutState:
 
 @contextmanager
 def plain(layers: Mapping[str, LoraLinear]) -> Iterator[None]:
-    """Within the block the model is its base: every adapter is switched off."""
+    """Disable every adapter within the block, so that the model computes as its base."""
     before = [layer.enabled for layer in layers.values()]
     for layer in layers.values():
         layer.enabled = False
@@ -174,11 +184,12 @@ def plain(layers: Mapping[str, LoraLinear]) -> Iterator[None]:
 
 
 def frozen_dtype(model: ModuleTree) -> torch.dtype:
-    """The type that the base computes in (adapters are fp32 whatever that is)."""
+    """Return the dtype that the base computes in; adapters are always fp32."""
     return next((p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()), torch.float32)
 
 
 def trainable_parameters(layers: dict[str, LoraLinear]) -> int:
+    """Count the trainable parameters of the adapter."""
     return sum(p.numel() for layer in layers.values() for p in layer.parameters() if p.requires_grad)
 
 

@@ -1,1 +1,1 @@
-"""Model directories: what is in them, and how they become a transformers model and a tokenizer."""
+"""Read model directories and load them as a transformers model and a tokenizer."""

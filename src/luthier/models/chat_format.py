@@ -1,4 +1,4 @@
-"""How a base model is talked to: its tokenizer, its chat template, and the ids on which a reply stops."""
+"""Combine a base model's tokenizer, chat template and stop tokens into one chat format."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _PLAIN = Family("native", "native")
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """The one way in which a base model is talked to, in training, chat, evaluation, serving and export.
+    """The chat format of a base model, the same in training, chat, evaluation, serving and export.
 
-    stop_ids: every id that ends a reply; the template's own first.
+    stop_ids: every token id that ends a reply; the template's own first.
     """
 
     config: PretrainedConfig
@@ -36,7 +36,7 @@ class ChatFormat:
     family: Family = _PLAIN
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The text that the model reads before its reply. Raises TemplateError if the template refuses the turns."""
+        """Render the prompt of a conversation. Raises TemplateError if the template refuses it."""
         try:
             return self.template.prompt(messages)
         except RefusedConversation as e:
@@ -46,25 +46,25 @@ class ChatFormat:
             ) from None
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The ids that the model reads before its reply; no other function computes them. Raises TemplateError."""
+        """Encode the prompt of a conversation; no other function does this. Raises TemplateError."""
         return list(self.tokenizer.encode_batch([self.prompt_text(messages)])[0].ids)
 
     def check_text(self, text: str, what: str) -> None:
-        """Raise DataError if a text is not text, or would be read as one of the model's control tokens."""
+        """Raise DataError if a text is not valid text or contains one of the model's control tokens."""
         check_text(text, what, self.tokenizer, self.template)
 
     def encoder(self, data: DataConfig) -> Encoder:
-        """What turns conversations into ids and mask in this format, as the run's settings ask for."""
+        """Build the encoder from conversations to token ids and loss masks, with the run's data settings."""
         template, tokenizer = self.template, self.tokenizer
         control = ControlTokens.of([*tokenizer.control_tokens, *template.markers], data.control_tokens)
         return Encoder(template, tokenizer, self.stop_ids, data.max_length, data.too_long, data.train_on, control)
 
     def modules(self) -> Modules:
-        """The checkpoint's own names of its linear modules, if they differ from the native ones."""
+        """Map the checkpoint's own names of linear modules to native ones; empty if they are the same."""
         return self.family.modules(self.config)
 
     def notes(self) -> Sequence[str]:
-        """What a user of this checkpoint should know."""
+        """Return notes for the user of this checkpoint."""
         return self.family.notes(self.config)
 
 
@@ -75,10 +75,10 @@ def load_chat_format(
     system_role: SystemRole = "template",
     rope_theta: float | None = None,
 ) -> ChatFormat:
-    """Read a model directory's configuration, tokenizer and template. Raises UserError.
+    """Load the chat format of a model directory: configuration, tokenizer and template. Raises UserError.
 
     choice, system_role: ``data.template``, ``data.system_role``. rope_theta: ``model.rope_theta``.
-    described:           the template that an adapter was trained with; it takes the place of ``choice``.
+    described:           the template that an adapter was trained with; it overrides ``choice``.
     """
     config, family = read_config(path, rope_theta), family_of(path)
     tokenizer = load_tokenizer(path)
@@ -96,6 +96,6 @@ def load_chat_format(
 
 
 def chat_format_of(config: RunConfig) -> ChatFormat:
-    """The chat format of a run's base model, as its settings ask for."""
+    """Load the chat format of a run's base model, with the run's settings. Raises UserError."""
     data = config.data
     return load_chat_format(config.model.path, data.template, None, data.system_role, config.model.rope_theta)

@@ -1,7 +1,7 @@
-"""The tensors of a published checkpoint, one at a time: safetensors or ``.bin``, one file or many.
+"""Read the tensors of a published checkpoint one at a time: safetensors or ``.bin``, one file or several.
 
-Names and shapes come from headers; a tensor's values are read when they are asked for. Pickle files are read with
-``weights_only=True`` and memory-mapped.
+Names and shapes come from the headers; values are read on request. Pickle files are memory-mapped and read with
+``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 Shape = tuple[int, ...]
-_BLOCK = 16_000_000  # values read from a pickle file at a time
-_DAMAGE = (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
-_KINDS = (("model.safetensors.index.json", "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
+_BLOCK = 16_000_000  # values read from a pickle file per copy
+_READ_ERRORS = (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
+_WEIGHTS = (  # index, single file
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies in a file, row after row."""
+    """The position of a tensor in a file; its rows are stored one after another."""
 
     path: Path
     offset: int
@@ -50,17 +53,17 @@ class Place:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def read(self, first: int, count: int) -> Tensor:
-        """Rows ``first`` to ``first + count`` in memory of their own. Raises EOFError where the file ends before."""
+        """Copy ``count`` rows from row ``first`` on into new memory. Raises EOFError if the file ends before them."""
         size = count * self.row_bytes
         buffer = torch.empty(size, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as f:
             f.seek(self.offset + first * self.row_bytes)
-            view, done = memoryview(cast("Buffer", buffer.numpy())), 0
-            while done < size:
-                n = f.readinto(view[done:])
+            view, filled = memoryview(cast("Buffer", buffer.numpy())), 0
+            while filled < size:
+                n = f.readinto(view[filled:])
                 if not n:
-                    raise EOFError(f"{self.path}: ends too early")
-                done += n
+                    raise EOFError(f"{self.path}: unexpected end of file")
+                filled += n
         shape = (count, *self.shape[1:]) if self.shape else ()
         return buffer.view(self.dtype).reshape(shape)
 
@@ -73,62 +76,65 @@ class _File(Protocol):
 
 @dataclass(slots=True)
 class Shards:
-    """``shapes``: every tensor of the checkpoint by its published name."""
+    """The open weight files of a checkpoint.
+
+    shapes: the shape of every tensor, by published name.
+    """
 
     path: Path
     files: list[Path]
     shapes: dict[str, Shape] = field(default_factory=dict)
-    _where: dict[str, Path] = field(default_factory=dict)
-    _open: dict[Path, _File] = field(default_factory=dict)
+    _file_of: dict[str, Path] = field(default_factory=dict)
+    _opened: dict[Path, _File] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> Shards:
-        """Read every header. Raises ModelError for a missing, cut off or damaged file."""
-        found = cls(path, weight_files(path))
-        for file in found.files:
+        """Read the header of every file. Raises ModelError if a file is missing, truncated or damaged."""
+        shards = cls(path, weight_files(path))
+        for file in shards.files:
             try:
-                shapes = found._file(file).shapes()
-            except _DAMAGE as e:
+                shapes = shards._file(file).shapes()
+            except _READ_ERRORS as e:
                 raise _damaged(file, e) from None
-            found.shapes.update(shapes)
-            found._where.update(dict.fromkeys(shapes, file))
-        return found
+            shards.shapes.update(shapes)
+            shards._file_of.update(dict.fromkeys(shapes, file))
+        return shards
 
     def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own, in its stored type, on the CPU."""
-        file = self._where[name]
+        """Copy a tensor into new CPU memory, in its stored dtype. Raises ModelError if the file is damaged."""
+        file = self._file_of[name]
         try:
             return self._file(file).read(name)
-        except _DAMAGE as e:
+        except _READ_ERRORS as e:
             raise _damaged(file, e) from None
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """Some rows of a tensor, without reading the others."""
-        file = self._where[name]
+        """Read only the given rows of a tensor. Raises ModelError if the file is damaged."""
+        file = self._file_of[name]
         try:
             return self._file(file).rows(name, rows)
-        except _DAMAGE as e:
+        except _READ_ERRORS as e:
             raise _damaged(file, e) from None
 
     def place(self, name: str) -> Place | None:
-        """Where the tensor lies, in a file whose rows can be read alone; None in a pickle file."""
-        file = self._file(self._where[name])
+        """Return the position of a tensor in its safetensors file, or None if the file is a pickle."""
+        file = self._file(self._file_of[name])
         return file.place(name) if isinstance(file, _Safetensors) else None
 
     def in_file_order(self) -> Iterator[str]:
-        """Names, file by file, so that each file is opened once."""
+        """Iterate over the tensor names file by file, so that each file is opened only once."""
         for file in self.files:
-            yield from sorted(n for n, where in self._where.items() if where == file)
-            self._open.pop(file, None)
+            yield from sorted(name for name, holder in self._file_of.items() if holder == file)
+            self._opened.pop(file, None)
 
     def _file(self, file: Path) -> _File:
-        if file not in self._open:
-            self._open[file] = _Bin(file) if file.suffix == ".bin" else _Safetensors(file)
-        return self._open[file]
+        if file not in self._opened:
+            self._opened[file] = _Pickle(file) if file.suffix == ".bin" else _Safetensors(file)
+        return self._opened[file]
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON file of a model directory, empty where it is absent. Raises ModelError where it cannot be read."""
+    """Read a JSON object from a model directory; {} if the file is absent. Raises ModelError if it cannot be read."""
     if not path.is_file():
         return {}
     try:
@@ -139,27 +145,27 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """A model's weight files in name order, safetensors before ``.bin``. Raises ModelError where one is missing."""
-    for index_name, single in _KINDS:
+    """List a model's weight files by name, preferring safetensors to ``.bin``. Raises ModelError if one is missing."""
+    for index_name, single in _WEIGHTS:
         if (path / index_name).is_file():
             names = sorted(set(_weight_map(path / index_name).values()))
             missing = [n for n in names if not (path / n).is_file()]
             if missing:
-                raise ModelError(f"{path}: lacks {', '.join(missing)}", "download the model again")
+                raise ModelError(f"{path}: missing weight files: {', '.join(missing)}", "download the model again")
             return [path / n for n in names]
         if (path / single).is_file():
             return [path / single]
     raise ModelError(
-        f"{path}: holds no weights (model.safetensors or pytorch_model.bin)", "download the model's weight files too"
+        f"{path}: contains no weights (model.safetensors or pytorch_model.bin)", "download the model's weight files too"
     )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    found = read_json(index).get("weight_map")
-    names = found if isinstance(found, dict) else {}
+    weight_map = read_json(index).get("weight_map")
+    names = weight_map if isinstance(weight_map, dict) else {}
     files = {k: v for k, v in names.items() if isinstance(v, str) and Path(v).name == v}
-    if not files or files != found:
-        raise ModelError(f"{index}: names no weight files", "download the model again")
+    if not files or files != weight_map:
+        raise ModelError(f"{index}: has no valid weight_map", "download the model again")
     return files
 
 
@@ -176,11 +182,14 @@ class _Entry(TypedDict):
 
 
 class _Safetensors:
-    """Tensors by plain reads at their offsets: mapped pages of a 14 GB checkpoint would count as resident memory."""
+    """Read tensors with plain reads at their offsets.
+
+    Memory-mapped pages of a 14 GB checkpoint would count as resident memory.
+    """
 
     def __init__(self, file: Path) -> None:
         with safe_open(file, framework="pt"):
-            pass  # the library checks that header and file agree
+            pass  # the library checks that the header matches the file
         self._path = file
         with open(file, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
@@ -220,13 +229,17 @@ _TYPES = {
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file written tensor by tensor: the library's own writer copies them all first. Raises OSError."""
+    """Write a safetensors file tensor by tensor; the library's own writer copies all of them first. Raises OSError."""
     names = {dtype: name for name, dtype in _TYPES.items()}
-    header, at = dict[str, _Entry](), 0
+    header, offset = dict[str, _Entry](), 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
-        at += size
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as f:
@@ -235,44 +248,46 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
             f.write(memoryview(cast("Buffer", tensor.contiguous().reshape(-1).view(torch.uint8).numpy())))
 
 
-class _Bin:
+class _Pickle:
+    """Read tensors from a memory-mapped ``.bin`` file."""
+
     def __init__(self, file: Path) -> None:
         try:
-            found: object = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            content: object = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as e:
             if "mmap" not in str(e):
                 raise
-            found = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
-        if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-            raise ValueError("it holds something else than named tensors")
-        self._tensors: dict[str, Tensor] = found
+            content = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
+        if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+            raise ValueError("it contains something other than named tensors")
+        self._tensors: dict[str, Tensor] = content
 
     def shapes(self) -> dict[str, Shape]:
         return {str(name): tuple(t.shape) for name, t in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        there = self._tensors[name]
-        _advise(there, "MADV_SEQUENTIAL")
-        copy = torch.empty(there.shape, dtype=there.dtype)
-        step = max(1, _BLOCK * len(there) // max(1, there.numel())) if there.dim() else 0
-        parts = zip(torch.split(there, step), torch.split(copy, step), strict=True) if step else [(there, copy)]
-        for part, to in parts:  # block by block, or file and copy would both be resident whole
-            to.copy_(part)
+        mapped = self._tensors[name]
+        _advise(mapped, "MADV_SEQUENTIAL")
+        copy = torch.empty(mapped.shape, dtype=mapped.dtype)
+        rows = max(1, _BLOCK * len(mapped) // max(1, mapped.numel())) if mapped.dim() else 0
+        parts = zip(torch.split(mapped, rows), torch.split(copy, rows), strict=True) if rows else [(mapped, copy)]
+        for part, target in parts:  # block by block: otherwise all of the file and the copy would be resident at once
+            target.copy_(part)
             _forget_pages(part)
         return copy
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        _advise(self._tensors[name], "MADV_RANDOM")  # a few rows of a large file: nothing around them is wanted
+        _advise(self._tensors[name], "MADV_RANDOM")  # a few rows of a large file: do not read ahead
         return torch.cat([self._tensors[name][i : i + 1] for i in rows])
 
 
 def _forget_pages(tensor: Tensor) -> None:
-    """Give a mapped tensor's pages back, or every page ever read would stay in resident memory."""
-    _advise(tensor, "MADV_DONTNEED")  # on a private mapping of a file: the next read comes from the file again
+    """Release the pages of a mapped tensor; otherwise every page read so far would stay resident."""
+    _advise(tensor, "MADV_DONTNEED")  # safe on a private file mapping: the next read loads the page from the file again
 
 
 def _advise(tensor: Tensor, advice: str) -> None:
-    """Tell the system how the pages of a mapped tensor will be used. Linux only."""
+    """Advise the kernel how the pages of a mapped tensor will be used. Linux only."""
     if sys.platform != "linux" or not tensor.is_contiguous():
         return
     page = mmap.PAGESIZE

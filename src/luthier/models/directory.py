@@ -1,4 +1,4 @@
-"""A base model's directory read without its weights: configuration, tokenizer, tensor headers, fingerprint."""
+"""Read the configuration, family and fingerprint of a base model directory without loading the model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _SHAPE_KEYS = (
 
 
 def must_be_directory(path: Path) -> None:
-    """Raise ModelError, with the nearest directory's name, where a path is none."""
+    """Raise ModelError if a path is not a directory; the fix names the most similar directory beside it."""
     if not path.is_dir():
-        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        guess = nearest(path.name, beside)
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        guess = nearest(path.name, siblings)
         raise ModelError(
             f"{path}: is not a model directory" if path.exists() else f"{path}: does not exist",
             f"did you mean {path.parent / guess}?" if guess else "get one with: luthier pull smollm2-135m",
@@ -39,15 +39,15 @@ def must_be_directory(path: Path) -> None:
 
 
 def read_config(path: Path, rope_theta: float | None = None) -> PretrainedConfig:
-    """The model's configuration as a native class's, whatever its published layout.
+    """Read the configuration of a model as that of a native transformers class, whatever its published layout.
 
-    rope_theta: in place of the published rotary base (``model.rope_theta``).
-    Raises ModelError where the directory is not one of a causal LM that a native class computes.
+    rope_theta: overrides the published rotary base (``model.rope_theta``).
+    Raises ModelError if the directory holds no causal LM that transformers supports natively.
     """
     must_be_directory(path)
     file = path / "config.json"
     if not file.is_file():
-        raise ModelError(f"{path}: holds no config.json, so it is not a model directory", "give a model directory")
+        raise ModelError(f"{path}: contains no config.json, so it is not a model directory", "pass a model directory")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -56,10 +56,10 @@ def read_config(path: Path, rope_theta: float | None = None) -> PretrainedConfig
     if not isinstance(kind, str) or kind not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *FAMILIES}:
         raise ModelError(
             f"{file}: model_type {kind!r} is not a chat model that can be loaded without running the model's own code",
-            "use a model of a type that transformers knows natively",
+            "use a model whose type transformers supports natively",
         )
     if raw.get("quantization_config"):
-        raise ModelError(f"{file}: the checkpoint is quantised already", "download the model's 16-bit checkpoint")
+        raise ModelError(f"{file}: the checkpoint is already quantised", "download the model's 16-bit checkpoint")
     config = _native_config(path, raw)
     if rope_theta is not None:
         _set_rope_theta(config, rope_theta)
@@ -74,12 +74,12 @@ def _native_config(path: Path, raw: dict[str, object]) -> PretrainedConfig:
         return family.config(raw)
     except ModelError as e:
         raise ModelError(f"{file}: {e.message}", e.fix) from None
-    except Exception as e:  # transformers validates with many kinds of error
+    except Exception as e:  # transformers raises many kinds of error for an invalid file
         raise ModelError(f"{file}: is not a valid configuration ({e})", "download the model again") from None
 
 
 def _set_rope_theta(config: PretrainedConfig, theta: float) -> None:
-    """Raises ConfigError for a model without one rotary base."""
+    """Set the rotary base. Raises ConfigError if the model has no single one."""
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:
         raise ConfigError(
@@ -90,12 +90,12 @@ def _set_rope_theta(config: PretrainedConfig, theta: float) -> None:
 
 
 def family_of(path: Path) -> Family:
-    """The family of a model directory, by its config.json."""
+    """Return the family of a model directory, from its config.json."""
     return recognise(read_json(path / "config.json"))
 
 
 def eos_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """Ids on which the published model stops: generation_config.json first, then config.json."""
+    """Return the stop token ids of the published model: generation_config.json first, then config.json."""
     value = read_json(path / "generation_config.json").get("eos_token_id", getattr(config, "eos_token_id", None))
     ids = [] if value is None else value if isinstance(value, list) else [value]
     return tuple(int(str(i)) for i in ids)
@@ -103,27 +103,31 @@ def eos_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What an adapter remembers of its base: shapes that must agree, and a digest of the weights themselves."""
+    """The identity of an adapter's base model: shapes that must agree, and a digest of the weights."""
 
     shape: dict[str, object]
     weights: str
 
     def mismatches(self, other: Fingerprint) -> list[str]:
-        """``hidden_size 576, expected 2048`` for everything in which ``other`` (the adapter's base) differs."""
-        found = [
+        """Describe every difference from ``other``, the adapter's base; empty if they are the same model."""
+        differences = [
             f"{key} is {self.shape.get(key)}, the adapter's base has {value}"
             for key, value in other.shape.items()
             if self.shape.get(key) != value
         ]
         if self.weights != other.weights:
-            found.append(f"weights differ (digest {self.weights[:12]}, the adapter's base has {other.weights[:12]})")
-        return found
+            differences.append(
+                f"weights differ (digest {self.weights[:12]}, the adapter's base has {other.weights[:12]})"
+            )
+        return differences
 
 
 def fingerprint(path: Path, config: PretrainedConfig) -> Fingerprint:
-    """Names, shapes and sampled values of every tensor; values rounded to bfloat16, so that a copy saved in fp32 or
-    bf16, or in other shards, is still the same model. Tied heads and rotary tables, which not every copy holds, are
-    left out."""
+    """Compute the fingerprint of a model from the names, shapes and sampled values of its tensors.
+
+    Values are rounded to bfloat16, so that a copy saved in fp32 or bf16, or in other shards, counts as the same model.
+    Tied heads and rotary tables are excluded, since not every copy contains them.
+    """
     text = config.get_text_config()
     shape = {key: getattr(text, key, None) for key in _SHAPE_KEYS}
     tied = bool(getattr(text, "tie_word_embeddings", False))
@@ -139,7 +143,7 @@ def fingerprint(path: Path, config: PretrainedConfig) -> Fingerprint:
 
 
 def _sample(shards: Shards, name: str) -> bytes:
-    """Shape, and up to 64 values of the first, middle and last row."""
+    """Serialise the shape and up to 64 values of the first, middle and last row."""
     shape = shards.shapes[name]
     header = repr(list(shape)).encode()
     if not shape or 0 in shape:
@@ -154,7 +158,7 @@ def _sample(shards: Shards, name: str) -> bytes:
 def check_names(
     requested: Sequence[str], leaves: Sequence[str], model_name: str, fail: Callable[[str, str], Exception]
 ) -> None:
-    """Refuse every requested module name that the model does not have, all at once, with the nearest real one."""
+    """Raise ``fail`` listing every requested module name that the model lacks, with the most similar existing names."""
     unknown = [n for n in requested if n not in leaves]
     if not unknown:
         return
@@ -169,7 +173,7 @@ def check_names(
     )
 
 
-_COUNTERPARTS = (  # modules that do the same work in different models
+_COUNTERPARTS = (  # modules with the same role in different models
     ("q_attn", "q_proj"),
     ("q_proj", "k_proj", "v_proj", "qkv_proj", "W_pack", "query_key_value", "c_attn", "wqkv"),
     ("o_proj", "dense", "out_proj", "wo"),
@@ -179,13 +183,13 @@ _COUNTERPARTS = (  # modules that do the same work in different models
 
 
 def _counterpart(name: str, leaves: Sequence[str]) -> str | None:
-    """What another model's module is called in this one, else the nearest name."""
+    """Return the names of the modules with the same role in this model, otherwise the most similar name."""
     leaf = name.rpartition(".")[2]
-    same = next((group for group in _COUNTERPARTS if leaf in group), ())
-    return ", ".join(n for n in leaves if n in same) or nearest(name, leaves, cutoff=0.5)
+    role = next((group for group in _COUNTERPARTS if leaf in group), ())
+    return ", ".join(n for n in leaves if n in role) or nearest(name, leaves, cutoff=0.5)
 
 
 def recognise(raw: Mapping[str, object]) -> Family:
-    """The family of a config.json; a bare record for types that have none of their own."""
+    """Return the family for a config.json; a default record if its ``model_type`` has no entry."""
     kind = str(raw.get("model_type"))
     return FAMILIES.get(kind, Family(kind, kind))

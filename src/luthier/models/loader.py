@@ -1,4 +1,4 @@
-"""A model directory -> a transformers model. The library's own class, never code from the directory."""
+"""Load a model directory as a transformers model, with the library's own class and never code from the directory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def load_weights(
     config: PretrainedConfig | None = None,
     say: Say = lambda _: None,
 ) -> CausalLM:
-    """The whole model in ``dtype`` on ``device``, from its published layout, one tensor in memory at a time.
+    """Load the whole model in ``dtype`` on ``device``, reading one published tensor at a time.
 
-    config: what ``read_config`` returned, perhaps with settings of the run's. Raises ModelError listing every tensor
-    that is missing, surplus or of another shape; nothing is loaded then.
+    config: the result of ``read_config``, possibly with settings of the run; default: read from ``path``.
+    Raises ModelError listing every tensor that is missing, unexpected or of the wrong shape, before any is loaded.
     """
     config = config or read_config(path)
     family = family_of(path)
@@ -40,16 +40,19 @@ def load_weights(
     model = hollow(config, dtype)
     fit = match(shards.shapes, family.rules(config), model)
     if fit.problems and family.layer_rules is None:
-        return _general(path, config, dtype, fit.problems).to(device).eval()  # transformers may know other names
+        # transformers may convert other published names itself
+        return _load_with_transformers(path, config, dtype, fit.problems).to(device).eval()
     if fit.ignored:
-        say(f"{path}: not used, as the model computes them: {', '.join(collapse(fit.ignored))}")
+        say(f"{path}: ignored, because the model computes them itself: {', '.join(collapse(fit.ignored))}")
     for name, tensor in native_tensors(shards, fit, dtype):
         put(model, name, tensor.to(device))
     return finish(model, path, fit, device)
 
 
-def _general(path: Path, config: PretrainedConfig, dtype: torch.dtype, problems: Sequence[str]) -> CausalLM:
-    """transformers' own loading, for models whose published names it converts itself."""
+def _load_with_transformers(
+    path: Path, config: PretrainedConfig, dtype: torch.dtype, problems: Sequence[str]
+) -> CausalLM:
+    """Load with ``from_pretrained``, for models whose published names transformers converts itself."""
     hf_logging.disable_progress_bar()
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
@@ -65,7 +68,7 @@ def _general(path: Path, config: PretrainedConfig, dtype: torch.dtype, problems:
             ignore_mismatched_sizes=True,
             weights_only=True,
         )
-    except Exception as e:  # safetensors, pickle, OS and transformers errors alike: the files are at fault
+    except Exception as e:  # errors of safetensors, pickle, the OS and transformers all point to a bad file
         raise ModelError(
             f"{path}: the weights cannot be read ({' '.join(str(e).split())[:300]})", "download the model again"
         ) from None
@@ -73,14 +76,14 @@ def _general(path: Path, config: PretrainedConfig, dtype: torch.dtype, problems:
         hf_logging.set_verbosity(verbosity)
     if any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise ModelError(
-            f"{path}: the weights do not fit the model ({Fit(problems=list(problems)).told()})",
+            f"{path}: the weights do not fit the model ({Fit(problems=list(problems)).summary()})",
             "download the model again",
         )
     return model
 
 
 def quantisation(settings: ModelConfig) -> Quantisation | None:
-    """How its frozen linear layers are stored, None for 16 or 32 bits."""
+    """Return how the frozen linear layers are stored; None for 16 or 32 bits."""
     if settings.load_in_8bit:
         return Quantisation("int8")
     return (
@@ -91,7 +94,7 @@ def quantisation(settings: ModelConfig) -> Quantisation | None:
 
 
 def training_dtype(settings: ModelConfig, device: torch.device) -> torch.dtype:
-    """``model.dtype``; where that is auto, an explicit ``bnb_4bit_compute_dtype`` decides for the whole model."""
+    """Return the dtype of ``model.dtype``; if that is auto, an explicit ``bnb_4bit_compute_dtype`` is used instead."""
     name = settings.bnb_4bit_compute_dtype if settings.dtype == "auto" else settings.dtype
     return pick_dtype(name, device)
 
@@ -103,7 +106,10 @@ def open_base(
     config: PretrainedConfig,
     say: Callable[[str], None] = lambda _: None,
 ) -> CausalLM:
-    """Load it. config: as ``read_config`` returned it. Raises ModelError."""
+    """Load the base model as the run's settings ask for, quantised or not. Raises ModelError.
+
+    config: the result of ``read_config``.
+    """
     how = quantisation(settings)
     if how is None:
         return load_weights(settings.path, dtype, device, config, say)
@@ -114,9 +120,9 @@ def open_base(
 
 
 def load_model(path: Path | str, dtype: str = "float32") -> tuple[CausalLM, HfTokenizer | None]:
-    """(model, tokenizer) as training uses them: a native transformers model from any published layout.
+    """Load (model, tokenizer) as training uses them: a native transformers model from any published layout.
 
-    dtype: "auto" or a torch type's name. The tokenizer is None where the directory holds none. Raises ModelError.
+    dtype: "auto" or the name of a torch dtype. The tokenizer is None if the directory has none. Raises ModelError.
     """
     path = Path(path)
     config = read_config(path)

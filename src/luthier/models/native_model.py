@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors are a model's, decided from names and shapes alone, before anything is loaded."""
+"""Match a checkpoint's tensors to a model by name and shape before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,28 +19,35 @@ from luthier.models.families import Rule
 from luthier.models.protocols import CausalLM
 
 Shape = tuple[int, ...]
-# tables that older checkpoints carry and every native class computes for itself
+# tables stored in older checkpoints that every native class computes itself
 _BUFFERS = re.compile(r"(.*\.)?(inv_freq|rotary_emb\.\w+_cached|masked_bias|rotary_pos_emb\.\w+)")
 
 
 @dataclass(slots=True)
 class Fit:
-    """rules: published name -> what becomes of it; ignored: known buffers; missing: native names that tie to others."""
+    """The result of matching a checkpoint to a model.
+
+    rules:    published name -> its conversion rule.
+    problems: one line per tensor that does not match.
+    ignored:  published buffers that the model computes itself.
+    missing:  native names that are absent because they are tied to others.
+    """
 
     rules: dict[str, Rule] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
-    def told(self, limit: int = 20) -> str:
+    def summary(self, limit: int = 20) -> str:
+        """Join the first ``limit`` problems and count the others."""
         more = f"; and {len(self.problems) - limit} more" if len(self.problems) > limit else ""
         return "; ".join(self.problems[:limit]) + more
 
 
 def match(shapes: Mapping[str, Shape], rules: Sequence[Rule], model: CausalLM) -> Fit:
-    """Hold a checkpoint's headers against a model on the meta device.
+    """Compare the tensor shapes of a checkpoint with a model on the meta device.
 
-    rules: the family's; empty: published names are the native ones.
+    rules: the rules of the family; empty if published and native names are the same.
     """
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
@@ -49,20 +56,20 @@ def match(shapes: Mapping[str, Shape], rules: Sequence[Rule], model: CausalLM) -
     for name, shape in shapes.items():
         rule = known.get(name)
         if rule is None:
-            ignored = _BUFFERS.fullmatch(name) or _on_its_list(model, name)
+            ignored = _BUFFERS.fullmatch(name) or _ignored_by_transformers(model, name)
             (fit.ignored if ignored else fit.problems).append(name if ignored else f"unexpected: {name}")
             continue
         fit.rules[name] = rule
-        needed = _shape(rule, expected)
-        if needed != shape:
-            wrong[name] = f"mismatched: {name} is {list(shape)}, expected {list(needed)}"
-    there = {part for rule in fit.rules.values() for part in rule.parts}
-    missing = [name for name in expected if name not in there]
+        expected_shape = _published_shape(rule, expected)
+        if expected_shape != shape:
+            wrong[name] = f"mismatched: {name} is {list(shape)}, expected {list(expected_shape)}"
+    present = {part for rule in fit.rules.values() for part in rule.parts}
+    missing = [name for name in expected if name not in present]
     pairs = {**tied, **{source: target for target, source in tied.items()}}
-    fit.missing = [name for name in missing if pairs.get(name) in there]
-    lost = [name for name in missing if name not in fit.missing]
+    fit.missing = [name for name in missing if pairs.get(name) in present]
+    untied = [name for name in missing if name not in fit.missing]
     source = {part: rule.source for rule in known.values() for part in rule.parts}
-    absent = dict.fromkeys(source.get(name, name) for name in lost)
+    absent = dict.fromkeys(source.get(name, name) for name in untied)
     fit.problems = [
         *(f"missing: {name}" for name in collapse(absent)),
         *(f"unexpected: {name}" for name in collapse(p.removeprefix("unexpected: ") for p in fit.problems)),
@@ -72,16 +79,16 @@ def match(shapes: Mapping[str, Shape], rules: Sequence[Rule], model: CausalLM) -
 
 
 def collapse(names: Iterable[str]) -> list[str]:
-    """``model.layers.0-31.mlp.up_proj.weight`` for 32 names that differ in the layer alone."""
+    """Join names that differ only in the layer: ``model.layers.0-31.mlp.up_proj.weight`` for 32 names."""
     groups: dict[str, list[int | None]] = {}
     for name in names:
-        found = re.search(r"\.(\d+)\.", name)
-        key = name[: found.start(1)] + "{}" + name[found.end(1) :] if found else name
-        groups.setdefault(key, []).append(int(found.group(1)) if found else None)
-    return [key.replace("{}", _numbers([n for n in found if n is not None])) for key, found in groups.items()]
+        layer = re.search(r"\.(\d+)\.", name)
+        key = name[: layer.start(1)] + "{}" + name[layer.end(1) :] if layer else name
+        groups.setdefault(key, []).append(int(layer.group(1)) if layer else None)
+    return [key.replace("{}", _ranges([n for n in layers if n is not None])) for key, layers in groups.items()]
 
 
-def _numbers(numbers: Sequence[int]) -> str:
+def _ranges(numbers: Sequence[int]) -> str:
     runs: list[list[int]] = []
     for n in sorted(numbers):
         if runs and runs[-1][-1] == n - 1:
@@ -91,24 +98,24 @@ def _numbers(numbers: Sequence[int]) -> str:
     return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
 
 
-def _shape(rule: Rule, expected: Mapping[str, Shape]) -> Shape:
+def _published_shape(rule: Rule, expected: Mapping[str, Shape]) -> Shape:
     parts = [expected[name] for name in rule.parts]
     return (sum(p[0] for p in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
 
 
-def _on_its_list(model: CausalLM, name: str) -> bool:
+def _ignored_by_transformers(model: CausalLM, name: str) -> bool:
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(p, name) for p in patterns)
 
 
 def empty_model(config: PretrainedConfig) -> CausalLM:
-    """The model on the meta device: names and shapes without memory."""
+    """Build the model on the meta device: names and shapes, no memory. Raises ModelError."""
     with torch.device("meta"):
         return _build(config)
 
 
 def base_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the model itself, tied ones once."""
+    """Count the parameters of the model without adapters; tied ones count once."""
     return sum(p.numel() for p in empty_model(config).parameters())
 
 
@@ -117,14 +124,14 @@ def _build(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Causal
         model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as e:  # sizes that do not fit each other, unknown activations, ...
         raise ModelError(
-            f"config.json describes no model that can be built ({' '.join(str(e).split())[:200]})",
+            f"config.json does not describe a valid model ({' '.join(str(e).split())[:200]})",
             "download the model again",
         ) from None
     return model
 
 
 def finish(model: CausalLM, path: Path, fit: Fit, device: torch.device | str) -> CausalLM:
-    """Tie what is tied, read generation_config.json, and hand the model over in evaluation mode."""
+    """Tie weights, read generation_config.json, move the model to ``device`` and put it in evaluation mode."""
     model.tie_weights(missing_keys=set(fit.missing), recompute_mapping=False)
     if (path / "generation_config.json").is_file():
         model.generation_config = _generation_config(path)
@@ -132,7 +139,7 @@ def finish(model: CausalLM, path: Path, fit: Fit, device: torch.device | str) ->
 
 
 def native_names(path: Path, config: PretrainedConfig) -> list[str]:
-    """Native names of the checkpoint's tensors, in file order; only headers are read. Raises ModelError."""
+    """List the native names of the checkpoint's tensors in file order, reading only headers. Raises ModelError."""
     shards = Shards.open(path)
     fit = match(shards.shapes, family_of(path).rules(config), empty_model(config))
     refuse_unfit(shards, fit)
@@ -140,9 +147,9 @@ def native_names(path: Path, config: PretrainedConfig) -> list[str]:
 
 
 def published_tensors(path: Path, config: PretrainedConfig) -> Iterator[tuple[str, Rule | None, torch.Tensor]]:
-    """(published name, what becomes of it, tensor as stored), one at a time; no rule: the model computes it itself.
+    """Iterate over (published name, conversion rule, tensor as stored); the rule is None for tensors that are ignored.
 
-    Raises ModelError as ``load_weights`` does, before the first one is read.
+    Raises ModelError as ``load_weights`` does, before the first tensor is read.
     """
     shards = Shards.open(path)
     fit = match(shards.shapes, family_of(path).rules(config), empty_model(config))
@@ -154,32 +161,34 @@ def published_tensors(path: Path, config: PretrainedConfig) -> Iterator[tuple[st
 def native_tensors(
     shards: Shards, fit: Fit, dtype: torch.dtype | None = None, as_stored: Collection[str] = ()
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every native tensor in ``dtype`` (None, and those named in ``as_stored``: in the type it is stored in).
+    """Iterate over every native tensor, converted to ``dtype``; None keeps the stored dtype.
 
-    Raises ModelError where the checkpoint does not fit.
+    as_stored: names of tensors that keep their stored dtype. Raises ModelError if the checkpoint does not fit.
     """
     refuse_unfit(shards, fit)
     for name in shards.in_file_order():
         if rule := fit.rules.get(name):
             tensor = shards.read(name)
-            kept = dtype is None or not set(rule.parts).isdisjoint(as_stored)
-            yield from rule.split(tensor, tensor.dtype if kept else dtype, own=True)  # type: ignore[arg-type]
+            keep = dtype is None or not set(rule.parts).isdisjoint(as_stored)
+            yield from rule.split(tensor, tensor.dtype if keep else dtype, own=True)  # type: ignore[arg-type]
 
 
 def refuse_unfit(shards: Shards, fit: Fit) -> None:
-    """Raise ModelError where a checkpoint is not this model's."""
+    """Raise ModelError if a checkpoint does not fit the model."""
     if fit.problems:
-        raise ModelError(f"{shards.path}: the weights do not fit the model ({fit.told()})", "download the model again")
+        raise ModelError(
+            f"{shards.path}: the weights do not fit the model ({fit.summary()})", "download the model again"
+        )
 
 
 def hollow(config: PretrainedConfig, dtype: torch.dtype) -> CausalLM:
-    """The model with parameters on meta and its computed tables in memory, as ``from_pretrained`` makes them."""
+    """Build the model with parameters on the meta device and computed buffers in memory, like ``from_pretrained``."""
     with init_empty_weights(include_buffers=False):
         return _build(config, dtype)
 
 
 def put(model: CausalLM, name: str, tensor: torch.Tensor) -> None:
-    """Give a parameter or a buffer its value."""
+    """Set the value of a parameter or buffer."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
@@ -191,6 +200,6 @@ def put(model: CausalLM, name: str, tensor: torch.Tensor) -> None:
 def _generation_config(path: Path) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(path, local_files_only=True)
-    except Exception as e:  # transformers validates with many kinds of error
+    except Exception as e:  # transformers raises many kinds of error for an invalid file
         file = path / "generation_config.json"
         raise ModelError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]})", "download it again") from None

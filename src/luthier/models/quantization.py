@@ -1,11 +1,11 @@
-"""A frozen linear layer stored in 4 or 8 bits: bitsandbytes' quantise and dequantise functions, our own autograd.
+"""Store a frozen linear layer in 4 or 8 bits, with bitsandbytes' quantisation functions and our own autograd.
 
-bitsandbytes' own ``Linear4bit`` repacks its weight at the first forward without gradients (AVX512-BF16), after which
-a backward reads other bytes; here a weight is never touched after loading.
+bitsandbytes' ``Linear4bit`` repacks its weight in the first forward pass without gradients (AVX512-BF16), which breaks
+a later backward pass; here a weight never changes after loading.
 
-    nf4, fp4   packed [out * in / 2] uint8, a scale for each 64 values; with double quantisation the scales are 8-bit
-               themselves, with a scale for each 256 and an offset. Source: Dettmers et al. 2023, arXiv 2305.14314
-    int8       values [out, in] int8, a scale for each row. Source: Dettmers et al. 2022, arXiv 2208.07339
+    nf4, fp4   packed [out * in / 2] uint8, one scale per 64 values; with double quantisation the scales are 8-bit too,
+               with one scale per 256 of them and an offset. Source: Dettmers et al. 2023, arXiv 2305.14314
+    int8       values [out, in] int8, one scale per row. Source: Dettmers et al. 2022, arXiv 2208.07339
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ Kind = Literal["nf4", "fp4", "int8"]
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """How frozen linears are stored. double: 4-bit scales are quantised too."""
+    """The storage format of frozen linear layers. double: the 4-bit scales are quantised too."""
 
     kind: Kind
     double: bool = True
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the tensors that one weight becomes."""
+        """The names of the tensors that store one weight."""
         if self.kind == "int8":
             return ("values", "scale")
         return ("packed", "absmax", "nested_absmax", "offset") if self.double else ("packed", "absmax")
 
     def bytes_of(self, out_features: int, in_features: int) -> int:
-        """Memory of one weight."""
+        """Return the size in bytes of one stored weight."""
         n = out_features * in_features
         if self.kind == "int8":
             return n + 4 * out_features
@@ -53,23 +53,23 @@ class Quantisation:
 
 @lru_cache(1)
 def library() -> ModuleType:
-    """bitsandbytes' functions. It fetches compute kernels from a hub where the package ``kernels`` is installed: never.
+    """Import bitsandbytes' functions. Raises MissingPackageError.
 
-    Raises MissingPackageError.
+    The package ``kernels`` is hidden during the import; otherwise bitsandbytes would download kernels from a hub.
     """
     before = sys.modules.get("kernels", ...)
     sys.modules["kernels"] = None  # type: ignore[assignment]
-    asks = logging.getLogger("bitsandbytes.backends.cpu.ops")  # to install that package
-    level = asks.level
-    asks.setLevel(logging.ERROR)
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")  # it recommends installing that package
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional
     except ImportError:
         raise MissingPackageError(
-            "a quantised base needs the package bitsandbytes", "pip install 'luthier[qlora]'"
+            "a quantised base model requires the package bitsandbytes", "pip install 'luthier[qlora]'"
         ) from None
     finally:
-        asks.setLevel(level)
+        logger.setLevel(level)
         if before is ...:
             del sys.modules["kernels"]
         else:
@@ -78,7 +78,7 @@ def library() -> ModuleType:
 
 
 def quantise(weight: Tensor, how: Quantisation) -> dict[str, Tensor]:
-    """[out, in] floats -> the tensors to store, by part."""
+    """Quantise a weight [out, in]; returns the tensors to store by part name. Raises MissingPackageError."""
     bnb = library()
     if how.kind == "int8":
         scale = weight.float().abs().amax(dim=1).clamp_min(1e-12) / 127
@@ -94,12 +94,12 @@ def quantise(weight: Tensor, how: Quantisation) -> dict[str, Tensor]:
 
 
 def dequantise(parts: Mapping[str, Tensor], how: Quantisation, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The stored weight as floats: [out, in] in ``dtype``."""
+    """Reconstruct a stored weight: [out, in] in ``dtype``. Raises MissingPackageError."""
     if how.kind == "int8":
         return (parts["values"].to(torch.float32) * parts["scale"][:, None]).to(dtype)
     bnb = library()
     absmax = absolute_maxima(parts, how)
-    # Blocks run on over the ends of rows. bitsandbytes' AVX512 path takes a row to begin a block: one long row, then
+    # Blocks may cross row ends, but bitsandbytes' AVX512 path starts a new block at every row: pass one long row then.
     rows = shape if shape[1] % BLOCK == 0 else (1, shape[0] * shape[1])
     state = bnb.QuantState(
         absmax=absmax,
@@ -109,19 +109,19 @@ def dequantise(parts: Mapping[str, Tensor], how: Quantisation, shape: tuple[int,
         code=code_table(how.kind, absmax.device),
         quant_type=how.kind,
     )
-    found: Tensor = bnb.dequantize_4bit(parts["packed"].view(-1, 1), state)
-    return found.view(shape)
+    weight: Tensor = bnb.dequantize_4bit(parts["packed"].view(-1, 1), state)
+    return weight.view(shape)
 
 
 def absolute_maxima(parts: Mapping[str, Tensor], how: Quantisation) -> Tensor:
-    """[blocks] fp32: the scale of each block of a 4-bit weight."""
+    """Return the scale of each block of a 4-bit weight: [blocks] fp32."""
     if not how.double:
         return parts["absmax"]
     code = _nested_code(parts["absmax"].device)
-    found: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+    scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
         parts["absmax"], parts["nested_absmax"], code, NESTED_BLOCK, torch.float32
     )
-    return found + parts["offset"]
+    return scales + parts["offset"]
 
 
 @lru_cache(8)
@@ -132,15 +132,15 @@ def _nested_code(device: torch.device) -> Tensor:
 
 @lru_cache(8)
 def code_table(kind: str, device: torch.device) -> Tensor:
-    """[16] fp32: what each 4-bit code stands for."""
+    """Return the value of each 4-bit code: [16] fp32."""
     code: Tensor = library().get_4bit_type(kind, device=device)
     return code
 
 
 class QuantLinear(nn.Module):
-    """``nn.Linear`` whose frozen weight is stored quantised; computes in ``compute``, returns the input's type.
+    """A linear layer whose frozen weight is stored quantised; computes in ``compute``, returns the input's dtype.
 
-    x [..., in] -> [..., out]. The parts are buffers of the module, filled by the loader.
+    x [..., in] -> [..., out]. The stored parts are buffers that the loader sets.
     """
 
     def __init__(self, linear: nn.Linear, how: Quantisation, compute: torch.dtype) -> None:
@@ -157,7 +157,7 @@ class QuantLinear(nn.Module):
         return stored.device
 
     def dequantised(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[out, in] floats."""
+        """Reconstruct the weight [out, in] in ``dtype``; default: ``compute``."""
         parts = {part: getattr(self, part) for part in self.how.parts}
         return dequantise(parts, self.how, (self.out_features, self.in_features), dtype or self.compute)
 
@@ -170,7 +170,7 @@ class QuantLinear(nn.Module):
 
 
 class _Matmul(torch.autograd.Function):
-    """x @ W.T + bias with W dequantised for the moment of use, in forward and again in backward."""
+    """x @ W.T + bias, with W dequantised temporarily in the forward and again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:

@@ -1,10 +1,10 @@
-"""Loading a base in 4 or 8 bits: each weight is quantised as it arrives, and the result kept on disk for the next time.
+"""Load a base model in 4 or 8 bits: quantise each weight after reading it, and save the result on disk for later runs.
 
-    checkpoint --one tensor at a time--> native rows --both cores--> packed parts --> the model
-                                                                          `--------> cache directory (safetensors)
+    checkpoint --one tensor at a time--> native rows --all cores--> packed parts --> the model
+                                                                         `--------> cache directory (safetensors)
 
-Neither the checkpoint nor a shard is ever whole in memory. An untied embedding stays on disk: a step needs a few
-hundred of its rows. Embedding and head keep 16 bits.
+Neither the checkpoint nor a shard is ever fully in memory. An untied embedding stays on disk, because a step needs
+only a few hundred of its rows. The embedding and the head keep 16 bits.
 """
 
 from __future__ import annotations
@@ -36,13 +36,18 @@ from luthier.models.quantization import Quantisation, QuantLinear, quantise
 from luthier.types import Say
 
 FORMAT = 1
-_GROUP = 256_000_000  # bytes a cache file
-_ROWS = 8192  # of the head widened at a time
+_GROUP = 256_000_000  # bytes per cache file
+_ROWS = 8192  # rows of the head that are widened to fp32 together
 
 
 @dataclass(frozen=True, slots=True)
 class FourOrEight:
-    """How to load: what frozen linears become, the type they compute in, whether the result is kept on disk."""
+    """Options of a quantised load.
+
+    how:     the storage format of frozen linear layers.
+    compute: the dtype that they compute in.
+    cache:   whether to save the result on disk.
+    """
 
     how: Quantisation
     compute: torch.dtype
@@ -54,62 +59,62 @@ def load_quantised(
     dtype: torch.dtype,
     device: torch.device,
     config: PretrainedConfig,
-    wanted: FourOrEight,
+    options: FourOrEight,
     say: Say = lambda _: None,
 ) -> CausalLM:
-    """The model with every linear layer of its decoder quantised, the rest in ``dtype``. Raises ModelError."""
+    """Load a model with every linear layer of its decoder quantised and the rest in ``dtype``. Raises ModelError."""
     shards = Shards.open(path)
     model = hollow(config, dtype)
     fit = match(shards.shapes, family_of(path).rules(config), model)
-    weights = _swap(model, wanted)
-    aside, head = _untied_embedding(model), _untied_head(model)
-    kept = cache_dir(path, config, wanted, dtype) if wanted.cache else None
+    weights = _replace_linear_layers(model, options)
+    embedding, head = _untied_embedding(model), _untied_head(model)
+    cached = cache_dir(path, config, options, dtype) if options.cache else None
     tensors: Iterator[tuple[str, Tensor]]
-    if kept and kept.is_dir():
-        say(f"base: taken from {kept}, quantised before")
-        source = Shards.open(kept)
-        tensors = ((n, source.read(n)) for n in source.in_file_order() if n != aside)
+    if cached and cached.is_dir():
+        say(f"base: loading the quantised copy from {cached}")
+        source = Shards.open(cached)
+        tensors = ((n, source.read(n)) for n in source.in_file_order() if n != embedding)
     else:
         tensors = _quantised(
-            native_tensors(shards, fit, dtype, [n for n in (aside, head) if n]), weights, wanted.how, say
+            native_tensors(shards, fit, dtype, [n for n in (embedding, head) if n]), weights, options.how, say
         )
-        tensors = _kept(tensors, kept, say) if kept else tensors
-    passed = 0
+        tensors = _also_write(tensors, cached, say) if cached else tensors
+    loaded_bytes = 0
     for name, tensor in tensors:
-        if name != aside:
+        if name != embedding:
             put(model, name, tensor.to(device))
-        passed += tensor.numel() * tensor.element_size()
-        if passed > _GROUP:
+        loaded_bytes += tensor.numel() * tensor.element_size()
+        if loaded_bytes > _GROUP:
             trim_freed_memory()
-            passed = 0
+            loaded_bytes = 0
     if head:
         model.set_output_embeddings(NarrowHead.of(model.get_output_embeddings(), dtype))
-    if aside:
-        place = _rows_on_disk(aside, kept, shards, fit)
+    if embedding:
+        place = _rows_on_disk(embedding, cached, shards, fit)
         if place:
             model.set_input_embeddings(RowEmbedding(place, dtype, device))
-        else:  # a pickle file, and no copy was kept
-            rule = next(r for r in fit.rules.values() if aside in r.parts)
-            put(model, aside, dict(rule.split(shards.read(rule.source), dtype))[aside].to(device))
-    trim_freed_memory()  # 16-bit tensors passed through every worker's heap
+        else:  # a pickle file, and no copy was saved
+            rule = next(r for r in fit.rules.values() if embedding in r.parts)
+            put(model, embedding, dict(rule.split(shards.read(rule.source), dtype))[embedding].to(device))
+    trim_freed_memory()  # 16-bit tensors were allocated in the heap of every worker thread
     return finish(model, path, fit, device)
 
 
-def _swap(model: CausalLM, wanted: FourOrEight) -> set[str]:
-    """Put an empty ``QuantLinear`` in place of every linear layer of the decoder; returns their weights' names."""
+def _replace_linear_layers(model: CausalLM, options: FourOrEight) -> set[str]:
+    """Replace every linear layer of the decoder by an empty ``QuantLinear``; returns the names of their weights."""
     linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()}
     for name, module in linear.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, QuantLinear(module, wanted.how, wanted.compute))
+        setattr(model.get_submodule(parent), leaf, QuantLinear(module, options.how, options.compute))
     return {f"{name}.weight" for name in linear}
 
 
 def _quantised(
     tensors: Iterator[tuple[str, Tensor]], weights: set[str], how: Quantisation, say: Say
 ) -> Iterator[tuple[str, Tensor]]:
-    """Weights of linear layers replaced by their parts, quantised on every core, in order."""
+    """Replace the weights of linear layers by their quantised parts, on several threads, in order."""
     workers = max(1, min(4, os.cpu_count() or 1))
-    done, told = 0, 0
+    done, tenths = 0, 0
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[tuple[str, Any]] = deque()
 
@@ -124,8 +129,8 @@ def _quantised(
         for name, tensor in tensors:
             pending.append((name, pool.submit(quantise, tensor, how) if name in weights else tensor))
             done += name in weights
-            if done * 10 // max(1, len(weights)) > told:
-                told = done * 10 // len(weights)
+            if done * 10 // max(1, len(weights)) > tenths:
+                tenths = done * 10 // len(weights)
                 say(f"base: {done} of {len(weights)} layers quantised")
             if len(pending) > workers:
                 yield from next_parts()
@@ -136,23 +141,23 @@ def _quantised(
 # --- the copy on disk -----------------------------------------------------------------------------------------------
 
 
-def cache_dir(path: Path, config: PretrainedConfig, wanted: FourOrEight, dtype: torch.dtype) -> Path:
-    """Where this base is kept in this form: named by its files' sizes, tensor headers and sampled values."""
+def cache_dir(path: Path, config: PretrainedConfig, options: FourOrEight, dtype: torch.dtype) -> Path:
+    """Return the directory of the quantised copy, named by file sizes, tensor headers and sampled values."""
     shards = Shards.open(path)
     facts = {
         "format": FORMAT,
         "weights": fingerprint(path, config).weights,
         "files": [[f.name, f.stat().st_size] for f in shards.files],
-        "kind": wanted.how.kind,
-        "double": wanted.how.double,
+        "kind": options.how.kind,
+        "double": options.how.double,
         "dtype": str(dtype),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return files.cache_root() / "quantised" / digest[:20]
 
 
-def _kept(tensors: Iterator[tuple[str, Tensor]], to: Path, say: Say) -> Iterator[tuple[str, Tensor]]:
-    """Pass tensors on and write them beside; a disk that has no room costs the copy, not the run."""
+def _also_write(tensors: Iterator[tuple[str, Tensor]], to: Path, say: Say) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors and write them to disk too; if that fails, warn and continue."""
     writer = _Writer(to, say)
     try:
         for name, tensor in tensors:
@@ -164,56 +169,56 @@ def _kept(tensors: Iterator[tuple[str, Tensor]], to: Path, say: Say) -> Iterator
 
 
 class _Writer:
-    """Groups of tensors as safetensors files in a directory that appears when it is whole."""
+    """Write groups of tensors as safetensors files in a directory that appears only when it is complete."""
 
     def __init__(self, to: Path, say: Say) -> None:
         self._say, self._to = say, to
         self._stack = ExitStack()
-        self._held: dict[str, Tensor] = {}
-        self._where: dict[str, str] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._file_of: dict[str, str] = {}
         self._folder: Path | None = None
-        with self._or_give_up():
+        with self._disk_errors_end_the_copy():
             self._folder = self._stack.enter_context(files.new_dir(to))
 
     def add(self, name: str, tensor: Tensor) -> None:
         if self._folder is None:
             return
-        self._held[name] = tensor.cpu().contiguous()
-        if sum(t.numel() * t.element_size() for t in self._held.values()) > _GROUP:
+        self._pending[name] = tensor.cpu().contiguous()
+        if sum(t.numel() * t.element_size() for t in self._pending.values()) > _GROUP:
             self._flush()
 
     def finish(self) -> None:
         self._flush()
         if self._folder is not None:
-            with self._or_give_up():
-                index = {"metadata": {}, "weight_map": self._where}
+            with self._disk_errors_end_the_copy():
+                index = {"metadata": {}, "weight_map": self._file_of}
                 files.write_json(self._folder / "model.safetensors.index.json", index)
                 self._stack.close()
-                self._say(f"base: kept in {self._to} for the next start")
+                self._say(f"base: saved the quantised copy in {self._to} for later runs")
 
     def close(self) -> None:
-        """Without ``finish`` before it, nothing stays."""
-        self._held.clear()
+        """Delete everything written unless ``finish`` was called."""
+        self._pending.clear()
         if self._folder is not None and self._folder.exists():
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _flush(self) -> None:
-        if self._folder is None or not self._held:
+        if self._folder is None or not self._pending:
             return
-        file = f"part-{len(set(self._where.values())):05d}.safetensors"
-        with self._or_give_up():
-            write_safetensors(self._folder / file, self._held)
-        self._where.update(dict.fromkeys(self._held, file))
-        self._held.clear()
+        file = f"part-{len(set(self._file_of.values())):05d}.safetensors"
+        with self._disk_errors_end_the_copy():
+            write_safetensors(self._folder / file, self._pending)
+        self._file_of.update(dict.fromkeys(self._pending, file))
+        self._pending.clear()
 
     @contextmanager
-    def _or_give_up(self) -> Iterator[None]:
-        """A disk that has no room costs the copy, not the run."""
+    def _disk_errors_end_the_copy(self) -> Iterator[None]:
+        """If writing fails, for example because the disk is full, warn, delete the copy and continue without it."""
         try:
             yield
         except (OSError, UserError) as e:
             reason = e.message if isinstance(e, UserError) else str(e)
-            self._say(f"note: the quantised base is not kept on disk ({' '.join(reason.split())[:200]})")
+            self._say(f"note: the quantised copy of the base cannot be saved ({' '.join(reason.split())[:200]})")
             self.close()
             self._folder = None
 
@@ -222,7 +227,7 @@ class _Writer:
 
 
 class RowEmbedding(nn.Module):
-    """A frozen embedding that reads the rows it is asked for from a file: ids [...] -> [..., width]."""
+    """A frozen embedding that reads only the requested rows from a file: ids [...] -> [..., width]."""
 
     def __init__(self, place: Place, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -230,16 +235,16 @@ class RowEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = place.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        wanted, where = torch.unique(ids, return_inverse=True)
-        rows = torch.cat([self.place.read(i, 1) for i in wanted.tolist()]).to(self.device, self.dtype)
-        return rows[where]
+        distinct, inverse = torch.unique(ids, return_inverse=True)
+        rows = torch.cat([self.place.read(i, 1) for i in distinct.tolist()]).to(self.device, self.dtype)
+        return rows[inverse]
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, from {self.place.path.name}"
 
 
 class NarrowHead(nn.Module):
-    """A frozen head kept in 16 bits under a wider model, widened block by block: x [..., in] -> [..., vocab]."""
+    """A frozen 16-bit head of a model in fp32, widened block by block: x [..., in] -> [..., vocab]."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -248,7 +253,7 @@ class NarrowHead(nn.Module):
 
     @staticmethod
     def of(head: nn.Linear, dtype: torch.dtype) -> nn.Module:
-        """The head itself where its type is the model's."""
+        """Wrap ``head``, or return it unchanged if it has a bias or already has the model's dtype."""
         return head if head.weight.dtype is dtype or head.bias is not None else NarrowHead(head.weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -257,7 +262,7 @@ class NarrowHead(nn.Module):
 
 
 class _Widened(torch.autograd.Function):
-    """x @ W.T with W in fp32 a few thousand rows at a time, forward and backward."""
+    """x @ W.T with a few thousand rows of W in fp32 at a time, in the forward and the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -267,8 +272,8 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         blocks = zip(torch.split(grad, _ROWS, dim=-1), torch.split(ctx.weight, _ROWS), strict=True)
-        found: Tensor = sum(g @ w.to(g.dtype) for g, w in blocks)  # type: ignore[assignment]
-        return found, None
+        grad_input: Tensor = sum(g @ w.to(g.dtype) for g, w in blocks)  # type: ignore[assignment]
+        return grad_input, None
 
 
 def _untied_head(model: CausalLM) -> str | None:
@@ -279,16 +284,16 @@ def _untied_head(model: CausalLM) -> str | None:
 
 
 def _untied_embedding(model: CausalLM) -> str | None:
-    """The name of the embedding's weight where it can stay on disk: untied, of the plain kind."""
+    """Return the name of the embedding weight if it can stay on disk (untied, a plain ``nn.Embedding``), else None."""
     embedding = model.get_input_embeddings()
     if type(embedding) is not nn.Embedding or getattr(model, "all_tied_weights_keys", None):
         return None
     return next(f"{n}.weight" for n, m in model.named_modules() if m is embedding)
 
 
-def _rows_on_disk(name: str, kept: Path | None, shards: Shards, fit: Fit) -> Place | None:
-    """Where its rows lie: in the copy on disk, else in the checkpoint."""
-    if kept and kept.is_dir():
-        return Shards.open(kept).place(name)
+def _rows_on_disk(name: str, cached: Path | None, shards: Shards, fit: Fit) -> Place | None:
+    """Locate the rows of a tensor: in the quantised copy, otherwise in the checkpoint; None in a pickle file."""
+    if cached and cached.is_dir():
+        return Shards.open(cached).place(name)
     rule = next(r for r in fit.rules.values() if name in r.parts)
     return shards.place(rule.source) if rule.parts == (name,) else None

@@ -1,1 +1,1 @@
-"""The training loop, its optimizer, schedule and records."""
+"""Train the adapter: the loop, optimizer, schedule, checkpoints, metrics and memory estimate."""

@@ -1,9 +1,9 @@
-"""Checkpoints: everything that the rest of a run depends on, whole or absent.
+"""Write and read checkpoints: everything that the rest of a run depends on, complete or absent.
 
-    checkpoints/step-00000040/state.safetensors   A, B and the optimizer's moments of every adapter
-    checkpoints/step-00000040/state.json          progress, identity, machine, the tensors' SHA-256, and its own
+    checkpoints/step-00000040/state.safetensors   A, B and the optimizer's moments of every adapter layer
+    checkpoints/step-00000040/state.json          progress, identity, machine, SHA-256 of the tensors and of itself
 
-Order of rows and dropout follow from (seed, step), so no generator's state is needed.
+The order of rows and the dropout masks follow from (seed, step), so no random generator state is needed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PARTS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One that was read and found whole."""
+    """A checkpoint that was read and verified."""
 
     path: Path
     progress: Progress
@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def machine() -> dict[str, object]:
-    """What must be the same for the bits to be the same."""
+    """Return what a bit-identical continuation depends on: versions, CPU, threads, kernels, GPU."""
     return {
         "luthier": __version__,
         **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
@@ -86,14 +86,14 @@ def write(
 
 
 def steps(folder: Path) -> list[Path]:
-    """Checkpoint directories, oldest first."""
+    """List checkpoint directories, oldest first."""
     return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
 
 
 def latest(folder: Path, say: Say = lambda _: None) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are named and passed over. Half-written ones are deleted.
+    """Read the newest undamaged checkpoint; report and skip damaged ones, delete half-written ones.
 
-    None where there is no whole one: the run starts at its first step, which is said if there were damaged ones.
+    None if there is no undamaged checkpoint: the run then starts at its first step, with a message if any was damaged.
     """
     if folder.is_dir():
         for leftover in folder.glob(".step-*"):
@@ -102,19 +102,22 @@ def latest(folder: Path, say: Say = lambda _: None) -> Checkpoint | None:
         try:
             return read(path)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-            say(f"{path}: is damaged ({e}), so it is passed over")
+            say(f"{path}: is damaged ({e}), so it is skipped")
     if steps(folder):
-        say(f"{folder}: no checkpoint is whole, so the run starts again at its first step")
+        say(f"{folder}: no usable checkpoint, so the run starts again at its first step")
     return None
 
 
 def read(path: Path) -> Checkpoint:
-    """Raises ValueError and the like where anything is not as it was written."""
+    """Read and verify a checkpoint.
+
+    Raises OSError, ValueError, KeyError, TypeError or SafetensorError if it differs from what was written.
+    """
     state = dict(json.loads((path / STATE).read_text(encoding="utf-8")))
     if state.pop("seal") != _seal(state):
-        raise ValueError(f"{STATE} is not as it was written")
+        raise ValueError(f"{STATE} has changed since it was written")
     if files.sha256(path / TENSORS) != state["sha256"]:
-        raise ValueError("its SHA-256 is not the recorded one")
+        raise ValueError(f"the SHA-256 of {TENSORS} differs from the recorded one")
     return Checkpoint(
         path=path,
         progress=Progress(**state["progress"]),
@@ -126,39 +129,38 @@ def read(path: Path) -> Checkpoint:
 
 
 def _seal(state: Mapping[str, object]) -> str:
-    """SHA-256 of everything else in ``state.json``, whose numbers survive JSON to the last bit."""
+    """SHA-256 of everything else in ``state.json``; JSON preserves its numbers exactly."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def restore(found: Checkpoint, layers: Mapping[str, LoraLinear], optimizer: Optimizer) -> None:
-    """Put adapter and optimizer back as they were after ``found.progress.step`` steps."""
-    restore_adapter(found, layers)
+def restore(checkpoint: Checkpoint, layers: Mapping[str, LoraLinear], optimizer: Optimizer) -> None:
+    """Restore adapter and optimizer to their state after ``checkpoint.progress.step`` steps."""
+    restore_adapter(checkpoint, layers)
     with torch.no_grad():
         for name, layer in layers.items():
             for part in _PARTS:
                 parameter = getattr(layer, part)
                 prefix = f"{name}.{part}."
-                moments = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
-                optimizer.restore(
-                    parameter, found.progress.step, {n: t.to(parameter.device) for n, t in moments.items()}
-                )
-    optimizer.restore_scaler(found.scaler)
+                saved = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+                moments = {n: t.to(parameter.device) for n, t in saved.items()}
+                optimizer.restore(parameter, checkpoint.progress.step, moments)
+    optimizer.restore_scaler(checkpoint.scaler)
 
 
-def restore_adapter(found: Checkpoint, layers: Mapping[str, LoraLinear]) -> None:
-    """Put the adapter alone back."""
+def restore_adapter(checkpoint: Checkpoint, layers: Mapping[str, LoraLinear]) -> None:
+    """Restore the adapter only."""
     with torch.no_grad():
         for name, layer in layers.items():
             for part in _PARTS:
-                getattr(layer, part).copy_(found.tensors[f"{name}.{part}"])
+                getattr(layer, part).copy_(checkpoint.tensors[f"{name}.{part}"])
 
 
 def _tensors(layers: Mapping[str, LoraLinear], optimizer: Optimizer) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         for part in _PARTS:
             parameter = getattr(layer, part)
-            found[f"{name}.{part}"] = parameter.detach().cpu().contiguous()
+            tensors[f"{name}.{part}"] = parameter.detach().cpu().contiguous()
             for moment, value in optimizer.moments(parameter).items():
-                found[f"{name}.{part}.{moment}"] = value.cpu().contiguous()
-    return found
+                tensors[f"{name}.{part}.{moment}"] = value.cpu().contiguous()
+    return tensors

@@ -1,4 +1,4 @@
-"""One forward pass over a flat batch: the loss of its supervised tokens, and nothing else of the head."""
+"""Compute the loss of a flat batch; the output head sees supervised positions only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from luthier.types import Example
 
 
 def supervised_logits(model: CausalLM, batch: DeviceBatch) -> Tensor:
-    """[N, V] logits at the supervised positions only; the head never sees the others."""
+    """Return the logits [N, V] at the N supervised positions; the head skips all others."""
     out = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -38,19 +38,22 @@ def supervised_logits(model: CausalLM, batch: DeviceBatch) -> Tensor:
 
 
 def loss_sum(model: CausalLM, batch: DeviceBatch) -> Tensor:
-    """[] fp32: cross-entropy summed over the batch's supervised tokens (the caller divides by the step's count)."""
+    """Sum the cross-entropy of the batch's supervised tokens, [] fp32; the caller divides by the step's token count."""
     return F.cross_entropy(supervised_logits(model, batch).float(), batch.target_ids, reduction="sum")
 
 
 @torch.no_grad()
 def token_losses(model: CausalLM, batch: DeviceBatch) -> Tensor:
-    """[N] fp32: cross-entropy of each supervised token."""
+    """Return the cross-entropy of each supervised token, [N] fp32."""
     return F.cross_entropy(supervised_logits(model, batch).float(), batch.target_ids, reduction="none")
 
 
 @contextmanager
 def segment_attention(model: CausalLM, name: str = "auto") -> Iterator[None]:
-    """Within the block the model attends by segments (``kernels.attention``); afterwards as before."""
+    """Use attention by segments (``kernels.attention``) within the block.
+
+    Raises ModelError if the model's attention cannot be replaced.
+    """
     before = model.config._attn_implementation
     model.set_attn_implementation(f"luthier_{name}")
     if model.config.get_text_config()._attn_implementation != f"luthier_{name}":
@@ -63,13 +66,13 @@ def segment_attention(model: CausalLM, name: str = "auto") -> Iterator[None]:
 
 @contextmanager
 def checkpointing(model: CausalLM, enabled: bool) -> Iterator[None]:
-    """Within the block decoder layers keep their input only and are recomputed in the backward pass."""
+    """Use gradient checkpointing within the block, if enabled: layers save their input only and are recomputed."""
     if not enabled:
         yield
         return
     new = hasattr(model, "activation_checkpointing_enable")  # its name before transformers 5.2x: gradient_...
     getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_enable")()
-    model.disable_input_require_grads()  # without re-entrance nothing below the first adapter needs a gradient
+    model.disable_input_require_grads()  # non-reentrant checkpointing needs no gradient below the first adapter
     try:
         yield
     finally:
@@ -77,37 +80,37 @@ def checkpointing(model: CausalLM, enabled: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
-def prove_segments(model: CausalLM, examples: Sequence[Example], kernel: str = "auto") -> None:
-    """Prove on two rows that this model keeps the rows of a flat batch apart and attends as it does by itself.
+def verify_segments(model: CausalLM, examples: Sequence[Example], kernel: str = "auto") -> None:
+    """Verify on two rows that this model keeps the rows of a flat batch apart and gives the same logits as unpacked.
 
-    Some architectures carry state from token to token (convolutions, recurrences) or attend in a way that no segment
-    kernel knows; trained flat, they would learn from their neighbours. Raises ModelError for those.
+    Some architectures carry state from token to token (convolutions, recurrences) or use an attention that the segment
+    kernels do not support: rows of a flat batch would influence each other. Raises ModelError for those.
     """
     rows = [short(examples[0]), short(examples[min(1, len(examples) - 1)])]
-    other = replace(rows[0], ids=rows[0].ids[::-1].copy())  # up to its very last token
-    one, two = (to_device(collate([first, rows[1]]), model.device) for first in (rows[0], other))
-    alone = torch.from_numpy(rows[1].ids[:-1]).to(model.device)[None]
+    other = replace(rows[0], ids=rows[0].ids[::-1].copy())  # reversed, so that even its last token differs
+    batch, changed_batch = (to_device(collate([first, rows[1]]), model.device) for first in (rows[0], other))
+    unpacked = torch.from_numpy(rows[1].ids[:-1]).to(model.device)[None]
     count = rows[1].supervised
     try:
         with segment_attention(model, kernel):
-            flat, changed = (supervised_logits(model, b)[-count:].float() for b in (one, two))
-        expected = model(input_ids=alone, use_cache=False).logits[0].float()[torch.from_numpy(rows[1].trained[1:])]
+            flat, changed = (supervised_logits(model, b)[-count:].float() for b in (batch, changed_batch))
+        expected = model(input_ids=unpacked, use_cache=False).logits[0].float()[torch.from_numpy(rows[1].trained[1:])]
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, KeyError) as e:
-        raise _cannot(model, f"a flat batch fails in it ({' '.join(str(e).split())[:120]})") from None
+        raise _cannot(model, f"it fails on a flat batch ({' '.join(str(e).split())[:120]})") from None
     if _distance(changed, flat) > 1e-3:
         raise _cannot(model, "its layers carry state from one row of a flat batch to the next")
-    # 30 layers in bf16 measured 0.06 apart from nothing but the order of sums; fp32 1e-6
+    # measured with 30 layers: 0.06 in bf16 from the order of sums only; 1e-6 in fp32
     if _distance(flat, expected) > (1e-3 if model.dtype is torch.float32 else 0.2):
         raise _cannot(model, "its own attention differs from plain causal attention")
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Norm of the difference over the norm of the logits around their mean."""
+    """Norm of the difference, divided by the norm of ``b`` minus its mean."""
     return float((a - b).norm() / (b - b.mean()).norm().clamp_min(1e-30))
 
 
 def short(example: Example, tokens: int = 24) -> Example:
-    """The beginning of a row, all but the first token scored."""
+    """Truncate a row to ``tokens`` tokens, all supervised except the first."""
     size = min(tokens, len(example))
     return Example(example.ids[:size], np.arange(size) >= 1, example.source)
 
@@ -162,7 +165,7 @@ def verify_compiled(compiled: CompiledModel, model: CausalLM, examples: Sequence
 
 @dataclass(frozen=True, slots=True)
 class _OwnLayer:
-    """One of transformers' decoder layers, and what it reads besides its input. out_rows [U]: the rows to output."""
+    """One of transformers' decoder layers and its arguments. out_rows [U]: the rows to output."""
 
     block: nn.Module
     batch: DeviceBatch
@@ -193,14 +196,17 @@ def _compare(
     x: Tensor,
     grad: Tensor,
 ) -> None:
-    """Raises Unsuitable if a tensor of ``ours`` is farther from fp32 than rounding explains. None: not computed."""
+    """Compare the tensors of ``ours`` (None: not computed) with transformers' own, computed in fp32.
+
+    Raises Unsuitable if an error is larger than rounding explains.
+    """
     rounded = own(x, grad)
     with _linears_in_fp32(module):
         expected = own(x.float(), grad.float())
-    for name, found, usual, right in zip(names, ours, rounded, expected, strict=True):
-        if found is None:
+    for name, result, usual, right in zip(names, ours, rounded, expected, strict=True):
+        if result is None:
             continue
-        error, rounding = (float((t - right).norm() / right.norm().clamp_min(1e-30)) for t in (found, usual))
+        error, rounding = (float((t - right).norm() / right.norm().clamp_min(1e-30)) for t in (result, usual))
         if not error <= _ROUNDINGS * rounding + _ERROR_IN_FP32:
             raise Unsuitable(
                 f"on this machine {name} has a relative error of {error:.2g} "
@@ -210,7 +216,7 @@ def _compare(
 
 @contextmanager
 def _random_adapters(compiled: CompiledModel, generator: torch.Generator) -> Iterator[None]:
-    """Within the block every B is random: while it is zero, as at the start, A has no gradient to compare."""
+    """Fill every B with random values within the block: with B = 0, as at the start, the gradient of A is zero."""
     matrices = [p for p, name in zip(compiled.parameters, compiled.names, strict=True) if name.endswith("lora_B")]
     before = [b.detach().clone() for b in matrices]
     try:
@@ -224,7 +230,7 @@ def _random_adapters(compiled: CompiledModel, generator: torch.Generator) -> Ite
 
 @contextmanager
 def _linears_in_fp32(module: nn.Module) -> Iterator[None]:
-    """Within the block the module's frozen linear layers compute in fp32, a block of rows of the weight at a time."""
+    """Let the module's frozen linear layers compute in fp32 within the block; weights are converted piecewise."""
     linears = [m for m in module.modules() if isinstance(m, nn.Linear | QuantLinear)]
     for linear in linears:
         vars(linear)["forward"] = partial(_InFp32.apply, linear)
@@ -236,7 +242,7 @@ def _linears_in_fp32(module: nn.Module) -> Iterator[None]:
 
 
 class _InFp32(torch.autograd.Function):
-    """x [..., in] fp32 -> [..., out]: the weight is widened for the moment of use, in forward and again in backward."""
+    """A linear layer in fp32, x [..., in] -> [..., out]; its weight is converted anew in forward and in backward."""
 
     @staticmethod
     def forward(ctx: Any, linear: nn.Linear | QuantLinear, x: Tensor) -> Tensor:
@@ -253,7 +259,7 @@ class _InFp32(torch.autograd.Function):
 
 
 def _blocks(linear: nn.Linear | QuantLinear, size: int = 8192) -> Iterator[tuple[slice, Tensor]]:
-    """The frozen weight in fp32, ``size`` rows at a time."""
+    """Yield the frozen weight in fp32, ``size`` rows at a time."""
     weight = linear.dequantised() if isinstance(linear, QuantLinear) else linear.weight.detach()
     for first in range(0, len(weight), size):
         rows = slice(first, first + size)

@@ -1,11 +1,12 @@
-"""The training loop, top to bottom.
+"""Train the adapter step by step.
 
     for every step:  rows -> micro-batches -> sum of token losses / supervised tokens of the whole step
                      -> backward, micro-batch by micro-batch -> clip -> AdamW
 
-Dividing by the step's own count makes any cut of the same rows into micro-batches the same step. Indices come from
-the host with the batch; no step reads a device value except the loss that is recorded. Data-parallel training
-needs two things here: each rank takes its share of the micro-batches, and gradients are summed before ``update``.
+Because the loss is divided by the supervised tokens of the whole step, the split of a step's rows into micro-batches
+does not change the result. Indices come from the host with the batch; the only device values that a step reads are the
+loss and the gradient norm. Data-parallel training would need two changes here: each rank computes its share of the
+micro-batches, and gradients are summed over ranks before ``update``.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ LossOf = Callable[[DeviceBatch], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What surrounds the arithmetic of one session of a run.
+    """Callbacks and options of one session of a run (from the start or a checkpoint until it ends or is stopped).
 
     on_step: called with every step's record.
-    save:    called with the optimizer and the progress, every ``save_steps`` and when stopped.
-    stop:    asked after every step; true ends the session there.
+    save:    called with the optimizer and the progress every ``save_steps`` steps, at the end, and when stopped.
+    stop:    called after every step; true ends the session.
     attention: ``model.attn_implementation``.
-    say:     told what runs slower than it could, and why.
+    notify:  called with messages for the user, such as why training is slower than it could be.
     """
 
     on_step: Callable[[StepRecord], None] = lambda _: None
     save: Callable[[Optimizer, Progress], None] = lambda *_: None
     stop: Callable[[], bool] = lambda: False
     attention: str = "auto"
-    say: Callable[[str], None] = lambda _: None
+    notify: Callable[[str], None] = lambda _: None
 
 
 def train(
@@ -67,8 +68,9 @@ def train(
 ) -> Progress:
     """Train the adapter ``layers`` of ``model`` in place, from the start or from a checkpoint.
 
-    Returns how far it came: ``step`` is less than the plan's steps where ``session.stop`` ended it.
-    Raises TrainError at the first loss or gradient that is not finite, naming the step's rows.
+    Returns the progress; its ``step`` is less than the plan's steps if ``session.stop`` ended the session.
+    Raises TrainError at the first loss or gradient that is not finite, with the step's rows in the message, and
+    ConfigError as ``losses`` does.
     """
     session = session or Session()
     schedule = Plan.of(len(examples), config)
@@ -96,7 +98,7 @@ def train(
                 if stopped or done.step % config.save_steps == 0 or done.step == schedule.steps:
                     began = time.perf_counter()
                     session.save(optimizer, done)
-                    start += time.perf_counter() - began  # saving is not training
+                    start += time.perf_counter() - began  # the time of saving does not count as training
                 if stopped:
                     break
     finally:
@@ -113,15 +115,15 @@ def losses(
     session: Session,
     dropout: DropoutState,
 ) -> Iterator[LossOf]:
-    """How a batch becomes a loss here: by the compiled layers, verified on two rows, or by transformers' own.
+    """Yield the function that computes a batch's loss: the compiled layers, verified on two rows, or transformers' own.
 
-    Raises ConfigError where ``train.fused`` is true and the compiled layers cannot be had.
+    Raises ConfigError if ``train.fused`` is true and the compiled layers are not available.
     """
     recompute = config.gradient_checkpointing is True
     with ExitStack() as stack:
         if config.fused and session.attention == "auto":
             if native.to_be_compiled() and not unsuitable(model, layers):
-                session.say("compiling the training step for this processor, once (about 10 s)")
+                session.notify("compiling the training step for this processor, once (about 10 s)")
             try:
                 with ExitStack() as tried:
                     compiled = tried.enter_context(compiled_model(model, layers, dropout, recompute))
@@ -130,7 +132,7 @@ def losses(
             except Unsuitable as e:
                 if config.fused is True:
                     raise ConfigError(f"train.fused: {e}", "--set train.fused=auto") from None
-                session.say(f"note: luthier's compiled layers are not used ({e}); training is slower without them")
+                session.notify(f"note: luthier's compiled layers are not used ({e}); training is slower without them")
             else:
                 yield compiled.loss_sum
                 return
@@ -141,7 +143,7 @@ def losses(
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """What every optimizer step of a session needs besides its rows."""
+    """The optimizer steps of a session: what each needs besides its rows."""
 
     loss_of: LossOf
     layers: Mapping[str, LoraLinear]
@@ -151,10 +153,10 @@ class _Steps:
     config: TrainConfig
 
     def take(self, step: int, batches: list[Batch]) -> StepRecord:
-        """One optimizer step (counted from 0), and its record."""
+        """Take optimizer step ``step`` (counted from 0) and return its record."""
         began = time.perf_counter()
         optimizer, schedule, config = self.optimizer, self.schedule, self.config
-        torch.manual_seed((config.seed << 32) + step)  # what a model draws itself follows from (seed, step) alone
+        torch.manual_seed((config.seed << 32) + step)  # the model's own random numbers depend on (seed, step) only
         self.dropout.seed, self.dropout.step = config.seed, step
         device = next(iter(self.layers.values())).lora_A.device
         loss = accumulate(self.loss_of, [to_device(b, device) for b in batches], optimizer, self.dropout)
@@ -163,7 +165,7 @@ class _Steps:
         rate = learning_rate(step, schedule.steps, config)
         norm = float(optimizer.update(rate))
         if not optimizer.skips:
-            _finite(norm, step, batches, "gradient's norm")
+            _finite(norm, step, batches, "gradient norm")
         return StepRecord(
             step=step + 1,
             steps=schedule.steps,
@@ -180,7 +182,7 @@ class _Steps:
 def accumulate(
     loss_of: LossOf, batches: Sequence[DeviceBatch], optimizer: Optimizer, dropout: DropoutState | None = None
 ) -> Tensor:
-    """Gradients of one step's mean loss; returns that loss, [] fp32, still on the device."""
+    """Accumulate the gradients of one step's mean loss over its micro-batches; return it, [] fp32 on the device."""
     supervised = sum(b.target_ids.shape[0] for b in batches)
     total: Tensor | None = None
     for micro, batch in enumerate(batches):
@@ -195,16 +197,19 @@ def accumulate(
 
 
 def gate(loss: Tensor, layers: Mapping[str, LoraLinear], batches: Sequence[Batch]) -> None:
-    """After the first backward: the loss is finite and every adapter is reached by a gradient."""
+    """Check, after the first backward pass, that the loss is finite and a gradient reaches every adapter layer.
+
+    Raises TrainError.
+    """
     _finite(float(loss), 0, batches)
     dead = [
         name for name, layer in layers.items() if layer.lora_B.grad is None or not bool((layer.lora_B.grad != 0).any())
     ]
     if dead:
-        shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
+        names = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
         raise TrainError(
-            f"no gradient reaches the adapter of {shown}: it would never be trained",
-            "leave those layers out of lora.target_modules",
+            f"no gradient reaches the adapter of {names}, so it would not be trained",
+            "remove these layers from lora.target_modules",
         )
     broken = [n for n, layer in layers.items() if not _is_finite(layer.lora_B.grad)]
     if broken:
@@ -221,8 +226,8 @@ def _finite(value: float, step: int, batches: Sequence[Batch], what: str = "loss
     if math.isfinite(value):
         return value
     rows = [str(s) for b in batches for s in b.sources]
-    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    names = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     raise TrainError(
-        f"the {what} is {value} at step {step + 1}; its rows: {shown}",
+        f"the {what} is {value} at step {step + 1}; rows of that step: {names}",
         "lower the learning rate (--set train.learning_rate=...), or train in fp32 (--set model.dtype=float32)",
     )

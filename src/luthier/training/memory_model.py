@@ -1,7 +1,7 @@
-"""How much memory a run takes, by part, from configuration and row lengths alone; no weight is read.
+"""Estimate the memory of a run, part by part, from its configuration and row lengths; no weights are read.
 
-Fixed parts are counted from shapes. What autograd keeps is not guessed: one micro-batch runs forward on the meta
-device, where tensors have shapes but no values, and every tensor that is saved for the backward pass is counted.
+Fixed parts follow from shapes. Activations are measured: one micro-batch runs forward on the meta device, where tensors
+have shapes but no values, and every tensor that autograd saves for the backward pass is counted.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from luthier.models.quantization import Quantisation
 from luthier.training.forward import checkpointing, loss_sum, segment_attention
 from luthier.types import Example, RowRef
 
-_BATCHES = 20_000  # micro-batches looked through for the heaviest
-_OPTIMIZER_BYTES = {"adamw_torch": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2.1}  # a trainable parameter
-_KEPT = 120e6  # measured: what the allocator keeps for the compiled layers' next call, packed operands
-_RUNTIME = 120e6  # an allowance for thread pools, kernels' packing buffers and the allocator's own
+_BATCHES = 20_000  # micro-batches searched for the largest
+_OPTIMIZER_BYTES = {"adamw_torch": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2.1}  # per trainable parameter
+_ALLOCATOR = 120e6  # measured: memory that the allocator retains between calls of the compiled layers, packed operands
+_RUNTIME = 120e6  # allowance for thread pools, packing buffers of torch's kernels and the allocator itself
 
 
 @dataclass(frozen=True, slots=True)
 class RowLengths:
-    """Token counts of the rows, whole and supervised: [n] each. common: first tokens that are the same in all rows."""
+    """Tokens and supervised tokens of each row, [n] each. common: length of the prefix that all rows share."""
 
     lengths: Sequence[int]
     supervised: Sequence[int]
@@ -45,13 +45,13 @@ class RowLengths:
 
     @classmethod
     def of_length(cls, length: int, rows: int = 1) -> RowLengths:
-        """Where there are no rows to count: every one as long as allowed, half of it supervised."""
+        """Assume rows of the maximum length, half of it supervised, if there are no rows to count."""
         return cls([length] * rows, [length // 2] * rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """How the base is stored and computed with."""
+    """How the base model is stored and in which dtype it computes."""
 
     name: str
     dtype: torch.dtype
@@ -60,7 +60,7 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes, by part, of a training process; ``on_disk`` is not counted in the sums."""
+    """Memory of a training process by part, in bytes; ``on_disk`` is not part of the sums."""
 
     base: float
     embedding_and_head: float
@@ -76,12 +76,12 @@ class Memory:
 
     @property
     def training(self) -> float:
-        """The most that is resident while training."""
+        """Peak resident memory while training, in bytes."""
         return float(sum(getattr(self, f.name) for f in fields(self) if f.name not in ("on_disk", "largest_on_load")))
 
     @property
     def load(self) -> float:
-        """The most that is resident while loading."""
+        """Peak resident memory while loading, in bytes."""
         return self.library + self.base + self.embedding_and_head + self.largest_on_load
 
     @property
@@ -108,8 +108,8 @@ def estimate(
     recompute: bool,
     kernel: str = "auto",
 ) -> Memory:
-    """The memory of one run. recompute: gradient checkpointing."""
-    kernel = "looped" if kernel == "varlen" else kernel  # keeps as much, and runs on the meta device
+    """Estimate the memory of one run. recompute: whether gradient checkpointing is on."""
+    kernel = "looped" if kernel == "varlen" else kernel  # saves as much, and runs on the meta device
     model = empty_model(config).to(precision.dtype)
     wide = precision.dtype.itemsize
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -130,7 +130,7 @@ def estimate(
     compiled = bool(train.fused) and kernel == "auto" and is_compiled(model, layers, precision.dtype)
     if compiled:
         tokens = len(collate(heaviest, train.shared_prefix).input_ids)
-        activations = compiled_kept(model, tokens, recompute, wide)
+        activations = compiled_activations(model, tokens, recompute, wide)
         logits = compiled_logits(vocabulary, supervised, wide)
     else:
         try:
@@ -138,7 +138,7 @@ def estimate(
         except RuntimeError:
             if model.dtype is torch.bfloat16:
                 raise
-            # the meta device knows products of experts in bfloat16 alone; what is kept is as many numbers
+            # the meta device supports the products of experts in bfloat16 only; the number of elements is the same
             activations = _saved(model.to(torch.bfloat16), heaviest, recompute, kernel, train.shared_prefix) * wide / 2
         logits = float(supervised * vocabulary * (8 + wide))
     return Memory(
@@ -150,7 +150,7 @@ def estimate(
         activations=activations,
         logits=logits,
         workspace=biggest * wide * (1 if how else 0)
-        + (_KEPT if compiled else 0)
+        + (_ALLOCATOR if compiled else 0)
         + (0 if tied or not how or wide == 2 else 8192 * 4 * head.weight.shape[1]),
         library=resident_now() + _RUNTIME,
         on_disk=narrow * embedding.weight.numel() if how and not tied else 0,
@@ -159,14 +159,17 @@ def estimate(
 
 
 def _on_load(linear: int, ends: int, wide: int, how: Quantisation | None, tied: bool) -> float:
-    """The tensor in hand: as read and as converted; two workers quantise at once. Untied ends are not converted."""
+    """Peak bytes of tensors in conversion: as read and as converted, two at a time if quantised.
+
+    ends: elements of the embedding, which is not converted if the head has its own weight.
+    """
     if how is None:
         return 2 * ends * wide if wide == 4 else ends * 2
     return max(2 * linear * (2 * wide + 1), ends * (2 + wide if tied else 2))
 
 
 def _heaviest(rows: RowLengths, train: TrainConfig) -> list[Example]:
-    """The micro-batch of the run that holds most: by computed tokens, as the run's own order puts rows together."""
+    """Build the micro-batch with the most computed tokens among those of the run's own plan."""
     lengths = np.asarray(rows.lengths)
     plan, packing = Plan.of(len(lengths), train), Packing.of(train)
     common = rows.common if packing.share else 0
@@ -180,53 +183,53 @@ def _heaviest(rows: RowLengths, train: TrainConfig) -> list[Example]:
                 most, best = tokens, micro
         if seen > _BATCHES:
             break
-    found = [_row(int(rows.lengths[i]), int(rows.supervised[i]), common, i + 1) for i in best]
+    examples = [_row(int(rows.lengths[i]), int(rows.supervised[i]), common, i + 1) for i in best]
     if not packing.tokens:
-        return found
-    return max(packing.cut(found), key=lambda micro: len(collate(micro, packing.share).input_ids))
+        return examples
+    return max(packing.cut(examples), key=lambda micro: len(collate(micro, packing.share).input_ids))
 
 
 def _row(length: int, supervised: int, common: int = 0, token: int = 0) -> Example:
-    """A row of that many tokens whose first ``common`` ones are 0, all others ``token``."""
+    """Make a row of ``length`` tokens: ``common`` zeros, then ``token``; the last ``supervised`` are trained."""
     length = max(2, length)
     trained = np.arange(length) >= length - max(1, min(supervised, length - 1))
     return Example(np.where(np.arange(length) < common, 0, token), trained, RowRef("", 1))
 
 
 def _saved(model: CausalLM, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
-    """Bytes that autograd keeps for the backward pass, parameters left out; with ``recompute`` also one layer's."""
+    """Bytes that autograd saves for backward, without parameters; with ``recompute``, plus one recomputed layer."""
     if recompute:
-        kept = _count(model, examples, True, kernel, share)
+        saved = _count(model, examples, True, kernel, share)
         whole = _count(model, examples, False, kernel, share)
         layers = int(model.config.get_text_config().num_hidden_layers)
-        return kept + (whole - kept) / layers
+        return saved + (whole - saved) / layers
     return _count(model, examples, False, kernel, share)
 
 
 def _count(model: CausalLM, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
-    """Bytes kept by the whole model: of equal layers, two tell what each of the others adds."""
+    """Bytes saved by the whole model; if all layers are equal, extrapolate from runs with two and with three layers."""
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", nn.ModuleList())
     if len(layers) < 4 or len({str(layer) for layer in layers}) > 1:
         return _counted(model, examples, recompute, kernel, share)
-    kept = []
+    saved = []
     try:
         for depth in (2, 3):
             decoder.layers = layers[:depth]
-            kept.append(_counted(model, examples, recompute, kernel, share))
+            saved.append(_counted(model, examples, recompute, kernel, share))
     finally:
         decoder.layers = layers
-    return kept[0] + (len(layers) - 2) * (kept[1] - kept[0])
+    return saved[0] + (len(layers) - 2) * (saved[1] - saved[0])
 
 
 def _counted(model: CausalLM, examples: Sequence[Example], recompute: bool, kernel: str, share: bool = False) -> float:
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         key = tensor.untyped_storage()._cdata
         if key not in parameters:
-            kept[key] = tensor  # held, so that no other storage takes its place
+            saved[key] = tensor  # a reference, so that its address is not reused
         return tensor
 
     model.train()
@@ -236,11 +239,11 @@ def _counted(model: CausalLM, examples: Sequence[Example], recompute: bool, kern
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
     ):
         loss_sum(model, to_device(collate(examples, share), "meta"))
-    return float(sum(t.untyped_storage().nbytes() for t in kept.values()))
+    return float(sum(t.untyped_storage().nbytes() for t in saved.values()))
 
 
 def with_micro_batch(train: TrainConfig, rows: int) -> TrainConfig:
-    """The same effective batch, cut finer: so many rows at a time."""
+    """Return the settings with the same effective batch and micro-batches of ``rows`` rows."""
     whole = train.per_device_train_batch_size * train.gradient_accumulation_steps
     return train.model_copy(
         update={
@@ -252,14 +255,14 @@ def with_micro_batch(train: TrainConfig, rows: int) -> TrainConfig:
 
 
 def is_compiled(model: CausalLM, layers: Mapping[str, LoraLinear], dtype: torch.dtype) -> bool:
-    """Whether this run will be trained by them."""
+    """Whether this run will use the compiled layers."""
     return native.obstacle(dtype) is None and unsuitable(model, layers) is None
 
 
-def compiled_kept(model: CausalLM, tokens: int, recompute: bool, width: int) -> float:
+def compiled_activations(model: CausalLM, tokens: int, recompute: bool, width: int) -> float:
     """Bytes of the activations at the peak of a micro-batch of ``tokens`` computed tokens.
 
-    width: bytes of an element. The last layer is counted whole, though it works at the supervised positions alone.
+    width: bytes per element. The last layer is counted for all tokens, though it computes supervised positions only.
     """
     blocks = list(model.get_decoder().layers)
     hidden = int(model.config.hidden_size)
@@ -271,12 +274,12 @@ def compiled_kept(model: CausalLM, tokens: int, recompute: bool, width: int) -> 
 
 
 def compiled_logits(vocabulary: int, targets: int, width: int) -> float:
-    """Bytes of the logits that exist at once."""
+    """Bytes of the logits that exist at the same time in the compiled loss."""
     return float(min(targets, max(1, LOGITS // vocabulary)) * vocabulary * width)
 
 
 def _sizes(block: Any) -> dict[str, int]:
-    """Elements a token: the projections' outputs, adapters' ranks beside them."""
+    """Elements per token of the projections' outputs."""
     attention, mlp = block.self_attn, block.mlp
     names = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
     gate_up = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]

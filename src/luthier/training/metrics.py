@@ -1,4 +1,4 @@
-"""What a run records of itself: a line a step, and a summary."""
+"""Record a run: one line per step in ``metrics.jsonl``, and the progress of the whole run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from luthier._util import files
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step. ``step`` counts from 1; tokens count each row whole; loss in nats a supervised token.
+    """The record of one optimizer step.
 
-    grad_norm: before clipping; None where fp16 overflowed and the step was left out.
+    step: counted from 1. loss: nats per supervised token. grad_norm: before clipping; None if fp16 overflowed and the
+    step was skipped. tokens: all tokens of the step's rows, each row counted in full.
     """
 
     step: int
@@ -37,14 +38,14 @@ class StepRecord:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: every ``every``-th step and the last one, flushed at once.
+    """Writer of ``metrics.jsonl``: the first, every ``every``-th and the last step, flushed immediately.
 
-    resumed: steps already done; later lines (of a session that was killed) are taken out.
+    resumed: steps already done; lines of later steps, written by a session that was killed, are removed.
     """
 
     def __init__(self, path: Path, every: int, resumed: int = 0) -> None:
-        kept = [line for line in _lines(path) if _step(line, resumed + 1) <= resumed] if resumed else []
-        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in _lines(path) if _step(line, resumed + 1) <= resumed] if resumed else []
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._every = every
 
@@ -66,19 +67,19 @@ def _step(line: Mapping[str, object], absent: int) -> int:
 
 
 def _lines(path: Path) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = []
+    lines: list[dict[str, object]] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                found.append(dict(json.loads(line)))
+                lines.append(dict(json.loads(line)))
             except ValueError:
-                continue  # the line a kill cut off
-    return found
+                continue  # a partial line, left by a killed session
+    return lines
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is. seconds: from a session's first step's start to its last step's end, sessions summed."""
+    """How far a run has come. seconds: from the first step's start to the last step's end, summed over sessions."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)

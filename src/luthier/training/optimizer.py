@@ -1,4 +1,4 @@
-"""AdamW over the adapter's parameters, in full or 8-bit state, with clipping, and loss scaling where fp16 needs it."""
+"""AdamW for the adapter's parameters, with 32-bit or 8-bit state, gradient clipping, and loss scaling for fp16."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from luthier.models.quantization import library
 
 
 def substitute(name: str, device: str) -> str | None:
-    """What runs in place of ``train.optim`` on this device, None where it runs itself."""
+    """Name the optimizer that replaces ``train.optim`` on this device; None if it needs no replacement."""
     return "adamw_torch" if name == "paged_adamw_32bit" and device != "cuda" else None
 
 
 def _build(name: str, parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Raises MissingPackageError where the optimizer is bitsandbytes' and that is not installed."""
+    """Create the optimizer. Raises MissingPackageError if it needs bitsandbytes and that is not installed."""
     device = parameters[0].device.type
     if name == "adamw_torch":
         fused = device in ("cpu", "cuda")
@@ -28,15 +28,15 @@ def _build(name: str, parameters: list[nn.Parameter], config: TrainConfig) -> to
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW32bit
 
     kind = {"adamw_8bit": AdamW8bit, "paged_adamw_32bit": PagedAdamW32bit}[name]
-    made: torch.optim.Optimizer = kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    return made
+    optimizer: torch.optim.Optimizer = kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return optimizer
 
 
 class Optimizer:
-    """backward() any number of times, then update(): one optimizer step.
+    """AdamW and the gradients of one step: call ``backward`` per micro-batch, then ``unscale`` and ``update``.
 
-    No method reads the value of a device tensor, except fp16's loss scaling (CUDA without native bf16), which
-    has to know whether a gradient overflowed. That path has not yet run on a GPU.
+    No method reads a value from the device, except loss scaling for fp16 (CUDA without native bf16), which must know
+    whether a gradient overflowed. That path has not yet run on a GPU.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainConfig, fp16: bool = False) -> None:
@@ -46,19 +46,23 @@ class Optimizer:
         self.kind = substitute(config.optim, device) or config.optim
         self.adamw = _build(self.kind, self.parameters, config)
         self._scaler = torch.amp.GradScaler(device) if fp16 else None
-        self.skips = fp16  # a step whose gradients overflow is left out, and the scale halved
+        self.skips = fp16  # a step whose gradients overflow is skipped, and the scale is halved
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss``, scaled if fp16."""
         scaled: Tensor = self._scaler.scale(loss) if self._scaler else loss
         scaled.backward()  # type: ignore[no-untyped-call]
 
     def unscale(self) -> None:
-        """Make gradients what they are without loss scaling."""
+        """Undo loss scaling in the gradients."""
         if self._scaler:
             self._scaler.unscale_(self.adamw)
 
     def update(self, lr: float) -> Tensor:
-        """Clip, step, clear. Returns [] fp32: the gradients' norm before clipping. Call ``unscale`` first."""
+        """Clip the gradients, take a step and clear them. Call ``unscale`` first.
+
+        Returns [] fp32: the norm of the gradients before clipping.
+        """
         limit = self.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         for group in self.adamw.param_groups:
@@ -72,26 +76,26 @@ class Optimizer:
         return norm
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The optimizer's state of one parameter; tables that are the same for all are left out."""
+        """Return the optimizer state of one parameter, without tables that all parameters share."""
         state = self.adamw.state[parameter]
         shared = ("step", "qmap1", "qmap2")
         return {name: t for name, t in state.items() if isinstance(t, Tensor) and name not in shared}
 
     def restore(self, parameter: nn.Parameter, step: int, moments: dict[str, Tensor]) -> None:
-        """Put one parameter's state back, as after ``step`` steps."""
+        """Restore the state that one parameter had after ``step`` steps."""
         state = self.adamw.state[parameter]
         if self.kind == "adamw_torch":
             device = parameter.device if self.adamw.defaults["fused"] else "cpu"
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
         else:
             index = next(i for i, p in enumerate(self.parameters) if p is parameter)
-            made: Any = self.adamw
-            made.init_state(made.param_groups[0], parameter, 0, index)
+            adamw: Any = self.adamw
+            adamw.init_state(adamw.param_groups[0], parameter, 0, index)
             state["step"] = step
         state.update(moments)
 
     def scaler_state(self) -> dict[str, object]:
-        """fp16's loss scaling; empty elsewhere."""
+        """Return the state of loss scaling; empty if not fp16."""
         return dict(self._scaler.state_dict()) if self._scaler else {}
 
     def restore_scaler(self, state: dict[str, object]) -> None:
@@ -100,7 +104,7 @@ class Optimizer:
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """The rate of ``step`` (from 0): linear warm-up, then cosine or linear to zero, or constant."""
+    """Learning rate of ``step`` (from 0): linear warm-up, then cosine or linear decay to zero, or constant."""
     warmup = math.ceil(steps * config.warmup_ratio)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)

@@ -1,4 +1,4 @@
-"""Where the time of a run's first steps goes, as ``torch.profiler`` sees it."""
+"""Profile the first steps of a run with ``torch.profiler``."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import profiler
 
 from luthier.training.metrics import StepRecord
 
-STEPS = 3  # traced, after one that warms up
+STEPS = 3  # recorded, after one warm-up step
 OnStep = Callable[[StepRecord], None]
 
 
 @contextmanager
 def traced(to: Path, on_step: OnStep, say: Callable[[str], None]) -> Iterator[OnStep]:
-    """Within the block ``to`` is written after step 4, or at the end of a shorter run, in Chrome's trace format.
+    """Write a trace in Chrome's format to ``to`` after step 4, or at the end of a shorter run.
 
-    Gives the function to call at every step. Nothing is written where fewer than two steps are taken. A disk that does
-    not take it costs the trace, not the run, and is said.
+    Yields the function to call after every step. Writes nothing if fewer than two steps are taken. If the trace cannot
+    be written, ``say`` is called with a warning and the run continues.
     """
-    taken = 0
+    steps = 0
 
-    def write(found: profiler.profile) -> None:
-        if taken < 2:
+    def write(profile: profiler.profile) -> None:
+        if steps < 2:
             return
         temp = to.with_name(f".{to.name}.new")
         try:
-            found.export_chrome_trace(str(temp))
+            profile.export_chrome_trace(str(temp))
             temp.replace(to)
         except (OSError, RuntimeError) as e:
             temp.unlink(missing_ok=True)
@@ -38,9 +38,9 @@ def traced(to: Path, on_step: OnStep, say: Callable[[str], None]) -> Iterator[On
     with profiler.profile(schedule=when, on_trace_ready=write) as running:
 
         def step(record: StepRecord) -> None:
-            nonlocal taken
+            nonlocal steps
             on_step(record)
-            taken += 1
+            steps += 1
             running.step()
 
         yield step

@@ -1,4 +1,4 @@
-"""What a run would take on this machine, at every precision, and what to change where it does not fit."""
+"""Estimate a run's memory and time on this machine at every precision, and suggest settings that make it fit."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from luthier.models.native_model import base_parameters, empty_model
 from luthier.models.quantization import Quantisation, dequantise, quantise
 from luthier.training.memory_model import Memory, Precision, RowLengths, estimate, with_micro_batch
 
-# share of the machine's GEMM rate that a training step is assumed to reach: a guess, not yet held against runs
+# assumed share of the machine's matrix product rate that a training step reaches: a guess, not yet compared with runs
 _REACHED = 0.45
-_CUT = ("micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps")  # of micro-batches
+_MICRO_BATCH_KEYS = ("micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One precision. seconds: of one epoch, about."""
+    """The estimate for one precision. seconds: approximate time of one epoch."""
 
     precision: str
     memory: Memory
@@ -53,7 +53,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """chosen: the run as it is configured. rows: it at every precision. fixes: ``--set`` options that make it fit."""
+    """The estimate of a run. Memory in bytes.
+
+    chosen: the run with its configured precision. rows: the run at every precision. fixes: ``--set`` options that make
+    it fit; empty if it fits already.
+    """
 
     parameters: int
     trainable: int
@@ -73,19 +77,19 @@ class Estimate:
         }
 
     def line(self) -> str:
-        """The one line that ``train`` prints first."""
+        """Summary in one line, which ``train`` prints first."""
         m = self.chosen.memory
         return (
-            f"estimate: {m.peak / 1e9:.2f} GB at the peak of {self.available / 1e9:.1f} GB that are free "
+            f"estimate: {m.peak / 1e9:.2f} GB peak, {self.available / 1e9:.1f} GB available "
             f"(base {(m.base + m.embedding_and_head) / 1e9:.2f}, adapter and optimizer "
             f"{(m.adapter + m.gradients + m.optimizer) / 1e9:.2f}, activations {m.activations / 1e9:.2f}); "
-            f"about {_clock(self.chosen.seconds)} an epoch"
+            f"about {_clock(self.chosen.seconds)} per epoch"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is to be estimated: a run's configuration, its model's, its target modules and its rows."""
+    """What an estimate needs: the run's and the model's configuration, the target modules and the row lengths."""
 
     config: RunConfig
     native: PretrainedConfig
@@ -94,12 +98,12 @@ class Wanted:
 
     @classmethod
     def of(cls, config: RunConfig, native: PretrainedConfig, targets: Targets, train: ExampleStore) -> Wanted:
-        """For the rows that will be trained."""
+        """Collect it for the training rows of a run."""
         return cls(config, native, targets, RowLengths(train.lengths(), train.supervised(), train.common()))
 
 
 def look(wanted: Wanted, every_precision: bool = True) -> Estimate:
-    """The run as configured, at every precision, and how to make it fit."""
+    """Estimate the run as configured and at every precision, and find settings that make it fit."""
     config, free = wanted.config, available()
     chosen = _row(wanted, _precision(config), config.train, free)
     rows = tuple(_row(wanted, p, config.train, free) for p in _precisions(config)) if every_precision else ()
@@ -108,14 +112,14 @@ def look(wanted: Wanted, every_precision: bool = True) -> Estimate:
     return Estimate(base_parameters(wanted.native) + trainable, trainable, free, chosen, rows, fixes)
 
 
-def refuse(found: Estimate) -> None:
-    """Raise UserError where the run cannot fit."""
-    if found.chosen.fits:
+def refuse(expected: Estimate) -> None:
+    """Raise UserError if the run does not fit into the available memory."""
+    if expected.chosen.fits:
         return
-    need, free = found.chosen.memory.peak / 1e9, found.available / 1e9
+    need, free = expected.chosen.memory.peak / 1e9, expected.available / 1e9
     raise UserError(
-        f"the run needs about {need:.1f} GB of memory, and {free:.1f} GB are free",
-        f"{', or '.join(found.fixes) or 'use a smaller model'} (to start all the same: --force)",
+        f"the run needs about {need:.1f} GB of memory, but only {free:.1f} GB are available",
+        f"{', or '.join(expected.fixes) or 'use a smaller model'} (to start anyway: --force)",
     )
 
 
@@ -125,7 +129,7 @@ def _precision(config: RunConfig) -> Precision:
 
 
 def _precisions(config: RunConfig) -> tuple[Precision, ...]:
-    """fp32 and bf16, and the quantised forms computing in the type that this run would have."""
+    """fp32, bf16, and the quantised forms, which compute in this run's own dtype."""
     dtype = training_dtype(config.model, pick_device())
     return (
         Precision("float32", torch.float32),
@@ -151,25 +155,27 @@ def _row(wanted: Wanted, precision: Precision, train: TrainConfig, free: float) 
 
 
 def _fixes(wanted: Wanted, free: float) -> Iterator[str]:
-    """Settings that make the run fit, the mildest first; at most two."""
+    """Yield at most two sets of options that make the run fit, the least intrusive first."""
     model, train = wanted.config.model, wanted.config.train
     own = _precision(wanted.config)
     nf4 = Precision("nf4", own.dtype, Quantisation("nf4"))
     recompute = train.model_copy(update={"gradient_checkpointing": True})
-    single = with_micro_batch(recompute, 1)
+    one_row = with_micro_batch(recompute, 1)
     checkpointing = () if train.gradient_checkpointing is True else ("train.gradient_checkpointing=true",)
-    one = tuple(f"train.{k}={getattr(single, k)}" for k in _CUT if getattr(single, k) != getattr(train, k))
-    four = (*(("model.load_in_8bit=false",) if model.load_in_8bit else ()), "model.load_in_4bit=true")
+    smaller = tuple(
+        f"train.{k}={getattr(one_row, k)}" for k in _MICRO_BATCH_KEYS if getattr(one_row, k) != getattr(train, k)
+    )
+    to_nf4 = (*(("model.load_in_8bit=false",) if model.load_in_8bit else ()), "model.load_in_4bit=true")
     choices: list[tuple[tuple[str, ...], Precision, TrainConfig]] = []
-    for changes, precision in ((), own), (four, nf4):
+    for changes, precision in ((), own), (to_nf4, nf4):
         if not (changes and model.load_in_4bit):
             choices.append(((*changes, *checkpointing), precision, recompute))
-            if one:
-                choices.append(((*changes, *checkpointing, *one), precision, single))
-    found = 0
+            if smaller:
+                choices.append(((*changes, *checkpointing, *smaller), precision, one_row))
+    count = 0
     for settings, precision, changed in choices:
-        if found < 2 and settings and _row(wanted, precision, changed, free).fits:
-            found += 1
+        if count < 2 and settings and _row(wanted, precision, changed, free).fits:
+            count += 1
             yield " ".join(f"--set {setting}" for setting in settings)
 
 
@@ -177,7 +183,7 @@ def _fixes(wanted: Wanted, free: float) -> Iterator[str]:
 
 
 def _seconds(wanted: Wanted, precision: Precision, train: TrainConfig, recompute: bool) -> float:
-    """One epoch: products with the frozen weights forward and back, at the share of this machine's rate we reach."""
+    """Seconds per epoch of the products with frozen weights, at ``_REACHED`` of the measured rate."""
     tokens = sum(wanted.rows.lengths) - (wanted.rows.common * len(wanted.rows.lengths) if train.shared_prefix else 0)
     model = empty_model(wanted.native)
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
@@ -191,9 +197,9 @@ def _seconds(wanted: Wanted, precision: Precision, train: TrainConfig, recompute
 
 
 def rate(name: str, dtype: torch.dtype) -> float:
-    """A rate of this machine's in ``dtype``, measured in a second when it is first asked for, and kept.
+    """Return a rate of this machine in ``dtype``; the first call measures it (about 1 s) and caches it on disk.
 
-    name: "flops", or "dequantised": weights a second.
+    name: "flops" (floating-point operations per second) or "dequantised" (weights per second).
     """
     facts = {
         "luthier": __version__,
@@ -204,36 +210,36 @@ def rate(name: str, dtype: torch.dtype) -> float:
     }
     file = files.cache_root() / "calibration.json"
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        rates = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        kept = {}
+        rates = {}
     key = f"{json.dumps(facts, sort_keys=True)} {dtype} {name}"
-    if not isinstance(kept.get(key), float):
-        kept = {k: v for k, v in kept.items() if isinstance(v, float)}
-        kept[key] = (_flops if name == "flops" else _dequantised)(dtype)
-        files.write_json(file, kept)
-    return float(kept[key])
+    if not isinstance(rates.get(key), float):
+        rates = {k: v for k, v in rates.items() if isinstance(v, float)}
+        rates[key] = (_flops if name == "flops" else _dequantised)(dtype)
+        files.write_json(file, rates)
+    return float(rates[key])
 
 
 def _flops(dtype: torch.dtype, seconds: float = 1.0) -> float:
     device = pick_device()
     x = torch.randn(256, 2048, device=device).to(dtype)
     w = torch.randn(2048, 2048, device=device).to(dtype)
-    return 2.0 * 256 * 2048 * 2048 * _times_a_second(lambda: x @ w.T, seconds)
+    return 2.0 * 256 * 2048 * 2048 * _calls_per_second(lambda: x @ w.T, seconds)
 
 
 def _dequantised(dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """Weights a second; without bitsandbytes the 8-bit form's."""
+    """Measure weights per second in nf4, or in int8 if bitsandbytes is not installed."""
     how = Quantisation("nf4")
     try:
         parts = quantise(torch.randn(2048, 2048), how)
     except UserError:
         how = Quantisation("int8")
         parts = quantise(torch.randn(2048, 2048), how)
-    return 2048.0 * 2048 * _times_a_second(lambda: dequantise(parts, how, (2048, 2048), dtype), seconds)
+    return 2048.0 * 2048 * _calls_per_second(lambda: dequantise(parts, how, (2048, 2048), dtype), seconds)
 
 
-def _times_a_second(work: Callable[[], object], seconds: float) -> float:
+def _calls_per_second(work: Callable[[], object], seconds: float) -> float:
     work()
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
@@ -251,7 +257,7 @@ def _clock(seconds: float) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """What ``luthier estimate`` prints: a header and a line a precision, 80 columns."""
+    """Format the table that ``luthier estimate`` prints: a header and one line per precision, 80 columns."""
     head = ("GB", "base", "adapter", "activations", "libraries", "loading", "peak", "epoch", "")
     lines: list[tuple[str, ...]] = [head]
     for r in rows:

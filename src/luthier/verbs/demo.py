@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from luthier._util import files
 from luthier.adapters.run_dir import RunDir
-from luthier.evaluation.scoring import Scores, score
+from luthier.evaluation import report
+from luthier.evaluation.scoring import HELD_OUT, RESULTS, Comparison, Scores, score
 from luthier.inference.generation import Reply
 from luthier.personas import config as demo_config
 from luthier.training.metrics import StepRecord
@@ -73,4 +75,10 @@ def demo(
     summary = train(config, on_step, say, stop)
     say("asking the tuned model the same questions")
     after = score(chat(output_dir).generator, rows.held_out, conversations)
-    return DemoResult(before, after, [c.messages[-2].content for c in conversations], summary)
+    prompts = [c.messages[-2].content for c in conversations]
+    references = tuple(c.messages[-1].content for c in conversations)
+    run = Path(output_dir)
+    comparison = Comparison(str(run / HELD_OUT), before, after, "float32", tuple(prompts), references)
+    files.write_json(run / RESULTS, comparison.as_dict())
+    report.write(run, absolute(config), summary, rows.train.lengths())  # again, now with the replies
+    return DemoResult(before, after, prompts, summary)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from luthier.config import DataConfig
-from luthier.data.report import DataReport
+from luthier.data.loader import DataReport
 from luthier.data.text import encoding_of
 from luthier.encoding.rows import read_held_out
 from luthier.encoding.store import ExampleStore

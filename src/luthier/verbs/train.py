@@ -23,7 +23,7 @@ from luthier.models.protocols import CausalLM
 from luthier.templates import digest as template_digest
 from luthier.training import checkpoint, loop, resources
 from luthier.training.checkpoint import Checkpoint
-from luthier.training.forward import prove_segments
+from luthier.training.forward import verify_segments
 from luthier.training.metrics import MetricsFile, Progress, StepRecord
 from luthier.training.optimizer import Optimizer, substitute
 from luthier.training.resources import Wanted
@@ -154,7 +154,7 @@ def _open_model(run: Prepared, say: Say) -> CausalLM:
     if instead := substitute(config.train.optim, device.type):
         say(f"note: {config.train.optim} needs a GPU; {instead} is used instead")
     model = open_base(config.model, dtype, device, run.chat_format.config, say)
-    prove_segments(model, run.rows.train, config.model.attn_implementation)
+    verify_segments(model, run.rows.train, config.model.attn_implementation)
     return model
 
 

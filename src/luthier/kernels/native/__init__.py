@@ -1,11 +1,11 @@
-"""The C++ kernels: compiled once on the machine that runs them, kept beside its other caches, called through ctypes.
+"""Compile the C++ kernels once per machine, cache them on disk and call them through ctypes.
 
-    rows.cpp       RMS norm, SwiGLU and rotary positions, forward and backward, with LoRA's skinny products beside them
+    rows.cpp       RMS norm, SwiGLU and rotary positions, forward and backward, with LoRA's low-rank products
     attention.cpp  attention over the segments of a flat stream
     loss.cpp       cross-entropy with its gradient; dropout
-    weights.cpp    4-bit and 8-bit weights as floats
+    weights.cpp    dequantisation of 4-bit and 8-bit weights
 
-Where there is no C++ compiler, ``load`` says why and callers take torch's own operations.
+If there is no C++ compiler, ``load`` raises Unavailable with the reason and callers use torch's own operations.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Argument = Tensor | int | float | None
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A size in a signature: a sum of products of numbers and names, perhaps divided; or the last value of a tensor."""
+    """A size in a signature: a sum of products of numbers and names, optionally divided, or a tensor's last element."""
 
     terms: tuple[tuple[int, tuple[str, ...]], ...]
     divisor: int = 1
@@ -93,7 +93,7 @@ class Parameter:
         return self.kind not in NUMBERS
 
     def mismatch(self, tensor: Argument, dtype: torch.dtype, arguments: Mapping[str, Argument]) -> str | None:
-        """Why a tensor cannot be passed, None if it can. dtype: the functions' element type."""
+        """Return why a tensor cannot be passed, None if it can. dtype: element type of the functions."""
         if tensor is None and self.optional:
             return None
         expected = [size.of(arguments) for size in self.sizes]
@@ -117,7 +117,7 @@ class Parameter:
 
 
 def parameters(signature: str) -> tuple[Parameter, ...]:
-    """A line of ``SIGNATURES`` as its parameters."""
+    """Parse a value of ``SIGNATURES``."""
     parsed = []
     for text in signature.split():
         match = _PARAMETER.fullmatch(text)
@@ -132,7 +132,7 @@ _profiled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore
 
 
 class Unavailable(Exception):
-    """Why the compiled kernels cannot be had here."""
+    """The compiled kernels are not available on this machine; the message is the reason."""
 
 
 class Kernels:
@@ -162,8 +162,8 @@ class Kernels:
             for parameter in tensors:
                 if why := parameter.mismatch(by_name[parameter.name], dtype, by_name):
                     raise ValueError(f"{name}: {parameter.name} {why}")
-            seen = torch.profiler.record_function(f"luthier::{name}") if _profiled() else nullcontext()
-            with seen:
+            recorded = torch.profiler.record_function(f"luthier::{name}") if _profiled() else nullcontext()
+            with recorded:
                 function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
         return call
@@ -173,7 +173,7 @@ class Kernels:
 
 
 def kernels(dtype: torch.dtype) -> Kernels:
-    """The compiled functions for fp32 or bf16. Raises Unavailable."""
+    """Return the compiled functions for fp32 or bf16. Raises Unavailable."""
     why = obstacle(dtype)
     if why:
         raise Unavailable(why)
@@ -186,10 +186,10 @@ def _kernels(dtype: torch.dtype) -> Kernels:
 
 
 def obstacle(dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot be had here as far as can be told without compiling them, None where they can."""
+    """Return why the kernels are not available, None if no reason is known before compiling them."""
     try:
         if dtype not in _SUFFIX:
-            raise Unavailable(f"they compute in fp32 and bf16, not in {str(dtype).removeprefix('torch.')}")
+            raise Unavailable(f"they support fp32 and bf16, not {str(dtype).removeprefix('torch.')}")
         _tools()
     except Unavailable as e:
         return str(e)
@@ -197,7 +197,7 @@ def obstacle(dtype: torch.dtype) -> str | None:
 
 
 def _tools() -> tuple[str, Path]:
-    """The compiler and torch's thread runtime. Raises Unavailable."""
+    """Find the compiler and torch's thread runtime. Raises Unavailable."""
     if platform.system() != "Linux":
         raise Unavailable(f"they are compiled on Linux only, and this is {platform.system()}")
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
@@ -205,12 +205,12 @@ def _tools() -> tuple[str, Path]:
         raise Unavailable("no C++ compiler is installed: apt install g++")
     runtime = next((Path(torch.__file__).parent / "lib").glob("libgomp*"), None)
     if runtime is None:
-        raise Unavailable("this build of torch has another thread runtime than libgomp")
+        raise Unavailable("this build of torch uses a thread runtime other than libgomp")
     return compiler, runtime
 
 
 def identity() -> str | None:
-    """What the compiled functions' last bits depend on; None where they cannot be had."""
+    """Hash everything that the exact results of the compiled functions depend on; None if they are not available."""
     try:
         return _key(_tools()[0])
     except Unavailable:
@@ -218,7 +218,7 @@ def identity() -> str | None:
 
 
 def to_be_compiled() -> bool:
-    """Whether they can be had but were never compiled on this machine."""
+    """Whether the kernels are available but not yet compiled on this machine."""
     try:
         return not _place(_tools()[0]).exists()
     except Unavailable:
@@ -227,9 +227,9 @@ def to_be_compiled() -> bool:
 
 @lru_cache(1)
 def load() -> ctypes.CDLL:
-    """The kernels, compiled at the first call on a machine (about 10 s). Raises Unavailable."""
+    """Load the kernels; the first call on a machine compiles them (about 10 s). Raises Unavailable."""
     compiler, runtime = _tools()
-    ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # one pool of threads for torch and for us
+    ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # so that torch and the kernels share one thread pool
     path = _place(compiler)
     if not path.exists():
         _build(compiler, path)
@@ -245,7 +245,7 @@ def _place(compiler: str) -> Path:
 
 
 def _key(compiler: str) -> str:
-    """What the compiled file depends on: sources, flags, compiler, processor, torch."""
+    """Hash what the compiled file depends on: sources, flags, compiler, processor, torch."""
     here = Path(__file__).parent
     digest = hashlib.sha256("\n".join([*_flags(), torch.__version__, platform.machine(), cpu_instructions()]).encode())
     for name in ("common.h", *_SOURCES):
@@ -274,15 +274,15 @@ def _build(compiler: str, path: Path) -> None:
             )
             for source, out in pairs
         ]
-        said = [p.communicate()[0] for p in running]
+        messages = [p.communicate()[0] for p in running]
         if not any(p.returncode for p in running):
-            # not linked with -fopenmp: its symbols are those of the runtime that torch brought
+            # without -fopenmp, so that its symbols resolve to the thread runtime that torch ships
             link = subprocess.run(
                 [compiler, "-shared", "-o", f"{scratch}/all.so", *objects], capture_output=True, check=False
             )
             if link.returncode == 0:
                 Path(f"{scratch}/all.so").replace(path)
                 return
-            said = [link.stderr]
-    text = b" ".join(said).decode(errors="replace").split("\n")[0]
-    raise Unavailable(f"{compiler} could not compile them ({text[:200]})")
+            messages = [link.stderr]
+    text = b" ".join(messages).decode(errors="replace").split("\n")[0]
+    raise Unavailable(f"{compiler} failed to compile them ({text[:200]})")

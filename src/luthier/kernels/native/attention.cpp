@@ -1,22 +1,22 @@
 // Attention over the segments of a flat stream, forward and backward. A segment sees its ancestors and, causally, itself.
 //
-// One task is a segment and a key/value head: its keys and values are gathered to fp32 once, then blocks of queries
-// (all heads of the group together) meet them. Nothing but q, k and v is kept for the backward pass.
+// One task is one segment and one key/value head: its keys and values are gathered and converted to fp32 once, then
+// processed with blocks of queries (all heads of the group together). The backward pass needs only q, k and v.
 #include "common.h"
 #include <numeric>
 #include <vector>
 
 namespace {
 
-constexpr int64_t QB = 16;  // queries a block
+constexpr int64_t QB = 16;  // queries per block
 
 struct Segments {
     int64_t count;
     const int64_t *offsets, *parents;  // [count + 1], [count]
-    int64_t shared;                    // the first so many rows of the stream are seen by other segments too
+    int64_t shared;                    // number of rows at the start of the stream that other segments attend to too
 };
 
-// Queries of all segments: rows offsets[s] .. offsets[s + 1] belong to segment s; rows: where they stand in the stream.
+// Queries of all segments: rows offsets[s] .. offsets[s + 1] belong to segment s; rows: their positions in the stream.
 struct Queries {
     const int64_t *offsets, *rows;
     int64_t place(int64_t i) const { return rows ? rows[i] : i; }
@@ -24,7 +24,7 @@ struct Queries {
 
 struct Shape {
     int64_t heads, kv, dim;
-    int64_t window;  // how many keys a query sees, itself included; 0: all before it
+    int64_t window;  // number of keys that a query sees, its own included; 0: all up to its own
     float scale;
     int64_t groups() const { return heads / kv; }
     int64_t first(int64_t limit) const { return window && limit > window ? limit - window : 0; }
@@ -35,7 +35,7 @@ struct Task {
     double cost;
 };
 
-// Every thread's tasks: the largest first to the least loaded. The same for the same thread count.
+// Assigns tasks to threads: largest task first, to the least loaded thread. Depends on the thread count only.
 std::vector<std::vector<Task>> shares(const Segments& g, const Queries& q, const Shape& shape,
                                       const std::vector<std::vector<int64_t>>& seen, int threads) {
     std::vector<Task> tasks;
@@ -54,7 +54,7 @@ std::vector<std::vector<Task>> shares(const Segments& g, const Queries& q, const
     return found;
 }
 
-// The stream rows that each segment sees: its ancestors' from the top, then its own.
+// The stream rows that each segment sees: those of its ancestors from the root, then its own.
 std::vector<std::vector<int64_t>> visible(const Segments& g) {
     std::vector<std::vector<int64_t>> seen(g.count);
     for (int64_t s = 0; s < g.count; s++) {
@@ -90,7 +90,7 @@ void gather(const T* x, int64_t ld, const std::vector<int64_t>& rows, int64_t di
     for (int64_t c = 0; c < dim; c++) std::fill(turned + c * wide + n, turned + (c + 1) * wide, 0.0f);
 }
 
-// Softmax of one row over columns first .. limit in place, zero elsewhere up to ``width``; returns 1 / sum of exponentials.
+// Softmax of one row in place over columns first .. limit; other columns up to width become 0. Returns 1 / sum of exp.
 inline float softmax(float* __restrict row, int64_t first, int64_t limit, int64_t width) {
     for (int64_t j = 0; j < first; j++) row[j] = 0.0f;
     float most = row[first];
@@ -254,7 +254,7 @@ void attend_backward(const Segments& segments, const Queries& queries, const Sha
                 }
             }
         }
-        // a leaf without queries is seen by nobody
+        // no segment attends to a leaf without queries
 #pragma omp for schedule(static)
         for (int64_t s = 0; s < segments.count; s++)
             if (queries.offsets[s + 1] == queries.offsets[s])

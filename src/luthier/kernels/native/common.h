@@ -1,5 +1,5 @@
-// What the kernels share: vectors, bfloat16, a small matrix product, the dropout mask, and the part of LoRA that is
-// done a few rows at a time while they are in the cache.
+// Shared by the kernels: vectors, bfloat16, a small matrix product, the dropout mask, and LoRA's low-rank products, which
+// process a few rows at a time while these are in the cache.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -8,8 +8,8 @@
 #include <omp.h>
 
 #if defined(__AVX512F__)
-constexpr int W = 16;  // floats a vector
-constexpr int NV = 4;  // vectors a tile is wide
+constexpr int W = 16;  // floats per vector
+constexpr int NV = 4;  // vectors per tile row
 #elif defined(__AVX__)
 constexpr int W = 8;
 constexpr int NV = 2;
@@ -19,7 +19,7 @@ constexpr int NV = 4;
 #endif
 typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
-constexpr int RB = 8;  // rows taken together
+constexpr int RB = 8;  // rows processed together
 
 struct bf16 {
     uint16_t bits;
@@ -34,7 +34,7 @@ inline float to_float(bf16 x) {
 inline float to_float(float x) { return x; }
 
 inline void put(float x, float& out) { out = x; }
-inline uint32_t to_nearest_even(float x) {  // a bf16 in the upper half
+inline uint32_t to_nearest_even(float x) {  // a bf16 in the upper 16 bits
     uint32_t u;
     std::memcpy(&u, &x, 4);
     return u + 0x7fffu + ((u >> 16) & 1u);
@@ -67,10 +67,10 @@ inline void narrow(const float* __restrict in, T* __restrict out, int64_t n) {
 
 // exp to about 1e-7 relative, in a form that compilers vectorise. Source: Cephes' expf, public domain method.
 inline float fast_exp(float x) {
-    x = x > -87.0f ? x : -87.0f;  // two plain steps: nested, compilers make branches of them
+    x = x > -87.0f ? x : -87.0f;  // two statements: compilers turn the nested form into branches
     x = x < 87.0f ? x : 87.0f;
     float n = x * 1.44269504088896341f;
-    n = (n + 12582912.0f) - 12582912.0f;  // to nearest
+    n = (n + 12582912.0f) - 12582912.0f;  // rounds to nearest
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -85,14 +85,14 @@ inline float fast_exp(float x) {
     return p * scale;
 }
 
-// e^-|x| never overflows, so no division ends in a denormal number (which would cost a hundred cycles)
+// e^-|x| never overflows, so no division yields a denormal number (which would cost about 100 cycles)
 inline float sigmoid(float x) {
     const float e = fast_exp(-std::fabs(x));
     const float r = 1.0f / (1.0f + e);
     return x >= 0.0f ? r : e * r;
 }
 
-// --- dropout: a mask that follows from (key, row, column) alone. Source: the 32-bit mixer "lowbias32", public domain.
+// --- dropout: the mask depends on (key, row, column) only. Source: the 32-bit mixer "lowbias32", public domain.
 
 inline uint32_t mixed(uint32_t x) {
     x ^= x >> 16;
@@ -102,8 +102,8 @@ inline uint32_t mixed(uint32_t x) {
     return x ^ (x >> 16);
 }
 struct Dropout {
-    uint32_t key, threshold;  // dropped where the hash is below the threshold
-    const int64_t* rows;      // where the rows stand in the stream; null: as they come
+    uint32_t key, threshold;  // elements whose hash is below the threshold are dropped
+    const int64_t* rows;      // positions of the rows in the stream; null: 0, 1, 2, ...
     uint32_t start(int64_t row) const { return mixed(key + 0x9e3779b9u * uint32_t(rows ? rows[row] : row)); }
     static bool kept(uint32_t start, int64_t column, uint32_t threshold) {
         return mixed(start + 0x85ebca6bu * uint32_t(column)) >= threshold;
@@ -152,7 +152,7 @@ inline void strip(int64_t m, int64_t k, const float* a, int64_t ar, int64_t ac, 
     for (; i < m; i++) tile<1, N>(k, a + i * ar, ar, ac, b, ldb, c + i * ldc, ldc, add);
 }
 
-// n is rounded up to whole vectors: B and C have room for that.
+// n is rounded up to whole vectors: B and C must have room for that.
 inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t ar, int64_t ac, const float* b, int64_t ldb,
                     float* c, int64_t ldc, bool add) {
     int64_t j = 0;
@@ -166,10 +166,10 @@ inline float sum(vf x) {
     return s;
 }
 
-// --- LoRA's skinny products, RB rows [RB, k] in scratch at a time (k a multiple of W, rows past the end are zero)
+// --- LoRA's low-rank products, RB rows [RB, k] in scratch at a time (k a multiple of W, rows past the end are zero)
 
 struct Lora {
-    int64_t rank;         // of all adapters that share this input together
+    int64_t rank;         // summed over all adapters that share this input
     const float* a;       // [rank, k]
     const float* factor;  // [rank] scaling / (1 - dropout)
     Dropout drop;

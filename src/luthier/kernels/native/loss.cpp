@@ -3,7 +3,7 @@
 
 namespace {
 
-// losses[i] = -log softmax(logits[i])[targets[i]]; logits become their gradient, softmax - one-hot.
+// losses[i] = -log softmax(logits[i])[targets[i]]; the gradient softmax - one-hot overwrites the logits.
 template <class T>
 void cross_entropy(int64_t n, int64_t vocabulary, T* logits, int64_t ld, const int64_t* targets, float* losses) {
 #pragma omp parallel for schedule(static)

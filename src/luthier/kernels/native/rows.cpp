@@ -1,10 +1,10 @@
-// Row-wise kernels of a decoder layer: norm, SwiGLU, rotary positions, and LoRA's products beside them.
+// Row-wise kernels of a decoder layer: norm, SwiGLU, rotary positions, and LoRA's products on the same rows.
 #include "common.h"
 #include <vector>
 
 namespace {
 
-// Store z beside the row it came from (columns k .. k + rank of the extended row, the rest of the row zero) and in saved.
+// Store z in columns k .. k + rank of the row it was computed from (further columns become 0) and in saved.
 template <class T>
 void store_z(const Lora& l, const float* z, int64_t first, int64_t rows, int64_t k, T* out, int64_t ldo, T* saved) {
     for (int64_t r = 0; r < rows; r++) {
@@ -48,7 +48,7 @@ void forward_rows(int64_t n, int64_t k, const Lora& l, T* out, int64_t ldo, T* s
     }
 }
 
-// make(first, rows, block): the input rows again. use(row, input, gradient): what follows from one row's gradient.
+// make(first, rows, block): recompute the input rows. use(row, input, gradient): consume the gradient of one row.
 template <class T, class Make, class Use>
 void backward_rows(int64_t n, int64_t k, const Lora& l, const T* grad, int64_t ldg, float* grad_a, Make make, Use use) {
     const int threads = omp_get_max_threads();
@@ -180,7 +180,7 @@ void lora_backward(int64_t n, int64_t k, const T* x, int64_t ld, const Lora& l, 
                   [&](int64_t row, const float*, const float* g) { narrow(g, out + row * k, k); });
 }
 
-// grad_b[m, rank] = grad[:, columns]^T z[:, ranks]; summed in fp32, kept by rank while summing
+// grad_b[m, rank] = grad[:, columns]^T z[:, ranks]; summed in fp32, transposed while summing
 template <class T>
 void lora_grad_b(int64_t n, int64_t m, const T* grad, int64_t ldg, const T* z, int64_t ldz, int64_t rank, float* grad_b) {
     const int threads = omp_get_max_threads();
@@ -212,7 +212,7 @@ void lora_grad_b(int64_t n, int64_t m, const T* grad, int64_t ldg, const T* z, i
         }
 }
 
-// Pairs (i, i + half) or, interleaved, (2i, 2i + 1) turned by the position's angle; back: by its negative.
+// Pairs (i, i + half) or, interleaved, (2i, 2i + 1) rotated by the position's angle; back: by the negative angle.
 template <class T>
 void turn(T* x, const T* cos, const T* sin, int64_t rotary, bool interleaved, bool back) {
     const int64_t half = rotary / 2;

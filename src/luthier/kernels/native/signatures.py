@@ -1,8 +1,8 @@
-"""The compiled functions' parameters, in order, as the C++ sources declare them (a test compares the two).
+"""List the parameters of the compiled functions in order, as the C++ sources declare them (a test compares both).
 
 n            an int64; i, u, f after a colon: int, uint32, float
-x:T[n,k]     a contiguous tensor [n, k] of the functions' element type; f32, i64, u8, i8: of that type
-x:T[n,k]/ld  a tensor [n, at least k] whose rows are ``ld`` elements apart, ``ld`` being another parameter
+x:T[n,k]     a contiguous tensor [n, k]; T: the element type of the function; f32, i64, u8, i8: that type
+x:T[n,k]/ld  a tensor [n, at least k] whose rows are ``ld`` elements apart; ``ld`` is another parameter
 last(x)      the last element of the tensor x; ? at the end: may be None
 """
 

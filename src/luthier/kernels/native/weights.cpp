@@ -1,4 +1,4 @@
-// Quantised weights as floats, written into rows that are wider than the weight.
+// Dequantise weights into rows that may be wider than the weight.
 #include "common.h"
 #if defined(__AVX512F__)
 #include <immintrin.h>

@@ -1,7 +1,7 @@
-"""Which kind of published checkpoint a directory holds.
+"""List the families of published checkpoints.
 
-A checkpoint is recognised by the ``model_type`` of its config.json, never by sizes. What is in no list here and is
-native to transformers loads as it is.
+A checkpoint is recognised by the ``model_type`` of its config.json, never by its sizes. A type that is not listed here
+but native to transformers loads unchanged.
 """
 
 from __future__ import annotations

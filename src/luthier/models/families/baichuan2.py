@@ -1,4 +1,4 @@
-"""Baichuan2-7B as a Llama: ``W_pack`` is q|k|v in thirds, NormHead's rows are scaled to length one, rope base 1e4.
+"""Convert Baichuan2-7B to Llama: split ``W_pack`` into q, k and v, scale NormHead's rows to length one, rope base 1e4.
 
 Source: the model's own modeling_baichuan.py (rope base and NormHead are written in its code, not in config.json).
 """
@@ -12,7 +12,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from luthier.errors import ModelError
 from luthier.models.families.base import Family, Rule
 
-_SAME = (
+_SHARED_KEYS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -24,19 +24,19 @@ _SAME = (
 
 
 def config(raw: Mapping[str, object]) -> PretrainedConfig:
-    """Raises ModelError for the 13B models (ALiBi in place of rotary positions) and for the first Baichuan."""
+    """Convert a published configuration. Raises ModelError for 13B models (ALiBi positions) and for Baichuan 1."""
     if "max_position_embeddings" not in raw or str(raw.get("position_embedding", "ROPE")).upper() == "ALIBI":
         raise ModelError(
-            "Baichuan models of 13B use ALiBi positions, which no native class computes", "use Baichuan2-7B-Chat"
+            "Baichuan 13B models use ALiBi positions, which no native class supports", "use Baichuan2-7B-Chat"
         )
     architectures = raw.get("architectures")
     if isinstance(architectures, list) and "BaiChuanForCausalLM" in architectures:
-        raise ModelError("the first Baichuan-7B has another head and template", "use Baichuan2-7B-Chat")
-    missing = [key for key in _SAME if key not in raw]
+        raise ModelError("Baichuan-7B (version 1) has a different head and template", "use Baichuan2-7B-Chat")
+    missing = [key for key in _SHARED_KEYS if key not in raw]
     if missing:
         raise ModelError(f"config.json lacks {', '.join(missing)}", "download the model again")
-    found = LlamaConfig(
-        **{key: raw[key] for key in _SAME},
+    native = LlamaConfig(
+        **{key: raw[key] for key in _SHARED_KEYS},
         num_key_value_heads=raw["num_attention_heads"],
         hidden_act=raw.get("hidden_act", "silu"),
         tie_word_embeddings=False,
@@ -45,11 +45,12 @@ def config(raw: Mapping[str, object]) -> PretrainedConfig:
         eos_token_id=raw.get("eos_token_id", 2),
         pad_token_id=raw.get("pad_token_id", 0),
     )
-    found.architectures = ["LlamaForCausalLM"]
-    return found
+    native.architectures = ["LlamaForCausalLM"]
+    return native
 
 
 def layer_rules(native: PretrainedConfig) -> Sequence[Rule]:
+    """List the published tensors and their conversion."""
     layer = "model.layers.{i}."
     same = (
         "self_attn.o_proj",

@@ -1,6 +1,6 @@
-"""What a family is: how its published checkpoint becomes a native transformers model, and back.
+"""Define a family: how a published checkpoint is converted to a native transformers model, and back.
 
-Knows: names, row cuts and configuration keys. Does not know: files, tokenizers, templates.
+This module handles names, row splits and configuration keys; it does not handle files, tokenizers or templates.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 Modules = Mapping[str, tuple[tuple[str, int], ...]]
-"""Published linear module -> its native modules and the rows of each (0: all)."""
+"""Published linear module -> its native modules, with the number of rows of each (0: all)."""
 
-_BLOCK = 4096  # rows normalised at a time
+_BLOCK = 4096  # rows normalised together
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One published tensor and the native ones it becomes.
+    """The conversion of one published tensor to native ones.
 
     source:    its published name; ``{i}`` stands for the layer.
     parts:     native names, in the order of their rows.
-    rows:      rows of each part; empty where the tensor stays whole.
-    unit_rows: every row is scaled to length one (Baichuan2's NormHead).
+    rows:      rows of each part; empty if the tensor is not split.
+    unit_rows: scale every row to length one (Baichuan2's NormHead).
     """
 
     source: str
@@ -35,19 +35,21 @@ class Rule:
     unit_rows: bool = False
 
     def at(self, layer: int) -> Rule:
+        """Return the rule for one layer, with ``{i}`` replaced."""
+
         def name(text: str) -> str:
             return text.replace("{i}", str(layer))
 
         return Rule(name(self.source), tuple(map(name, self.parts)), self.rows, self.unit_rows)
 
     def split(self, tensor: Tensor, dtype: torch.dtype, own: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """[sum(rows), ...] -> each part's name and its tensor in ``dtype``, in memory of its own.
+        """Split a tensor [sum(rows), ...] into its parts; yields each name and its tensor in ``dtype``.
 
-        own: ``tensor`` is nobody else's, and its memory may be a part's.
+        own: the caller does not use ``tensor`` any more, so that a part may reuse its memory.
         """
         if self.unit_rows:
             unit = tensor if own and tensor.dtype is dtype else torch.empty_like(tensor, dtype=dtype)
-            for start in range(0, len(tensor), _BLOCK):  # the whole in fp32 would be a spike of gigabytes
+            for start in range(0, len(tensor), _BLOCK):  # converting all of it to fp32 would need gigabytes
                 unit[start : start + _BLOCK] = F.normalize(tensor[start : start + _BLOCK].float(), dim=1)
             tensor = unit
         if not self.rows:
@@ -59,14 +61,14 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A kind of published checkpoint.
+    """A kind of published checkpoint and its conversion.
 
-    name:     how it is called in messages.
-    native:   transformers' model_type it becomes.
-    template: the chat template's name, for checkpoints that ship none; None: their own decides.
-    config:   published config.json -> native configuration; None: it is native already.
-    layer_rules: native configuration -> the published tensors, ``{i}`` for the layer; None: names are native already.
-    notes:    native configuration -> what a user of this checkpoint should know.
+    name:     the name used in messages.
+    native:   the transformers model_type that it is converted to.
+    template: the name of the chat template, for checkpoints that ship none; None: their own is used.
+    config:   published config.json -> native configuration; None: it is already native.
+    layer_rules: native configuration -> the published tensors, ``{i}`` for the layer; None: names are already native.
+    notes:    native configuration -> notes for the user of this checkpoint.
     """
 
     name: str
@@ -77,17 +79,17 @@ class Family:
     notes: Callable[[PretrainedConfig], Sequence[str]] = lambda _: ()
 
     def rules(self, config: PretrainedConfig) -> list[Rule]:
-        """Every published tensor of this model; empty where published names are the native ones."""
+        """List the rules of every published tensor of this model; empty if published names are already native."""
         if self.layer_rules is None:
             return []
-        found: list[Rule] = []
+        rules: list[Rule] = []
         for rule in self.layer_rules(config):
             layers = range(config.num_hidden_layers) if "{i}" in rule.source else (0,)
-            found += [rule.at(i) for i in layers]
-        return found
+            rules += [rule.at(i) for i in layers]
+        return rules
 
     def modules(self, config: PretrainedConfig) -> Modules:
-        """The checkpoint's own names of its linear modules; empty where they are the native ones."""
+        """Map the checkpoint's own names of its linear modules to native ones; empty if they are the same."""
         return {
             rule.source.removesuffix(".weight"): tuple(
                 (part.removesuffix(".weight"), rows) for part, rows in zip(rule.parts, rule.rows or (0,), strict=True)

@@ -1,7 +1,7 @@
-"""GLM-4 as published first (``model_type: chatglm``) as transformers' Glm, and a note on the ``-hf`` checkpoint.
+"""Convert the first published layout of GLM-4 (``model_type: chatglm``) to transformers' Glm.
 
 Source: the model's own modeling_chatglm.py: q|k|v in one matrix with biases, gate|up in another, rotary pairs
-interleaved on half of each head, base ``10000 * rope_ratio``.
+interleaved on half of each head, base ``10000 * rope_ratio``. The ``-hf`` checkpoint is native and only gets a note.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import GlmConfig, PretrainedConfig
 from luthier.errors import ModelError
 from luthier.models.families.base import Family, Rule
 
-_SAME = {  # published key: native key
+_NATIVE_KEYS = {  # published key: native key
     "padded_vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
@@ -23,7 +23,7 @@ _SAME = {  # published key: native key
     "layernorm_epsilon": "rms_norm_eps",
     "seq_length": "max_position_embeddings",
 }
-_NEEDED = {  # what the native class computes; another value is another model
+_REQUIRED = {  # the native class supports only these values
     "rmsnorm": True,
     "post_layer_norm": True,
     "add_bias_linear": False,
@@ -34,19 +34,19 @@ _NEEDED = {  # what the native class computes; another value is another model
 
 
 def config(raw: Mapping[str, object]) -> PretrainedConfig:
-    """Raises ModelError for the first ChatGLM, and for settings that the native class does not compute."""
-    missing = [key for key in _SAME if key not in raw]
+    """Convert a published configuration. Raises ModelError for older ChatGLM models and for unsupported settings."""
+    missing = [key for key in _NATIVE_KEYS if key not in raw]
     if missing:
         raise ModelError(
-            f"a chatglm model without {', '.join(missing)} is not GLM-4's layout",
+            f"a chatglm model without {', '.join(missing)} does not have GLM-4's layout",
             "use glm-4-9b-chat or glm-4-9b-chat-hf",
         )
-    other = [f"{k}: {raw[k]}" for k, needed in _NEEDED.items() if raw.get(k, needed) is not needed]
-    if other:
-        raise ModelError(f"no native class computes a chatglm model with {', '.join(other)}", "use glm-4-9b-chat")
+    unsupported = [f"{k}: {raw[k]}" for k, required in _REQUIRED.items() if raw.get(k, required) is not required]
+    if unsupported:
+        raise ModelError(f"no native class supports a chatglm model with {', '.join(unsupported)}", "use glm-4-9b-chat")
     heads = raw["num_attention_heads"]
-    found = GlmConfig(
-        **{native: raw[published] for published, native in _SAME.items()},
+    converted = GlmConfig(
+        **{native: raw[published] for published, native in _NATIVE_KEYS.items()},
         num_key_value_heads=raw["multi_query_group_num"] if raw.get("multi_query_attention") else heads,
         attention_bias=bool(raw.get("add_qkv_bias")),
         hidden_act="silu",
@@ -59,16 +59,17 @@ def config(raw: Mapping[str, object]) -> PretrainedConfig:
         eos_token_id=raw.get("eos_token_id"),
         pad_token_id=raw.get("pad_token_id"),
     )
-    found.architectures = ["GlmForCausalLM"]
-    return found
+    converted.architectures = ["GlmForCausalLM"]
+    return converted
 
 
 def layer_rules(native: PretrainedConfig) -> Sequence[Rule]:
+    """List the published tensors and their conversion."""
     old, new = "transformer.encoder.layers.{i}.", "model.layers.{i}."
     kv = native.num_key_value_heads * native.head_dim
     qkv = (native.num_attention_heads * native.head_dim, kv, kv)
     kinds = ("weight", "bias") if native.attention_bias else ("weight",)
-    same = {
+    renamed = {
         "self_attention.dense": "self_attn.o_proj",
         "mlp.dense_h_to_4h": "mlp.gate_up_proj",
         "mlp.dense_4h_to_h": "mlp.down_proj",
@@ -85,20 +86,20 @@ def layer_rules(native: PretrainedConfig) -> Sequence[Rule]:
             )
             for kind in kinds
         ),
-        *(Rule(f"{old}{a}.weight", (f"{new}{b}.weight",)) for a, b in same.items()),
+        *(Rule(f"{old}{a}.weight", (f"{new}{b}.weight",)) for a, b in renamed.items()),
         Rule("transformer.encoder.final_layernorm.weight", ("model.norm.weight",)),
         Rule("transformer.output_layer.weight", ("lm_head.weight",)),
     ]
 
 
 def hf_notes(native: PretrainedConfig) -> Sequence[str]:
-    """The published -hf configuration lost the original's rope_ratio of 500."""
+    """Note that the published -hf configuration lacks the original's rope_ratio of 500."""
     theta = (native.rope_parameters or {}).get("rope_theta")
     if theta != 10000.0:
         return ()
     return (
-        "this checkpoint's rope_theta is 10000, the original GLM-4-9B-chat's is 5000000; it is kept as published "
-        "(to use the original's: --set model.rope_theta=5000000)",
+        "this checkpoint has rope_theta 10000, which is used as published; the original GLM-4-9B-chat has 5000000 "
+        "(to use that: --set model.rope_theta=5000000)",
     )
 
 

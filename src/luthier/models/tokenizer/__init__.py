@@ -1,1 +1,1 @@
-"""A model's tokenizer: read from the published files, exact, without the model's own code."""
+"""Load a model's tokenizer exactly from its published files, without running the model's own code."""

@@ -1,4 +1,4 @@
-"""What the two kinds of vocabulary file have in common: merges from a ranking, added tokens at fixed ids."""
+"""Build merges from a ranking and add tokens at fixed ids, for both kinds of vocabulary file."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from luthier.errors import ModelError
 
 
 def merges_of(pieces: Sequence[str]) -> list[tuple[str, str]]:
-    """Every way to join two of ``pieces`` into a third, the best product first.
+    """List every way to join two of ``pieces`` into a third, best result first.
 
-    pieces: best first (SentencePiece: highest score; tiktoken: lowest rank). Both join the neighbours whose product is
-    best, the leftmost of equals; ``tokenizers`` joins the pair that stands first in its list, the leftmost of equals.
-    That is the same, for only one of the ways to a product ever comes up: until a product is formed its characters have
-    been joined with one another alone, so by the same steps wherever it stands. The other ways do no harm.
+    pieces: best first (SentencePiece: highest score; tiktoken: lowest rank).
+
+    Both libraries join the neighbours whose result is best, and the leftmost pair of equals; ``tokenizers`` joins the
+    pair that is first in its list, and the leftmost of equals. Both give the same ids: until a piece is formed, its
+    characters are joined only with each other, by the same steps at every position, so that only one of the ways to
+    form it is ever used. The other ways have no effect.
     """
     known = set(pieces)
     return [
         (left, right)
         for piece in pieces
-        for cut in range(len(piece) - 1, 0, -1)
-        if (left := piece[:cut]) in known and (right := piece[cut:]) in known
+        for split in range(len(piece) - 1, 0, -1)
+        if (left := piece[:split]) in known and (right := piece[split:]) in known
     ]
 
 
-def add_tokens(tokenizer: Tokenizer, added: Mapping[int, AddedToken], where: object) -> None:
-    """Add tokens at their ids; those after the vocabulary must follow it without a gap, else ModelError."""
+def add_tokens(tokenizer: Tokenizer, added: Mapping[int, AddedToken], source: object) -> None:
+    """Add tokens at their ids; new ids must follow the vocabulary without a gap, otherwise raises ModelError.
+
+    source: the file that the error names.
+    """
     ordered = [added[i] for i in sorted(added)]
     tokenizer.add_tokens(ordered)
     wrong = [
@@ -36,4 +41,6 @@ def add_tokens(tokenizer: Tokenizer, added: Mapping[int, AddedToken], where: obj
         if tokenizer.token_to_id(t.content) != i
     ]
     if wrong:
-        raise ModelError(f"{where}: added tokens do not follow its vocabulary ({wrong[0]})", "download the model again")
+        raise ModelError(
+            f"{source}: added tokens do not follow its vocabulary ({wrong[0]})", "download the model again"
+        )

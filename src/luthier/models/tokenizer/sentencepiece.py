@@ -1,11 +1,11 @@
-"""A SentencePiece BPE model (``tokenizer.model``) as a ``tokenizers.Tokenizer`` that gives the same ids.
+"""Convert a SentencePiece BPE model (``tokenizer.model``) to a ``tokenizers.Tokenizer`` that gives the same ids.
 
-    text -> control tokens cut out -> spaces escaped -> user-defined symbols cut out -> merges by score -> ids
+    text -> split at control tokens -> escape spaces -> split at user-defined symbols -> merge by score -> ids
 
-Each stretch between control tokens is encoded as SentencePiece would encode it alone, dummy prefix included. What
-``tokenizers`` cannot do in the same way is refused. Source of the rules: google/sentencepiece, ``bpe_model.cc`` (the
-highest score first, then the leftmost; user-defined symbols never joined), ``normalizer.cc`` (white space),
-``sentencepiece_model.proto`` (types of pieces).
+The text between two control tokens is encoded as SentencePiece would encode it separately, including the dummy prefix.
+Models that ``tokenizers`` cannot reproduce exactly are refused. Source of the rules: google/sentencepiece,
+``bpe_model.cc`` (highest score first, then leftmost; user-defined symbols are never merged), ``normalizer.cc`` (white
+space), ``sentencepiece_model.proto`` (types of pieces).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Spacing:
-    """What becomes of white space before the merges (``NormalizerSpec``); the defaults are SentencePiece's."""
+    """The treatment of white space before the merges (``NormalizerSpec``); the defaults are SentencePiece's."""
 
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = True
@@ -51,25 +51,30 @@ class Spacing:
 
     @property
     def space(self) -> str:
+        """The character that represents a space in the pieces."""
         return "▁" if self.escape_whitespaces else " "
 
     def normalizer(self, symbols: Sequence[str]) -> normalizers.Normalizer:
-        """symbols: the user-defined ones. ``tokenizers`` passes each through here too, to look for the result in the
-        text; alone, they must not get the prefix."""
+        """Build the normalizer.
+
+        symbols: the user-defined ones. ``tokenizers`` normalises each of them too, to search for the result in the
+            text, so a text that is only a symbol must not get the prefix.
+        """
         steps: list[normalizers.Normalizer] = []
         if self.remove_extra_whitespaces:
-            last = "[ ▁]" if self.escape_whitespaces else " "
-            steps += [normalizers.Replace(Regex(rf"\A +|{last}+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+            trailing = "[ ▁]" if self.escape_whitespaces else " "
+            steps += [normalizers.Replace(Regex(rf"\A +|{trailing}+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
         if self.add_dummy_prefix:
             steps.append(normalizers.Prepend(self.space))
         if self.escape_whitespaces:
             steps.append(normalizers.Replace(" ", self.space))
         if self.add_dummy_prefix and symbols:
-            alone = "|".join(re.escape(s) for s in symbols)
-            steps.append(normalizers.Replace(Regex(rf"\A{self.space}(?=(?:{alone})\z)"), ""))
+            only_symbol = "|".join(re.escape(s) for s in symbols)
+            steps.append(normalizers.Replace(Regex(rf"\A{self.space}(?=(?:{only_symbol})\z)"), ""))
         return normalizers.Sequence(steps)
 
     def decoder(self) -> decoders.Decoder:
+        """Build the decoder that restores spaces and removes the dummy prefix."""
         steps: list[decoders.Decoder] = [decoders.ByteFallback(), decoders.Fuse()]
         if self.escape_whitespaces:
             steps.insert(0, decoders.Replace("▁", " "))
@@ -79,7 +84,7 @@ class Spacing:
 
 
 def read(path: Path) -> ModelProto:
-    """The ``ModelProto`` of a BPE model. Raises ModelError where the file is absent, damaged or of another kind."""
+    """Read the ``ModelProto`` of a BPE model. Raises ModelError if the file is absent, damaged or of another kind."""
     try:
         proto = pb.ModelProto.FromString(path.read_bytes())
     except OSError as e:
@@ -87,20 +92,20 @@ def read(path: Path) -> ModelProto:
     except DecodeError:
         proto = pb.ModelProto()
     if not proto.pieces or not proto.HasField("trainer_spec") or not proto.HasField("normalizer_spec"):
-        raise ModelError(f"{path}: is not a whole SentencePiece model", "download the model again")
+        raise ModelError(f"{path}: is not a complete SentencePiece model", "download the model again")
     kind = pb.TrainerSpec.ModelType.Name(proto.trainer_spec.model_type)
     if kind != "BPE":
-        raise ModelError(f"{path}: is a SentencePiece {kind} model; only BPE ones can be read", _ANOTHER)
+        raise ModelError(f"{path}: is a SentencePiece {kind} model; only BPE models are supported", _ANOTHER)
     if proto.normalizer_spec.precompiled_charsmap or proto.trainer_spec.treat_whitespace_as_suffix:
         raise ModelError(
-            f"{path}: rewrites text before it splits it ({proto.normalizer_spec.name}), which cannot be done exactly",
+            f"{path}: normalises text ({proto.normalizer_spec.name}) in a way that cannot be reproduced exactly",
             _ANOTHER,
         )
     return proto
 
 
-def from_proto(proto: ModelProto, declared: Mapping[int, AddedToken], where: object = "tokenizer.model") -> Tokenizer:
-    """See ``from_pieces``."""
+def from_proto(proto: ModelProto, declared: Mapping[int, AddedToken], source: object = "tokenizer.model") -> Tokenizer:
+    """Build the tokenizer of a ``ModelProto``; see ``from_pieces``."""
     spec = proto.normalizer_spec
     return from_pieces(
         [p.piece for p in proto.pieces],
@@ -108,7 +113,7 @@ def from_proto(proto: ModelProto, declared: Mapping[int, AddedToken], where: obj
         [p.type for p in proto.pieces],
         Spacing(spec.add_dummy_prefix, spec.remove_extra_whitespaces, spec.escape_whitespaces),
         declared,
-        where,
+        source,
     )
 
 
@@ -118,48 +123,52 @@ def from_pieces(
     types: Sequence[int],
     spacing: Spacing,
     declared: Mapping[int, AddedToken] | None = None,
-    where: object = "tokenizer.model",
+    source: object = "tokenizer.model",
 ) -> Tokenizer:
-    """The tokenizer of a SentencePiece BPE vocabulary; ``pieces``, ``scores`` and ``types`` (``Kind``) are by id.
+    """Build the tokenizer of a SentencePiece BPE vocabulary; ``pieces``, ``scores`` and ``types`` (``Kind``) are by id.
 
     declared: added tokens by id, from the checkpoint's configuration: new ones after the pieces, or names and
-        stripping for pieces that are there. Control pieces are added as special tokens in any case.
-    where: what an error names. Raises ModelError where the same ids cannot be had.
+        stripping for existing pieces. Control pieces are always added as special tokens.
+    source: the file that errors name. Raises ModelError if the ids cannot be reproduced exactly.
     """
     declared = declared or {}
     names = [declared[i].content if i in declared else piece for i, piece in enumerate(pieces)]
-    of: dict[int, list[int]] = {kind: [] for kind in Kind}
+    by_kind: dict[int, list[int]] = {kind: [] for kind in Kind}
     for i, kind in enumerate(types):
-        of[kind].append(i)
-    if len(set(names)) < len(names) or len(of[Kind.UNKNOWN]) != 1:
-        raise ModelError(f"{where}: holds a piece twice, or not one for unknown text", "download the model again")
-    plain = sorted((i for i in of[Kind.NORMAL] if i not in declared), key=lambda i: (-scores[i], -len(names[i]), i))
+        by_kind[kind].append(i)
+    if len(set(names)) < len(names) or len(by_kind[Kind.UNKNOWN]) != 1:
+        raise ModelError(
+            f"{source}: must have distinct pieces and exactly one for unknown text", "download the model again"
+        )
+    plain = sorted(
+        (i for i in by_kind[Kind.NORMAL] if i not in declared), key=lambda i: (-scores[i], -len(names[i]), i)
+    )
     merges = merges_of([names[i] for i in plain])
-    # A symbol of one character needs no cutting out: no merge holds it, so it is never joined.
-    symbols = {i: names[i] for i in of[Kind.USER_DEFINED] if i not in declared and len(names[i]) > 1}
+    # A symbol of one character needs no split: no merge contains it, so it is never joined.
+    symbols = {i: names[i] for i in by_kind[Kind.USER_DEFINED] if i not in declared and len(names[i]) > 1}
     reason = (
-        _unknown_part([names[i] for i in plain], [names[i] for i in of[Kind.USER_DEFINED]])
-        or _formed([names[i] for i in of[Kind.UNUSED] if i not in declared], {names[i] for i in plain})
-        or _tied({names[i]: scores[i] for i in plain}, merges)
-        or _removed(list(symbols.values()), spacing)
+        _part_without_piece([names[i] for i in plain], [names[i] for i in by_kind[Kind.USER_DEFINED]])
+        or _unused_but_formed([names[i] for i in by_kind[Kind.UNUSED] if i not in declared], {names[i] for i in plain})
+        or _equal_scores({names[i]: scores[i] for i in plain}, merges)
+        or _removed_symbol(list(symbols.values()), spacing)
     )
     if reason:
-        raise ModelError(f"{where}: cannot be reproduced exactly ({reason})", _ANOTHER)
-    unknown = of[Kind.UNKNOWN][0]
+        raise ModelError(f"{source}: cannot be reproduced exactly ({reason})", _ANOTHER)
+    unknown = by_kind[Kind.UNKNOWN][0]
     vocab = {name: i for i, name in enumerate(names)}
-    fallback = bool(of[Kind.BYTE])
+    fallback = bool(by_kind[Kind.BYTE])
     model = BPE(vocab=vocab, merges=merges, unk_token=names[unknown], fuse_unk=True, byte_fallback=fallback)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = spacing.normalizer(list(symbols.values()))
     tokenizer.decoder = spacing.decoder()
-    special = {i: AddedToken(names[i], special=True, normalized=False) for i in (unknown, *of[Kind.CONTROL])}
-    cut_out = {i: AddedToken(name, special=False, normalized=True) for i, name in symbols.items()}
-    add_tokens(tokenizer, {**special, **cut_out, **declared}, where)
+    special = {i: AddedToken(names[i], special=True, normalized=False) for i in (unknown, *by_kind[Kind.CONTROL])}
+    split_at = {i: AddedToken(name, special=False, normalized=True) for i, name in symbols.items()}
+    add_tokens(tokenizer, {**special, **split_at, **declared}, source)
     return tokenizer
 
 
 def agrees(tokenizer: Tokenizer, proto: ModelProto, markers: Sequence[str]) -> bool:
-    """Whether ``tokenizer`` gives SentencePiece's own ids for the text around each special token of ``markers``."""
+    """Return whether ``tokenizer`` gives SentencePiece's ids for text around each special token of ``markers``."""
     reference = SentencePieceProcessor(model_proto=proto.SerializeToString())
     ids = {p.piece: i for i, p in enumerate(proto.pieces)}
     for marker in markers:
@@ -173,25 +182,25 @@ def agrees(tokenizer: Tokenizer, proto: ModelProto, markers: Sequence[str]) -> b
     return True
 
 
-# What follows says where fixed merges would not do what SentencePiece does. No trained vocabulary is like that, only
-# one that was put together.
+# The functions below find vocabularies for which a fixed list of merges differs from SentencePiece. Only vocabularies
+# assembled by hand are affected, not trained ones.
 
 
-def _unknown_part(plain: Sequence[str], symbols: Sequence[str]) -> str | None:
-    """SentencePiece can join a character that is no piece; a merge cannot."""
-    lost = set("".join(plain)) - {*plain, *symbols}
-    return f"{min(lost)!r} is part of a piece and no piece" if lost else None
+def _part_without_piece(plain: Sequence[str], symbols: Sequence[str]) -> str | None:
+    """Find a character that only occurs inside pieces: SentencePiece can join it, a merge cannot."""
+    missing = set("".join(plain)) - {*plain, *symbols}
+    return f"{min(missing)!r} occurs in a piece but is not a piece itself" if missing else None
 
 
-def _formed(unused: Sequence[str], plain: Set[str]) -> str | None:
-    """SentencePiece joins the parts of an unused piece, and takes them apart again at the end."""
-    found = [u for u in unused if any(u[:cut] in plain and u[cut:] in plain for cut in range(1, len(u)))]
-    return f"{found[0]!r} is unused and can be formed" if found else None
+def _unused_but_formed(unused: Sequence[str], plain: Set[str]) -> str | None:
+    """Find an unused piece that merges can form: SentencePiece forms it too, but splits it again at the end."""
+    formed = [u for u in unused if any(u[:i] in plain and u[i:] in plain for i in range(1, len(u)))]
+    return f"{formed[0]!r} is marked unused but merges can form it" if formed else None
 
 
-def _tied(scores: Mapping[str, float], merges: Sequence[tuple[str, str]]) -> str | None:
-    """Of different products with one score the leftmost is formed, not the one that stands first."""
-    shared = {score for score, times in Counter(scores.values()).items() if times > 1}
+def _equal_scores(scores: Mapping[str, float], merges: Sequence[tuple[str, str]]) -> str | None:
+    """Find different results of equal score: SentencePiece forms the leftmost, not the first in the list."""
+    shared = {score for score, count in Counter(scores.values()).items() if count > 1}
     equals: dict[float, dict[str, None]] = defaultdict(dict)  # in the order of the merges
     for left, right in merges if shared else ():
         if (score := scores[left + right]) in shared:
@@ -201,21 +210,23 @@ def _tied(scores: Mapping[str, float], merges: Sequence[tuple[str, str]]) -> str
 
 
 def _overlap(group: Iterable[str]) -> tuple[str, str] | None:
-    """Two pieces of which one ends as the other begins (the leftmost must win), unless both are runs of one character
-    (Llama's white space): a run grows from its left, as the longest product stands first."""
-    begins: dict[str, list[str]] = defaultdict(list)
+    """Find two pieces such that the end of one is the start of the other, so that the leftmost must win.
+
+    Runs of one character (Llama's white space) are allowed: a run grows from its left, since the longest comes first.
+    """
+    by_start: dict[str, list[str]] = defaultdict(list)
     for piece in group:
-        for cut in range(1, len(piece)):
-            begins[piece[:cut]].append(piece)
+        for i in range(1, len(piece)):
+            by_start[piece[:i]].append(piece)
     for piece in group:
-        for cut in range(1, len(piece)):
-            for other in begins[piece[cut:]]:
+        for i in range(1, len(piece)):
+            for other in by_start[piece[i:]]:
                 if other != piece and len(set(piece + other)) > 1:
                     return piece, other
     return None
 
 
-def _removed(symbols: Sequence[str], spacing: Spacing) -> str | None:
-    """White space that is a symbol and also removed."""
-    found = [s for s in symbols if spacing.remove_extra_whitespaces and s.endswith(("▁", " "))]
-    return f"{found[0]!r} is white space that is removed" if found else None
+def _removed_symbol(symbols: Sequence[str], spacing: Spacing) -> str | None:
+    """Find a user-defined symbol of white space that the normalizer would remove."""
+    removed = [s for s in symbols if spacing.remove_extra_whitespaces and s.endswith(("▁", " "))]
+    return f"the normalizer removes the symbol {removed[0]!r}" if removed else None

@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template behind the few methods that luthier needs."""
+"""Load a model's tokenizer and chat template and provide the methods that luthier needs."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ TOKENIZER_FILES = (
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _RESERVED = re.compile(r"<reserved_\d+>")  # Baichuan's turn markers are two of these
 _MARKER = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?[A-Z_]+\]")
-# Ordinary text that some vocabularies (Baichuan, Gemma) keep whole.
+# Ordinary text that is one token in some vocabularies (Baichuan, Gemma).
 _HTML = re.compile(
     r"</?(a|b|br|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|span|strong|sub|sup|table|tbody|td|th|thead|tr|ul)/?>"
 )
-# Templates that write the date get this one (Llama 3's own fallback): training and chat must not differ by the day.
+# The date for templates that insert one (Llama 3's own fallback), so that training and chat prompts are the same.
 _DATE = "26 Jul 2024"
 
 
 class Tokenizer:
-    """``ChatTokenizer`` over a fast Hugging Face tokenizer (kept at ``.hf``)."""
+    """A ``ChatTokenizer`` backed by a fast Hugging Face tokenizer (``.hf``)."""
 
     def __init__(self, hf: HfTokenizer) -> None:
         self.hf = hf
@@ -49,6 +49,7 @@ class Tokenizer:
         self._fast.no_truncation()
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Encoding]:
+        """Encode texts without adding special tokens."""
         return self._fast.encode_batch(list(texts), add_special_tokens=False)
 
     @cached_property
@@ -56,59 +57,66 @@ class Tokenizer:
         return Cuts(self._fast)
 
     def encode_ids(self, texts: Sequence[str]) -> list[bytes]:
+        """Encode texts to int32 ids, 4 bytes per token; each distinct part is encoded only once."""
         return self._cuts.encode(texts)
 
     def is_cut(self, token: str) -> bool:
+        """Return whether texts can be split before this token without changing their ids."""
         return token in self._cuts.tokens
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """Special added tokens, and other added ones that look like markers (``<|im_end|>``, ``[INST]``) and are not
-        HTML."""
+        """The special added tokens, and others that look like markers (``<|im_end|>``, ``[INST]``) but not HTML."""
         added = [(t.special, t.content) for t in self._fast.get_added_tokens_decoder().values()]
         return tuple(t for special, t in added if special or (_MARKER.fullmatch(t) and not _HTML.fullmatch(t)))
 
     def token_id(self, text: str) -> int | None:
+        """Return the id of a text that is exactly one token, else None."""
         ids = self._fast.encode(text, add_special_tokens=False).ids
         return int(ids[0]) if len(ids) == 1 else None
 
     def text_of(self, token: int) -> str | None:
-        found: str | None = self._fast.id_to_token(token)
-        return found
+        """Return the text of a token id, or None if the id is unused."""
+        text: str | None = self._fast.id_to_token(token)
+        return text
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without control tokens."""
+        """Decode ids to text without control tokens."""
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text, control tokens included (for showing them).
+        """Return the text that each token adds, control tokens included, for display.
 
-        A character in several tokens is the last one's, and the others add nothing.
+        A character that spans several tokens belongs to the last one; the others get an empty string.
         """
-        found: list[str] = []
-        shown = ""
+        pieces: list[str] = []
+        decoded = ""
         for count in range(1, len(ids) + 1):
             text = self._fast.decode(list(ids[:count]), skip_special_tokens=False)
-            if text.endswith("\ufffd") and count < len(ids):  # bytes of a character; those before may be hidden too
-                found.append("")
+            if text.endswith("\ufffd") and count < len(ids):  # an incomplete character
+                pieces.append("")
                 continue
-            grown = text.startswith(shown)
-            found.append(text[len(shown) :] if grown else "\ufffd" + text.rpartition("\ufffd")[2])
-            shown = text
-        return found
+            extends = text.startswith(decoded)
+            pieces.append(text[len(decoded) :] if extends else "\ufffd" + text.rpartition("\ufffd")[2])
+            decoded = text
+        return pieces
 
     @property
     def chat_template(self) -> str | None:
-        found = self.hf.chat_template
-        return found if isinstance(found, str) else None
+        """The source of the model's own chat template, if it has one."""
+        template = self.hf.chat_template
+        return template if isinstance(template, str) else None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """The model's own chat template. Raises RefusedConversation where the template does."""
+        """Render messages with the model's own chat template.
+
+        Raises RefusedConversation if the template refuses them, TemplateError if it depends on the current date.
+        """
         source = self.chat_template or ""
         if "strftime_now" in source and "date_string" not in source:
             raise TemplateError(
-                "the model's chat template writes today's date, so tomorrow's prompt would not be the trained one",
+                "the model's chat template inserts today's date, so later prompts would differ from the trained ones",
                 "choose another template: --set data.template=chatml",
             )
         plain = [{"role": m.role, "content": m.content} for m in messages]
@@ -121,43 +129,48 @@ class Tokenizer:
         return text
 
     def described(self) -> dict[str, object]:
-        """The content of tokenizer.json for this tokenizer."""
+        """Return the content of this tokenizer's tokenizer.json."""
         content: dict[str, object] = json.loads(self._fast.to_str())
         return content
 
     def digest(self) -> str:
-        """SHA-256 of the vocabulary, its rules and its added tokens."""
+        """Return the SHA-256 of the vocabulary, its rules and its added tokens."""
         return hashlib.sha256(self._fast.to_str().encode("utf-8")).hexdigest()
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a published checkpoint. Raises ModelError where the directory holds none that can be read
-    without the model's own code.
+    """Load the tokenizer of a published checkpoint.
 
-    Baichuan and GLM-4 (original) publish a vocabulary and code: the vocabulary alone is read. Llama checkpoints with a
-    SentencePiece model (Yi) are held to it; tokenizer.json is never rebuilt into something that loses spaces (DeepSeek)
-    or what follows a special token (Phi-3). All others are as ``AutoTokenizer`` loads them.
+    Raises ModelError if the directory has no tokenizer that can be loaded without the model's own code.
+
+    Baichuan and GLM-4 (original) publish a vocabulary and code: only the vocabulary is read. Llama checkpoints with a
+    SentencePiece model (Yi) must agree with it, otherwise their tokenizer is rebuilt from it. tokenizer.json is loaded
+    unchanged if transformers would lose spaces (DeepSeek) or text after special tokens (Phi-3). All others are loaded
+    by ``AutoTokenizer``.
     """
     kind = read_json(path / "config.json").get("model_type")
-    whole = (path / "tokenizer.json").is_file()
+    has_json = (path / "tokenizer.json").is_file()
     if kind == "baichuan":
         return Tokenizer(_from_sentencepiece(path, sentencepiece.read(path / _VOCABULARY), add_dummy_prefix=False))
-    if kind in ("chatglm", "glm") and not whole:
+    if kind in ("chatglm", "glm") and not has_json:
         return Tokenizer(_from_tiktoken(path))
-    if kind in ("chatglm", "phi3") and whole:
+    if kind in ("chatglm", "phi3") and has_json:
         return Tokenizer(_read(path, PreTrainedTokenizerFast))
     hf = _read(path, AutoTokenizer)
     if not getattr(hf, "is_fast", False):
         raise ModelError(f"{path}: its tokenizer has no fast form (tokenizer.json)", "download tokenizer.json too")
-    if kind == "llama" and (exact := _held_to_sentencepiece(path, hf)):
+    if kind == "llama" and (exact := _corrected(path, hf)):
         return Tokenizer(exact)
-    if whole and not _keeps_spaces(hf) and _keeps_spaces(verbatim := _read(path, PreTrainedTokenizerFast)):
+    if has_json and not _keeps_spaces(hf) and _keeps_spaces(verbatim := _read(path, PreTrainedTokenizerFast)):
         return Tokenizer(verbatim)
     return Tokenizer(hf)
 
 
 def _read(path: Path, loader: type[AutoTokenizer] | type[PreTrainedTokenizerFast]) -> HfTokenizer:
-    """loader: AutoTokenizer, which may rebuild a tokenizer.json, or PreTrainedTokenizerFast, which takes it as is."""
+    """Load a tokenizer with transformers. Raises ModelError.
+
+    loader: AutoTokenizer, which may rebuild a tokenizer.json, or PreTrainedTokenizerFast, which loads it unchanged.
+    """
     try:
         hf: HfTokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises many kinds for a missing or damaged file
@@ -168,21 +181,21 @@ def _read(path: Path, loader: type[AutoTokenizer] | type[PreTrainedTokenizerFast
 
 
 def _keeps_spaces(hf: HfTokenizer) -> bool:
-    """False where a byte-level vocabulary was wrapped in SentencePiece's treatment of spaces."""
+    """Return whether spaces survive; they do not if transformers treats a byte-level vocabulary as SentencePiece."""
     text, fast = "a  b\n c", hf.backend_tokenizer
     return bool(fast.decode(fast.encode(text, add_special_tokens=False).ids) == text)
 
 
-def _held_to_sentencepiece(path: Path, hf: HfTokenizer) -> HfTokenizer | None:
-    """A Llama checkpoint's tokenizer made from its SentencePiece model, where ``hf`` is not equal to that; else None.
+def _corrected(path: Path, hf: HfTokenizer) -> HfTokenizer | None:
+    """Rebuild a Llama tokenizer from its SentencePiece model if ``hf`` differs from it; otherwise return None.
 
-    Where the model asks for a dummy prefix, checkpoints differ in what follows a special token: ``hf`` is kept.
+    With a dummy prefix, checkpoints differ in the treatment of text after a special token, so ``hf`` is used unchanged.
     """
-    if _names(path).get("tokenizer_class") not in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
+    if _settings(path).get("tokenizer_class") not in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
         return None
     try:
         proto = sentencepiece.read(path / _VOCABULARY)
-    except ModelError:  # none, or of another kind: then tokenizer.json alone counts
+    except ModelError:  # absent or of another kind: only tokenizer.json defines the tokenizer
         return None
     added = hf.backend_tokenizer.get_added_tokens_decoder().values()
     markers = [t.content for t in added if t.special and not (t.lstrip or t.rstrip)]
@@ -194,8 +207,8 @@ def _held_to_sentencepiece(path: Path, hf: HfTokenizer) -> HfTokenizer | None:
 def _from_sentencepiece(path: Path, proto: ModelProto, add_dummy_prefix: bool) -> HfTokenizer:
     proto.normalizer_spec.add_dummy_prefix = add_dummy_prefix
     spec, pieces = proto.trainer_spec, [p.piece for p in proto.pieces]
-    names = _names(path)
-    special = {name for key, value in names.items() if key.endswith(("_token", "_tokens")) for name in _contents(value)}
+    roles = [value for key, value in _settings(path).items() if key.endswith(("_token", "_tokens"))]
+    special = {text for value in roles for text in _contents(value)}
     declared = {
         i: AddedToken(piece, special=True, normalized=False)
         for i, piece in enumerate(pieces)
@@ -214,14 +227,17 @@ def _from_tiktoken(path: Path) -> HfTokenizer:
 
 
 def _wrap(path: Path, fast: FastTokenizer, tokens: dict[str, str]) -> HfTokenizer:
-    """``fast`` as transformers' tokenizer. tokens: its special tokens, where the directory's files name no others."""
-    names = _names(path)
+    """Wrap ``fast`` as a transformers tokenizer. Raises ModelError if a special token is not in its vocabulary.
+
+    tokens: special tokens by role; the directory's configuration files override them.
+    """
+    settings = _settings(path)
     for key in _ROLES:
-        if found := _contents(names.get(key)):
-            tokens[key] = found[0]
-    strangers = [f"{key} {token!r}" for key, token in tokens.items() if fast.token_to_id(token) is None]
-    if strangers:
-        raise ModelError(f"{path}: {', '.join(strangers)} is not in its vocabulary", "download the model again")
+        if contents := _contents(settings.get(key)):
+            tokens[key] = contents[0]
+    unknown = [f"{key} {token!r}" for key, token in tokens.items() if fast.token_to_id(token) is None]
+    if unknown:
+        raise ModelError(f"{path}: {', '.join(unknown)} is not in its vocabulary", "download the model again")
     hf: HfTokenizer = PreTrainedTokenizerFast(
         tokenizer_object=fast,
         chat_template=_chat_template(path),
@@ -229,28 +245,31 @@ def _wrap(path: Path, fast: FastTokenizer, tokens: dict[str, str]) -> HfTokenize
         padding_side="left",
         clean_up_tokenization_spaces=False,
         **tokens,
-        **{key: names[key] for key in ("model_max_length",) if key in names},
+        **{key: settings[key] for key in ("model_max_length",) if key in settings},
     )
     return hf
 
 
-def _names(path: Path) -> dict[str, object]:
-    """What the directory's configuration files say of its tokenizer."""
+def _settings(path: Path) -> dict[str, object]:
+    """Read the settings of the tokenizer from the directory's configuration files."""
     return read_json(path / "special_tokens_map.json") | read_json(path / "tokenizer_config.json")
 
 
 def _contents(value: object) -> list[str]:
-    """The texts in one entry of a configuration: a text, a token written as a table, or a list of them."""
+    """List the texts in one configuration entry: a string, a token object with ``content``, or a list of these."""
     if isinstance(value, list):
-        return [text for one in value for text in _contents(one)]
-    found = value.get("content") if isinstance(value, dict) else value
-    return [found] if isinstance(found, str) else []
+        return [text for item in value for text in _contents(item)]
+    text = value.get("content") if isinstance(value, dict) else value
+    return [text] if isinstance(text, str) else []
 
 
 def _declared(path: Path) -> dict[int, AddedToken]:
-    """Added tokens by id. ``single_word`` is left out: a ``</s>`` after a letter is an end too."""
+    """Read the added tokens by id. Raises ModelError.
+
+    ``single_word`` is ignored: a ``</s>`` directly after a letter is a stop token too.
+    """
     try:
-        if table := _names(path).get("added_tokens_decoder"):
+        if table := _settings(path).get("added_tokens_decoder"):
             if not isinstance(table, dict):
                 raise TypeError("added_tokens_decoder is not a table")
             return {
@@ -273,67 +292,68 @@ def _chat_template(path: Path) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    found = read_json(path / "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
-    return found if isinstance(found, str) else None
+    template = read_json(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
+    return template if isinstance(template, str) else None
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Whether a directory holds a vocabulary at all."""
+    """Return whether a directory contains a vocabulary."""
     return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-_CHARACTERS = 1 << 22  # of remembered parts: at most about 64 MB with their ids
+_MAX_CACHED_CHARACTERS = 1 << 22  # in cached parts: at most about 64 MB with their ids
 
 
 class Cuts:
-    """Ids of many texts that share most of their parts: each distinct part is tokenised once.
+    """Encode many texts that share most of their parts, tokenising each distinct part once.
 
         <|im_start|>system\\nBe brief.<|im_end|>\\n<|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\nAye
         `---------------------------'`----------'`---------------------'`----------'`-----------------------'
 
-    A fast tokenizer first cuts a text at the added tokens that are matched before normalisation, leftmost first, and
-    then treats what lies between them on its own. So a text's ids are the ids of its parts, one after another, where
-    each part but the first begins with such a token, if no other added token can reach over the cut. ``_is_cut`` says
-    which tokens do; if none does, a text is one part. The definition is ``encode_batch`` on the whole text.
+    A fast tokenizer first splits a text at the added tokens that are matched before normalisation, leftmost first, and
+    then encodes the text between them separately. If no other added token can overlap the split, the ids of a text are
+    therefore the concatenated ids of its parts, each of which (except the first) starts with such a token. ``_is_cut``
+    selects the tokens for which this holds; without any, a text is one part. The result must equal ``encode_batch`` on
+    the whole text.
 
-    ``fast``: a tokenizers.Tokenizer without padding and truncation, whose added tokens do not change any more.
+    fast: a tokenizers.Tokenizer without padding and truncation, whose added tokens no longer change.
     """
 
     def __init__(self, fast: FastTokenizer) -> None:
         self._fast = fast
-        first = _taken_first(fast)
+        first = _matched_before_normalisation(fast)
         cut = [t.content for t in first if _is_cut(t, first)] if not fast.encode_special_tokens else []
         self.tokens = frozenset(cut)
         longest = sorted(cut, key=len, reverse=True)
         self._split = re.compile(f"(?={'|'.join(map(re.escape, longest))})").split if cut else lambda text: [text]
-        self._known: dict[str, bytes] = {"": b""}
+        self._cache: dict[str, bytes] = {"": b""}
         self._characters = 0
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """Ids of each text as int32, 4 bytes a token; no special tokens are added."""
+        """Encode each text to int32 ids, 4 bytes per token, without adding special tokens."""
         parted = [self._split(text) for text in texts]
-        if self._characters > _CHARACTERS:
-            self._known, self._characters = {"": b""}, 0
-        known = self._known
-        new = list({part: None for parts in parted for part in parts if part not in known})
+        if self._characters > _MAX_CACHED_CHARACTERS:
+            self._cache, self._characters = {"": b""}, 0
+        cache = self._cache
+        new = list({part: None for parts in parted for part in parts if part not in cache})
         for part, encoding in zip(new, self._fast.encode_batch_fast(new, add_special_tokens=False), strict=True):
-            known[part] = array("i", encoding.ids).tobytes()
+            cache[part] = array("i", encoding.ids).tobytes()
             self._characters += len(part)
-        return [b"".join([known[part] for part in parts]) for parts in parted]
+        return [b"".join([cache[part] for part in parts]) for parts in parted]
 
 
-def _taken_first(fast: FastTokenizer) -> list[AddedToken]:
-    """The added tokens that are matched in the text as it is: all of them where nothing is normalised."""
+def _matched_before_normalisation(fast: FastTokenizer) -> list[AddedToken]:
+    """List the added tokens that are matched in the unnormalised text: all of them if there is no normalizer."""
     added = fast.get_added_tokens_decoder().values()
     kind = json.loads(fast.normalizer.__getstate__()) if fast.normalizer else {}
-    as_it_is = not kind or kind.get("normalizers") == []
-    return [t for t in added if as_it_is or not t.normalized]
+    no_normalizer = not kind or kind.get("normalizers") == []
+    return [t for t in added if no_normalizer or not t.normalized]
 
 
 def _is_cut(token: AddedToken, others: Sequence[AddedToken]) -> bool:
-    """Whether ``token`` is matched wherever its text stands, and what is before it cannot tell that it follows."""
+    """Return whether ``token`` is matched wherever its text occurs and never affects the ids of the text before it."""
     text = token.content
     if not text or token.lstrip or any(t.single_word for t in others):
         return False
@@ -341,6 +361,6 @@ def _is_cut(token: AddedToken, others: Sequence[AddedToken]) -> bool:
 
 
 def _overlap(a: str, b: str) -> bool:
-    """Whether two tokens, or a token and itself one place further, can claim the same characters."""
+    """Return whether occurrences of two tokens, or two occurrences of one token, can overlap."""
     inside = a != b and (a in b or b in a)
     return inside or any(a.endswith(b[:n]) or b.endswith(a[:n]) for n in range(1, min(len(a), len(b))))
