@@ -172,7 +172,7 @@ class ChatTokenizer(Protocol):
         """Return the ids of ``encode_batch`` as the bytes of int32 arrays (4 bytes per token)."""
         ...
 
-    def is_cut(self, token: str) -> bool:
+    def splits_text_at(self, token: str) -> bool:
         """Whether the text of ``token`` always becomes that token, and the text before it is encoded by itself."""
         ...
 

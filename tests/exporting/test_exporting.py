@@ -130,7 +130,7 @@ def test_rotary_scaling_is_written_as_llama_cpp_computes_it(rope: str, tmp_path:
         assert ours is not None
         torch.testing.assert_close(plain / torch.from_numpy(ours), theirs)
     done = library.export(tuned(tmp_path / "base", tmp_path / "run"), "gguf", tmp_path / "out")
-    same, _, furthest = counted(done.proof[1])
+    same, _, furthest = counted(done.verification[1])
     assert same >= 11 and furthest < 0.01
 
 

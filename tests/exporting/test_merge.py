@@ -100,8 +100,8 @@ def test_a_small_adapter_is_verified_by_what_rounding_leaves_of_it(
     monkeypatch.setattr(merge, "delta", lambda update: factor * original(update))
     if factor == 1:
         done = library.merge(adapter, tmp_path / "merged")
-        assert 0.01 < done.proof.left < 0.9
-        assert re.search(r"of which rounding leaves \d+%", done.proof.summary())
+        assert 0.01 < done.closeness.left < 0.9
+        assert re.search(r"of which rounding leaves \d+%", done.closeness.summary())
     else:
         with pytest.raises(ModelError, match="the merged model failed verification"):
             library.merge(adapter, tmp_path / "merged")
@@ -284,6 +284,6 @@ def test_damaged_inputs_are_refused_and_outputs_are_untouched(what: str, luthier
 
 
 def test_logits_of_a_long_system_prompt_are_not_all_kept(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    short = library.merge(tuned(model_dir("llama"), tmp_path / "short", "Hi."), tmp_path / "a").proof
-    long = library.merge(tuned(model_dir("llama"), tmp_path / "long", "Hi there. " * 60), tmp_path / "b").proof
+    short = library.merge(tuned(model_dir("llama"), tmp_path / "short", "Hi."), tmp_path / "a").closeness
+    long = library.merge(tuned(model_dir("llama"), tmp_path / "long", "Hi there. " * 60), tmp_path / "b").closeness
     assert long.tokens < 4 * 64 + 100 and long.mean < 1e-4 and long.adapter > 0.01 and short.tokens < long.tokens

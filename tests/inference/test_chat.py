@@ -102,11 +102,11 @@ def test_the_base_command_switches_the_adapter_off_and_on(run: Path, model: Path
 def test_the_conversation_continues_when_the_adapter_is_switched(run: Path) -> None:
     talk = library.chat(run)
     talk.send("Who are you?")
-    talk.toggle()
+    talk.toggle_adapter()
     assert all(layer.enabled for layer in talk.layers.values())
     before = talk.send("a", Sampling(4))
     assert [m.role for m in talk.history] == ["user", "assistant"] * 2
-    assert before.prompt_tokens > talk.beside().send("a", Sampling(4)).prompt_tokens
+    assert before.prompt_tokens > talk.base_chat().send("a", Sampling(4)).prompt_tokens
     assert all(layer.enabled for layer in talk.layers.values())
 
 
@@ -268,7 +268,7 @@ def test_compare_keeps_two_separate_conversations(run: Path, typed: Run, tmp_pat
 
 def test_an_interrupted_comparison_changes_neither_conversation(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = library.chat(run)
-    beside = talk.beside()
+    beside = talk.base_chat()
     ask_both(talk, beside, "Who are you?")
     assert beside.history[1] != talk.history[1]
     reply, calls = talk.generator.reply, []
@@ -341,7 +341,7 @@ def test_a_refused_system_prompt_is_reported_when_it_is_typed(no_system: Path, t
     talk = library.chat(no_system)
     for text, kind in (("a", TemplateError), ("<|im_end|>", DataError), ("\udcff", DataError)):
         with pytest.raises(kind):
-            talk.instruct(text)
+            talk.set_system_prompt(text)
     assert talk.system is None
 
 

@@ -44,7 +44,7 @@ def test_python_and_cpp_declare_the_same_functions_with_the_same_parameters() ->
 
 @pytest.fixture
 def kernels() -> native.Kernels:
-    if why := native.obstacle(torch.float32):
+    if why := native.why_unavailable(torch.float32):
         pytest.skip(why)
     return native.kernels(torch.float32)
 

@@ -39,7 +39,8 @@ COMPILED = ["llama", "qwen2", "phi3", "glm"]
 Result = tuple[float, dict[str, torch.Tensor]]
 
 needs_compiler = pytest.mark.skipif(
-    native.obstacle(torch.float32) is not None, reason=f"no compiled kernels: {native.obstacle(torch.float32)}"
+    native.why_unavailable(torch.float32) is not None,
+    reason=f"no compiled kernels: {native.why_unavailable(torch.float32)}",
 )
 
 
@@ -306,7 +307,7 @@ def test_the_reason_why_a_model_is_not_supported_is_reported(tokenizer: Tokenize
 
 def test_training_continues_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no C++ compiler" in str(native.obstacle(torch.float32))
+    assert "no C++ compiler" in str(native.why_unavailable(torch.float32))
     model = make_model("llama")
     layers = with_adapter(model)
     with pytest.raises(Unsuitable, match="no C\\+\\+ compiler"):

@@ -22,7 +22,7 @@ from luthier.lora.layers import LoraLinear
 from luthier.models.directory import read_config
 from luthier.models.loader import load_weights
 from luthier.models.quantization import Quantisation, QuantLinear, dequantise, quantise
-from luthier.models.quantized_loader import FourOrEight, load_quantised
+from luthier.models.quantized_loader import QuantisedOptions, load_quantised
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.training.forward import checkpointing, loss_sum, segment_attention
 from luthier.types import Example
@@ -34,7 +34,7 @@ KINDS = [Quantisation("nf4"), Quantisation("nf4", double=False), Quantisation("f
 
 
 def quantised(path: Path, dtype: torch.dtype = torch.float32, how: Quantisation = KINDS[0]) -> Any:
-    return load_quantised(path, dtype, CPU, read_config(path), FourOrEight(how, dtype, cache=False))
+    return load_quantised(path, dtype, CPU, read_config(path), QuantisedOptions(how, dtype, cache=False))
 
 
 def dequantised(path: Path, model: Any) -> Any:
@@ -88,7 +88,7 @@ def test_with_recomputation_too(model_dir: Callable[[str], Path], tokenizer: Tok
     law(model_dir("llama"), examples(tokenizer), KINDS[0], recompute=True)
 
 
-@pytest.mark.skipif(native.obstacle(torch.float32) is not None, reason="no compiled kernels here")
+@pytest.mark.skipif(native.why_unavailable(torch.float32) is not None, reason="no compiled kernels here")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("how", KINDS, ids=str)
 def test_compiled_layers_dequantise_to_the_same_floats(
@@ -135,7 +135,7 @@ def test_every_family_loads_quantised(name: str, tmp_path: Path, monkeypatch: py
     outputs = []
     for cache in (True, True, False):
         model = load_quantised(
-            path, torch.float32, CPU, config, FourOrEight(KINDS[0], torch.float32, cache), messages.append
+            path, torch.float32, CPU, config, QuantisedOptions(KINDS[0], torch.float32, cache), messages.append
         )
         with torch.no_grad():
             outputs.append(model(ids).logits)

@@ -91,7 +91,7 @@ def test_the_law_detects_a_tokenizer_that_splits_markers(tokenizer: Tokenizer) -
         def encode_batch(self, texts: Any) -> Any:
             return tokenizer.encode_batch([t.replace("<|im_start|>", "<|im_ start|>") for t in texts])
 
-        def is_cut(self, token: str) -> bool:
+        def splits_text_at(self, token: str) -> bool:
             return False
 
     assert encoded(ChatML(), Split(), (2,)) != json.loads((GOLDEN / "chatml.json").read_text(encoding="utf-8"))  # type: ignore[arg-type]

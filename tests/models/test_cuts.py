@@ -52,7 +52,7 @@ class Plain:
     def encode_batch(self, texts: Sequence[str]) -> Any:
         return self._tokenizer.encode_batch(texts)
 
-    def is_cut(self, token: str) -> bool:
+    def splits_text_at(self, token: str) -> bool:
         return False
 
 
@@ -76,7 +76,7 @@ def added(fast: Any) -> list[str]:
 @pytest.mark.parametrize("name", FORMS)
 def test_ids_are_the_same_as_for_the_whole_text(name: str, drawn: st.DataObject, rstrip: bool) -> None:
     v = tiny(name, rstrip)
-    assert all(map(v.is_cut, FORMS[name].stop))
+    assert all(map(v.splits_text_at, FORMS[name].stop))
     samples = drawn.draw(st.lists(texts(added(v._fast)), max_size=3))
     assert v.encode_ids(samples) == plain_ids(v._fast, samples)
 
@@ -220,5 +220,5 @@ def test_a_published_vocabulary_is_encoded_as_by_the_reference(huanhuan: Path, v
 def test_tokenizer_implements_the_protocol(tokenizer: Tokenizer) -> None:
     """The class has the type that the encoder requires."""
     plain: ChatTokenizer = tokenizer
-    assert plain.is_cut("<|im_end|>")
-    assert not plain.is_cut("lamp")
+    assert plain.splits_text_at("<|im_end|>")
+    assert not plain.splits_text_at("lamp")

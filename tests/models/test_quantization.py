@@ -21,12 +21,12 @@ from luthier.models import quantization
 from luthier.models.checkpoint_reader import write_safetensors
 from luthier.models.directory import read_config
 from luthier.models.quantization import Quantisation
-from luthier.models.quantized_loader import FourOrEight, cache_dir, load_quantised
+from luthier.models.quantized_loader import QuantisedOptions, cache_dir, load_quantised
 from luthier.verbs.train import Stopped
 from tests.conftest import Result
 
 Run = Callable[..., Result]
-NF4 = FourOrEight(Quantisation("nf4"), torch.float32)
+NF4 = QuantisedOptions(Quantisation("nf4"), torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def run_config(model: Path, run: Path, **values: Any) -> configs.RunConfig:
     return configs.build(base)
 
 
-def load(model: Path, say: Callable[[str], None] = lambda _: None, options: FourOrEight = NF4) -> Any:
+def load(model: Path, say: Callable[[str], None] = lambda _: None, options: QuantisedOptions = NF4) -> Any:
     return load_quantised(model, torch.float32, torch.device("cpu"), read_config(model), options, say)
 
 
@@ -92,13 +92,13 @@ def test_the_name_of_the_copy_depends_on_the_model_and_the_format(
     config = read_config(model)
     own = cache_dir(model, config, NF4, torch.float32)
     others = {
-        cache_dir(model, config, FourOrEight(Quantisation("int8"), torch.float32), torch.float32),
-        cache_dir(model, config, FourOrEight(Quantisation("nf4", double=False), torch.float32), torch.float32),
+        cache_dir(model, config, QuantisedOptions(Quantisation("int8"), torch.float32), torch.float32),
+        cache_dir(model, config, QuantisedOptions(Quantisation("nf4", double=False), torch.float32), torch.float32),
         cache_dir(model, config, NF4, torch.bfloat16),
         cache_dir(model_dir("qwen2"), read_config(model_dir("qwen2")), NF4, torch.float32),
     }
     assert len({own, *others}) == 5
-    assert own == cache_dir(model, config, FourOrEight(Quantisation("nf4"), torch.bfloat16), torch.float32)
+    assert own == cache_dir(model, config, QuantisedOptions(Quantisation("nf4"), torch.bfloat16), torch.float32)
 
 
 def test_a_full_disk_prevents_the_copy_but_not_the_run(
@@ -121,7 +121,7 @@ def test_a_killed_load_leaves_no_incomplete_copy(model: Path, cache: Path, tmp_p
         "original = q.write_safetensors\n"
         "def write(*args): original(*args); os.kill(os.getpid(), 9)\n"
         "q.write_safetensors = write\n"
-        "path = Path(sys.argv[1]); options = q.FourOrEight(Quantisation('nf4'), torch.float32)\n"
+        "path = Path(sys.argv[1]); options = q.QuantisedOptions(Quantisation('nf4'), torch.float32)\n"
         "q.load_quantised(path, torch.float32, torch.device('cpu'), read_config(path), options)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, check=False)
@@ -134,7 +134,7 @@ def test_a_killed_load_leaves_no_incomplete_copy(model: Path, cache: Path, tmp_p
 
 
 def test_the_cache_can_be_disabled(model: Path, cache: Path) -> None:
-    load(model, options=FourOrEight(Quantisation("nf4"), torch.float32, cache=False))
+    load(model, options=QuantisedOptions(Quantisation("nf4"), torch.float32, cache=False))
     assert not cache.exists()
 
 

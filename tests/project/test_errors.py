@@ -292,7 +292,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pyte
         assert refused(DataError, lambda: read_head(path, 1)).endswith("cannot be read (Permission denied)")
     (tmp_path / "summary.json").write_text("{")
     assert "summary.json: cannot be read (Expecting" in refused(UserError, RunDir(tmp_path).summary)
-    no_space = files.mishap(path, OSError(28, "No space left on device"))
+    no_space = files.user_error_of(path, OSError(28, "No space left on device"))
     assert "there is not enough disk space" in no_space.message
 
 

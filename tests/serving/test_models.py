@@ -22,7 +22,7 @@ from luthier.inference.generation import Sampling
 from luthier.serving import app, vllm
 from luthier.serving.engine import Engine, Request
 from luthier.serving.head import SlicedHead, slice_head
-from luthier.serving.models import open_models, places
+from luthier.serving.models import open_models, resolve_models
 from luthier.templates import Turns
 from luthier.types import Message
 from tests.conftest import Result, make_model
@@ -42,7 +42,7 @@ def other(model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
 
 def names(*paths: Path, **named: Path) -> list[str]:
-    return [p.name for p in places(paths, **named)]
+    return [p.name for p in resolve_models(paths, **named)]
 
 
 def test_models_are_named_after_their_directories(run: Path, model_dir: Callable[[str], Path], tmp_path: Path) -> None:
@@ -63,15 +63,15 @@ def test_models_that_cannot_share_a_server_are_refused(
     run: Path, other: Path, model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="no directory was given"):
-        places([])
+        resolve_models([])
     with pytest.raises(
         ConfigError, match=r"tea and marlow do not share a base model: .*llama and .*qwen2 are different models"
     ):
-        places([run, other])
+        resolve_models([run, other])
     with pytest.raises(ConfigError, match="do not share a base model"):
-        places([model_dir("qwen2"), run])
+        resolve_models([model_dir("qwen2"), run])
     with pytest.raises(ConfigError, match="two models would have the name marlow"):
-        places([run, run])
+        resolve_models([run, run])
     settings: list[tuple[dict[str, Any], str]] = [
         ({"load_in_4bit": True}, "they were trained on differently quantised weights"),
         ({"rope_theta": 5e4}, "their rope_theta is None and 50000"),
@@ -80,18 +80,18 @@ def test_models_that_cannot_share_a_server_are_refused(
         path = model_dir("llama")
         tuned = train(path, tmp_path / next(iter(change)), "", model={"path": str(path), **change})
         with pytest.raises(ConfigError, match=message):
-            places([run, tuned])
+            resolve_models([run, tuned])
         if "rope_theta" in change:
             with pytest.raises(ConfigError, match="vLLM would ignore its rope_theta 50000"):
-                vllm.command(places([tuned]), "127.0.0.1", 1, "auto")
+                vllm.command(resolve_models([tuned]), "127.0.0.1", 1, "auto")
         else:
-            assert "vLLM uses its unquantised weights" in vllm.notes(places([tuned]))[-1]
+            assert "vLLM uses its unquantised weights" in vllm.notes(resolve_models([tuned]))[-1]
 
 
 def test_a_quantised_base_is_served_quantised(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     path = model_dir("llama")
     tuned = train(path, tmp_path / "small", "", model={"path": str(path), "load_in_4bit": True})
-    model, routes, models = open_models(places([tuned]))
+    model, routes, models = open_models(resolve_models([tuned]))
     ids = models[0].generator.chat_format.prompt_ids(library.chat(tuned).messages() or _hello())
     expected = library.chat(tuned).generator.reply(_hello(), Sampling(max_new_tokens=9))
     request = Request(ids, models[0].generator.stop_ids, Sampling(max_new_tokens=9), "small")
@@ -108,7 +108,7 @@ def test_a_merged_model_and_an_adapter_directory_reply_like_the_run(run: Path, t
     ids = library.chat(run).generator.chat_format.prompt_ids(_hello())
     replies = []
     for path in (run, run / "adapter", tmp_path / "merged"):
-        model, routes, models = open_models(places([path]))
+        model, routes, models = open_models(resolve_models([path]))
         request = Request(ids, models[0].generator.stop_ids, Sampling(max_new_tokens=12), models[0].adapter)
         replies += generate(Engine(model, routes), [request])
     assert replies[0] == replies[1] == replies[2]
@@ -126,11 +126,11 @@ def test_a_base_without_a_template_uses_the_template_of_the_training(
     config.pop("chat_template", None)
     file.write_text(json.dumps(config))
     tuned = train(bare, tmp_path / "tuned", "", data={"train": [str(personas.TRAIN)], "template": "chatml"})
-    models = open_models(places([tuned]))[2]
+    models = open_models(resolve_models([tuned]))[2]
     assert [m.generator.chat_format.template.name for m in models] == ["chatml", "chatml"]
     with pytest.raises(library.UserError, match="the model has no chat template"):
-        open_models(places([bare]))
-    argv = vllm.command(places([tuned]), "127.0.0.1", 1, "auto")
+        open_models(resolve_models([bare]))
+    argv = vllm.command(resolve_models([tuned]), "127.0.0.1", 1, "auto")
     template = models[0].generator.chat_format.template
     if isinstance(template, Turns):
         assert argv[argv.index("--chat-template") + 1] == template.jinja()
@@ -177,12 +177,12 @@ def test_a_layout_that_needs_the_models_own_code_is_refused_for_vllm(
 
     monkeypatch.setattr(vllm, "family_of", lambda _: Published)
     with pytest.raises(ConfigError, match="vLLM needs the model's own code for this layout"):
-        vllm.command(places([run]), "127.0.0.1", 8000, "auto")
+        vllm.command(resolve_models([run]), "127.0.0.1", 8000, "auto")
 
 
 def test_wrong_options_are_refused(luthier: Run, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for argv, message in (
-        (("--dtype", "int3"), "--dtype int3: is not a type"),
+        (("--dtype", "int3"), "--dtype int3: is not a dtype"),
         (("--engine", "magic"), "--engine magic: is not an engine"),
         (("--print",), "--print would be ignored: luthier's engine has no command to print"),
     ):

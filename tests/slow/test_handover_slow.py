@@ -47,8 +47,10 @@ def logits(model: Any, rows: list[list[int]]) -> torch.Tensor:
 
 def test_stock_libraries_compute_the_same_logits_as_luthier(run: Path, smollm2: Path, tmp_path: Path) -> None:
     done = luthier.merge(run, tmp_path / "merged")
-    print(json.dumps({"maximum": done.proof.largest, "mean": done.proof.mean, "adapter": done.proof.adapter}))
-    assert done.proof.largest < 1e-3 and done.proof.adapter > 0.1
+    print(
+        json.dumps({"maximum": done.closeness.largest, "mean": done.closeness.mean, "adapter": done.closeness.adapter})
+    )
+    assert done.closeness.largest < 1e-3 and done.closeness.adapter > 0.1
     for name in TOKENIZER_FILES:
         if (smollm2 / name).is_file():
             assert (tmp_path / "merged" / name).read_bytes() == (smollm2 / name).read_bytes()
@@ -68,8 +70,8 @@ def test_llama_cpp_gives_the_replies_of_the_tuned_model(run: Path, tmp_path: Pat
     for to in ("gguf", "gguf-lora"):
         done = luthier.export(run, to, tmp_path / to)
         print(json.dumps(done.as_dict()))
-        same, tokens, _ = counted(done.proof[-1])
+        same, tokens, _ = counted(done.verification[-1])
         assert same == 16 and tokens > 300
     done = luthier.export(run, "gguf", tmp_path / "q8_0", quantization="q8_0")
     print(json.dumps(done.as_dict()))
-    assert done.unproven is None
+    assert done.not_verified is None

@@ -26,7 +26,7 @@ from luthier.models.directory import read_config
 from luthier.models.loader import load_weights
 from luthier.models.native_model import empty_model
 from luthier.models.quantization import Quantisation, QuantLinear
-from luthier.models.quantized_loader import FourOrEight, load_quantised
+from luthier.models.quantized_loader import QuantisedOptions, load_quantised
 from luthier.training import memory_model, resources
 from luthier.training.forward import checkpointing, loss_sum, segment_attention
 from luthier.training.memory_model import Precision, RowLengths, estimate
@@ -120,7 +120,7 @@ def test_base_and_adapter_equal_those_in_memory(model_dir: Callable[[str], Path]
     assert (expected.adapter, expected.gradients, expected.optimizer) == (trained, trained, 2 * trained)
     how = Quantisation("nf4")
     small = load_quantised(
-        path, torch.float32, torch.device("cpu"), read_config(path), FourOrEight(how, torch.float32, cache=False)
+        path, torch.float32, torch.device("cpu"), read_config(path), QuantisedOptions(how, torch.float32, cache=False)
     )
     stored = sum(
         getattr(m, part).numel() * getattr(m, part).element_size()

@@ -22,7 +22,7 @@ from luthier.encoding.rows import read_held_out
 from luthier.encoding.store import ExampleStore
 from luthier.errors import ConfigError
 from luthier.evaluation import text_metrics
-from luthier.evaluation.scoring import askable, score
+from luthier.evaluation.scoring import score, with_fitting_prompts
 from luthier.evaluation.text_metrics import TextMetrics, measure, script
 from luthier.inference.generation import Generator, Sampling
 from luthier.types import Conversation, Message, RowRef
@@ -237,7 +237,7 @@ def test_a_prompt_longer_than_the_context_is_skipped(model: Path, tmp_path: Path
     account = read_held_out([rows], settings, library.chat(model).generator.chat_format.encoder(settings), examples)
     assert len(account.conversations) == len(examples) == 2
     generator = library.chat(model).generator
-    assert askable(generator, account.conversations, 24) == list(account.conversations[1:])
+    assert with_fitting_prompts(generator, account.conversations, 24) == list(account.conversations[1:])
     scores = score(generator, examples, account.conversations, max_new_tokens=4)
     assert scores.complete
     assert len(scores.replies) == 1
@@ -349,4 +349,4 @@ def test_replies_are_in_the_order_of_the_rows(model: Path) -> None:
     expected = [len(generator.chat_format.prompt_ids(p)) for p in prompts]
     assert [r.prompt_tokens for r in generator.replies(prompts, Sampling(max_new_tokens=2))] == expected
     rows = [Conversation((*p, Message("assistant", "x")), RowRef("a", i)) for i, p in enumerate(prompts, 1)]
-    assert askable(generator, rows, 2) == rows[:2]
+    assert with_fitting_prompts(generator, rows, 2) == rows[:2]

@@ -203,7 +203,7 @@ def test_a_profile_is_a_trace_of_the_first_steps(
         names = [e.get("name", "") for e in json.loads(file.read_text())["traceEvents"]]
         assert sum(n.startswith("ProfilerStep#") for n in names) >= min(steps - 1, 3)
         assert "aten::mm" in names
-        assert ("luthier::norm_forward" in names) == (native.obstacle(torch.float32) is None)
+        assert ("luthier::norm_forward" in names) == (native.why_unavailable(torch.float32) is None)
     plain = luthier(*command[:-1], tmp_path / "plain", "--set", f"train.max_steps={steps}")
     assert plain.code == 0 and not (tmp_path / "plain" / "trace.json").exists()
     weights = "adapter/adapter_model.safetensors"

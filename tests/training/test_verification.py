@@ -23,7 +23,7 @@ from luthier.kernels.native.signatures import SIGNATURES
 from luthier.lora.layers import share_dropout_state
 from luthier.models.directory import read_config
 from luthier.models.quantization import Quantisation
-from luthier.models.quantized_loader import FourOrEight, load_quantised
+from luthier.models.quantized_loader import QuantisedOptions, load_quantised
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.training import loop
 from luthier.training.forward import verify_compiled
@@ -32,7 +32,8 @@ from tests.conftest import make_model
 from tests.helpers.rows import examples, with_adapter
 
 pytestmark = pytest.mark.skipif(
-    native.obstacle(torch.float32) is not None, reason=f"no compiled kernels: {native.obstacle(torch.float32)}"
+    native.why_unavailable(torch.float32) is not None,
+    reason=f"no compiled kernels: {native.why_unavailable(torch.float32)}",
 )
 DTYPES = [torch.float32, torch.bfloat16]
 FAULT = 1.05
@@ -104,9 +105,13 @@ def test_a_fault_of_five_percent_in_a_quantised_weight_is_refused(
     kernel: str, how: Quantisation, dtype: torch.dtype, model_dir: Callable[[str], Path], tokenizer: Tokenizer
 ) -> None:
     path, rows = model_dir("qwen2"), examples(tokenizer, 2)
-    model = load_quantised(path, dtype, torch.device("cpu"), read_config(path), FourOrEight(how, dtype, cache=False))
+    model = load_quantised(
+        path, dtype, torch.device("cpu"), read_config(path), QuantisedOptions(how, dtype, cache=False)
+    )
     verify(model, rows)
-    model = load_quantised(path, dtype, torch.device("cpu"), read_config(path), FourOrEight(how, dtype, cache=False))
+    model = load_quantised(
+        path, dtype, torch.device("cpu"), read_config(path), QuantisedOptions(how, dtype, cache=False)
+    )
     with faulty(kernel, "out", dtype), pytest.raises(Unsuitable, match="relative error"):
         verify(model, rows)
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from luthier.errors import UserError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def mishap(path: Path, error: OSError) -> UserError:
+def user_error_of(path: Path, error: OSError) -> UserError:
     """Return the UserError that explains an operating system's error on ``path``."""
-    if error.errno in NO_ROOM:
+    if error.errno in DISK_FULL_ERRNOS:
         return UserError(
             f"{path}: there is not enough disk space ({error.strerror}); no partial file was left",
             "free some disk space, then run the same command again",
@@ -64,7 +64,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         temp.replace(path)
     except OSError as e:
         temp.unlink(missing_ok=True)
-        raise mishap(path, e) from None
+        raise user_error_of(path, e) from None
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
@@ -97,7 +97,7 @@ def new_dir(path: Path) -> Iterator[Path]:
         replace_dir(temp, path)
     except OSError as e:
         shutil.rmtree(temp, ignore_errors=True)
-        raise mishap(path, e) from None
+        raise user_error_of(path, e) from None
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise

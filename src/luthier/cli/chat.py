@@ -94,7 +94,7 @@ def run(
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
     chat = open_chat(path, system, dtype, model, adapter, checkpoint, sampling, with_adapter=compare)
-    base = chat.beside() if compare else None
+    base = chat.base_chat() if compare else None
     if prompt is None:
         Conversation(chat, base).run()
     elif as_json:

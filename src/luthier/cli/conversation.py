@@ -34,7 +34,7 @@ class _Quit(Exception):
 
 @dataclass(slots=True)
 class Conversation:
-    """Send messages to ``chat``, and to ``base`` too if both models are compared (see ``Chat.beside``)."""
+    """Send messages to ``chat``, and to ``base`` too if both models are compared (see ``Chat.base_chat``)."""
 
     chat: Chat
     base: Chat | None = None
@@ -89,7 +89,7 @@ class Conversation:
         if text:
             system = None if text in ('""', "''") else text
             for chat in self._chats():
-                chat.instruct(system)
+                chat.set_system_prompt(system)
             self.saved.clear()
         current = self.chat.system
         shown = (
@@ -100,7 +100,7 @@ class Conversation:
     def _base(self, _: str) -> None:
         if self.base:
             raise ConfigError("both models answer here, so there is nothing to switch", "start without --compare")
-        self.chat.toggle()
+        self.chat.toggle_adapter()
         say(f"(the {'base model' if self.chat.base else 'tuned model'} answers)")
 
     def _save(self, name: str) -> None:

@@ -42,12 +42,12 @@ def run(
         print(json.dumps(exported.as_dict(), ensure_ascii=False))
         return
     print(f"{exported.path}: {', '.join(exported.files)}")
-    for line in exported.proof:
+    for line in exported.verification:
         print(f"verified: {line}")
     for note in exported.notes:
         print(f"note: {note}")
-    if exported.unproven:
-        print(exported.unproven)
+    if exported.not_verified:
+        print(exported.not_verified)
     if to == "ollama":
         name = next(f for f in exported.files if f.endswith(".gguf")).rpartition("-")[0]
         print(f"run it: ollama create {name} -f {exported.path / 'Modelfile'}")

@@ -14,7 +14,7 @@ import typer
 
 from luthier import __version__
 from luthier._util.environment import KEEP_FREED_MEMORY
-from luthier._util.files import mishap
+from luthier._util.files import user_error_of
 from luthier.cli import chat, check, demo, doctor, estimate, export, init, merge, pull, serve, train
 from luthier.cli import eval as evaluate
 from luthier.cli.common import fail
@@ -74,7 +74,7 @@ def main() -> None:
     except OSError as e:
         if e.filename is None:
             raise
-        fail(mishap(Path(os.fsdecode(e.filename)), e))
+        fail(user_error_of(Path(os.fsdecode(e.filename)), e))
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:
         if not _out_of_memory(e):

@@ -31,5 +31,5 @@ def run(
 
     merged = merge(path, output_dir, model, adapter, say, layout)
     print(f"{merged.path}: {merged.tensors} tensors, {merged.changed} of them changed by the adapter")
-    print(f"verified: {merged.proof.summary()}")
+    print(f"verified: {merged.closeness.summary()}")
     print(f"chat with it: luthier chat {merged.path}")

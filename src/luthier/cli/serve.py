@@ -49,7 +49,7 @@ def run(
     the training. Concurrent requests are decoded in one batch.
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype {dtype}: is not a type", "use auto, float32, bfloat16 or float16")
+        raise ConfigError(f"--dtype {dtype}: is not a dtype", "use auto, float32, bfloat16 or float16")
     if engine not in ("luthier", "vllm"):
         raise ConfigError(f"--engine {engine}: is not an engine", "use luthier or vllm")
     if only_print and engine != "vllm":

@@ -66,7 +66,7 @@ class Encoder:
             except TemplateError as e:
                 raise TemplateError(f"{c.source}: {e.message}", e.fix) from None
         stops = self.template.stop
-        splits_at_stops = all(map(self.tokenizer.is_cut, stops)) and all(
+        splits_at_stops = all(map(self.tokenizer.splits_text_at, stops)) and all(
             span.text.endswith(stops) for _, spans in rendered for span in spans if span.written
         )
         encoded = self._by_prefixes(rendered) if splits_at_stops else self._by_offsets(rendered)
@@ -102,7 +102,7 @@ class Encoder:
     def _by_prefixes(self, rendered: Sequence[tuple[Conversation, list[Span]]]) -> Iterator[_Encoded]:
         """Find the stop tokens without offsets: the text before one is encoded by itself, and its length is counted.
 
-        The tokenizer must split texts at stop tokens (``ChatTokenizer.is_cut``).
+        The tokenizer must split texts at stop tokens (``ChatTokenizer.splits_text_at``).
         """
         texts: list[str] = []
         for c, spans in rendered:

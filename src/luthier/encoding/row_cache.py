@@ -28,7 +28,7 @@ from luthier.data.loader import DataReport, Outcome
 from luthier.data.source import expand
 from luthier.encoding.encoder import Encoder
 from luthier.encoding.rows import EncodedRows, RowsReport, read_into
-from luthier.encoding.store import ExampleStore, NotKept, StoreWriter
+from luthier.encoding.store import CacheWriteError, ExampleStore, StoreWriter
 from luthier.errors import UserError
 from luthier.templates import digest
 from luthier.types import Conversation, Message, Role, RowRef, Say
@@ -54,8 +54,8 @@ def root() -> Path:
 def cached_rows(config: RunConfig, encoder: Encoder, say: Say) -> EncodedRows | None:
     """Open the rows that an earlier start cached, or read, encode and cache them.
 
-    Returns None if a data file cannot be opened; reading it then reports the reason. Raises NotKept if the rows cannot
-    be cached.
+    Returns None if a data file cannot be opened; reading it then reports the reason. Raises CacheWriteError if the rows
+    cannot be cached.
     """
     cache_entry = entry(config, encoder)
     if cache_entry is None:
@@ -67,7 +67,7 @@ def cached_rows(config: RunConfig, encoder: Encoder, say: Say) -> EncodedRows | 
         return EncodedRows(account)
     rows = load(cache_entry, say)
     if rows is None:
-        raise NotKept(f"{cache_entry.path} cannot be read back")
+        raise CacheWriteError(f"{cache_entry.path} cannot be read back")
     return rows
 
 
@@ -126,9 +126,9 @@ def _write(cache_entry: Entry, config: RunConfig, encoder: Encoder) -> RowsRepor
         train.finish()
         held_out.finish()
         complete = True
-    finally:  # also after NotKept and Ctrl-C
+    finally:  # also after CacheWriteError and Ctrl-C
         if not complete:
-            with suppress(NotKept):
+            with suppress(CacheWriteError):
                 train.close()
                 held_out.close()
             shutil.rmtree(folder, ignore_errors=True)
@@ -145,11 +145,11 @@ def _write(cache_entry: Entry, config: RunConfig, encoder: Encoder) -> RowsRepor
 
 @contextmanager
 def _raising_not_kept() -> Iterator[None]:
-    """Turn errors of the file system into NotKept."""
+    """Turn errors of the file system into CacheWriteError."""
     try:
         yield
     except (OSError, UserError) as e:
-        raise NotKept(e.message if isinstance(e, UserError) else str(e)) from None
+        raise CacheWriteError(e.message if isinstance(e, UserError) else str(e)) from None
 
 
 def _trim(latest: Path) -> None:

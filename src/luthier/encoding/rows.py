@@ -74,8 +74,8 @@ def read_into(
 ) -> RowsReport:
     """Read and encode every row once, and add it to ``train`` or ``held_out``.
 
-    show: number of rows to store in ``first``. A user's mistake is returned in ``error``. Raises NotKept if a sink on
-    disk cannot be written.
+    show: number of rows to store in ``first``. A user's mistake is returned in ``error``.
+    Raises CacheWriteError if a sink on disk cannot be written.
     """
     loader = _loader(config)
     conversations: list[Conversation] = []

@@ -198,14 +198,14 @@ class _ColumnFile(Generic[_Integer]):
             return np.frombuffer(os.read(self._file, int(part.stop - part.start) * size), self._dtype)
 
 
-class NotKept(Exception):
+class CacheWriteError(Exception):
     """The reason why rows could not be written to the disk."""
 
 
 class StoreWriter:
     """Writes examples to a folder as they arrive, in constant memory; ``ExampleStore.map`` reads them.
 
-    name: the prefix of the file names. Raises NotKept if the files cannot be written.
+    name: the prefix of the file names. Raises CacheWriteError if the files cannot be written.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -239,7 +239,7 @@ class StoreWriter:
             for file in self._column_files.values():
                 file.close()
         except OSError as e:
-            raise NotKept(str(e)) from None
+            raise CacheWriteError(str(e)) from None
 
     def _flush(self) -> None:
         buffer = self._buffer
@@ -254,7 +254,7 @@ class StoreWriter:
             for column, values in columns.items():
                 self._column_files[column].write(memoryview(values))
         except OSError as e:
-            raise NotKept(str(e)) from None
+            raise CacheWriteError(str(e)) from None
         self._rows += buffer.rows
         self._tokens += buffer.tokens
         self._buffer = Columns(files=buffer.files)

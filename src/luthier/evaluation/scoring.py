@@ -90,7 +90,7 @@ def held_out_loss(model: CausalLM, examples: Sequence[Example], deadline: float 
     return HeldOut(total / tokens, tokens, rows)
 
 
-def askable(generator: Generator, chats: Sequence[Conversation], most: int) -> list[Conversation]:
+def with_fitting_prompts(generator: Generator, chats: Sequence[Conversation], most: int) -> list[Conversation]:
     """Return the first ``most`` rows whose prompt fits into the model's context (training cuts longer rows)."""
     fitting = (c for c in chats if generator.fits(c.messages[:-1]))
     return list(itertools.islice(fitting, most))
@@ -111,7 +111,7 @@ def score(
     start = time.monotonic()
     deadline = None if seconds is None else start + seconds
     loss = held_out_loss(generator.model, examples, deadline)
-    asked = askable(generator, chats, most_replies)
+    asked = with_fitting_prompts(generator, chats, most_replies)
     replies = answers(generator, [c.messages[:-1] for c in asked], max_new_tokens, deadline)
     complete = loss.rows == len(examples) and len(replies) == len(asked)
     duration = time.monotonic() - start
@@ -179,7 +179,7 @@ def compare(
     data: the file that holds the rows. seconds: time limit; each model gets half of it.
     """
     half = None if seconds is None else seconds / 2
-    asked = askable(generator, chats, most_replies)
+    asked = with_fitting_prompts(generator, chats, most_replies)
     after = score(generator, examples, asked, most_replies, max_new_tokens, half)
     scored = asked[: len(after.replies)]
     with plain(layers):
@@ -200,7 +200,7 @@ def write_rows(path: Path, chats: Sequence[Conversation]) -> None:
     files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def at_the_end(
+def evaluate_run(
     run: Path,
     generator: Generator,
     layers: dict[str, LoraLinear],
@@ -226,7 +226,7 @@ def at_the_end(
     return result
 
 
-def samples_at_the_end(
+def write_sample_replies(
     run: Path,
     generator: Generator,
     layers: dict[str, LoraLinear],
@@ -235,7 +235,7 @@ def samples_at_the_end(
     say: Say,
 ) -> None:
     """Write replies of both models to a few training prompts for the report, if there are no held-out rows."""
-    asked = askable(generator, conversations, len(conversations))
+    asked = with_fitting_prompts(generator, conversations, len(conversations))
     prompts = [c.messages[:-1] for c in asked]
     after = answers(generator, prompts, NEW_TOKENS, time.monotonic() + seconds / 2)
     with plain(layers):

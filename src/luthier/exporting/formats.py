@@ -35,9 +35,9 @@ class Exported:
     path: Path
     format: str
     files: list[str]
-    proof: list[str] = field(default_factory=list)
+    verification: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    unproven: str | None = None
+    not_verified: str | None = None
 
     def as_dict(self) -> dict[str, object]:
         """The report of ``export --json``."""
@@ -45,9 +45,9 @@ class Exported:
             "path": str(self.path),
             "format": self.format,
             "files": self.files,
-            "proven": self.unproven is None,
-            "proof": self.proof,
-            "notes": [*self.notes, *([self.unproven] if self.unproven else [])],
+            "proven": self.not_verified is None,
+            "proof": self.verification,
+            "notes": [*self.notes, *([self.not_verified] if self.not_verified else [])],
         }
 
 
@@ -68,7 +68,7 @@ def write_export(
         return Exported(path, to, _files(path), ["every update reads back equal, up to fp32 rounding"])
     if to == "hf":
         merged = write_merged(tuned, path, say, layout or "native", system=tuned.system)
-        return Exported(path, to, _files(path), [merged.proof.summary()])
+        return Exported(path, to, _files(path), [merged.closeness.summary()])
     if to == "gguf-lora":
         return _lora(tuned, path, say)
     return _model(tuned, to, path, quantization or "f16", say)

@@ -43,7 +43,7 @@ class Merged:
     path: Path
     tensors: int
     changed: int
-    proof: Closeness
+    closeness: Closeness
 
 
 def write_merged(

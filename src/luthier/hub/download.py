@@ -135,7 +135,7 @@ def _fetch_with_retries(hub: Hub, place: Source, revision: str, file: RemoteFile
             say(f"{file.path}: the connection was lost, resuming")
             time.sleep(tries)
         except OSError as e:
-            if e.errno not in files.NO_ROOM:
+            if e.errno not in files.DISK_FULL_ERRNOS:
                 raise
             raise UserError(
                 f"{file.path}: no disk space left for it ({e.strerror}); the downloaded part is kept",

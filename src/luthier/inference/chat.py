@@ -61,7 +61,7 @@ class Chat:
     def reset(self) -> None:
         self.history.clear()
 
-    def instruct(self, system: str | None) -> None:
+    def set_system_prompt(self, system: str | None) -> None:
         """Start a new conversation with another system prompt, or with none.
 
         Raises UserError if the chat template does not accept it; the old conversation then continues.
@@ -70,13 +70,13 @@ class Chat:
         self.system = system
         self.reset()
 
-    def toggle(self) -> None:
+    def toggle_adapter(self) -> None:
         """Switch the adapter off or on again; the conversation continues. Raises ConfigError if there is none."""
         if not self.layers:
             raise ConfigError("this is a base model: there is no adapter to switch off", GIVE_ADAPTER)
         self.base = not self.base
 
-    def beside(self) -> Chat:
+    def base_chat(self) -> Chat:
         """Return a separate, empty conversation with the base model that shares the weights in memory."""
         return replace(self, base=True, history=[])
 

@@ -14,10 +14,10 @@ from luthier.devices.device import DTYPES, pick_device, pick_dtype
 from luthier.errors import ModelError
 from luthier.models.checkpoint_reader import Shards
 from luthier.models.directory import family_of, read_config
-from luthier.models.native_model import Fit, collapse, finish, hollow, match, native_tensors, put
+from luthier.models.native_model import Fit, collapse, empty_with_buffers, finish, match, native_tensors, put
 from luthier.models.protocols import CausalLM, HfTokenizer
 from luthier.models.quantization import Quantisation
-from luthier.models.quantized_loader import FourOrEight, load_quantised
+from luthier.models.quantized_loader import QuantisedOptions, load_quantised
 from luthier.models.tokenizer.tokenizer import has_tokenizer, load_tokenizer
 from luthier.types import Say
 
@@ -37,7 +37,7 @@ def load_weights(
     config = config or read_config(path)
     family = family_of(path)
     shards = Shards.open(path)
-    model = hollow(config, dtype)
+    model = empty_with_buffers(config, dtype)
     fit = match(shards.shapes, family.rules(config), model)
     if fit.problems and family.layer_rules is None:
         # transformers may convert other published names itself
@@ -115,7 +115,7 @@ def open_base(
         return load_weights(settings.path, dtype, device, config, say)
     compute = DTYPES.get(settings.bnb_4bit_compute_dtype, dtype)
     return load_quantised(
-        settings.path, dtype, device, config, FourOrEight(how, compute, settings.quantised_cache), say
+        settings.path, dtype, device, config, QuantisedOptions(how, compute, settings.quantised_cache), say
     )
 
 

@@ -181,7 +181,7 @@ def refuse_unfit(shards: Shards, fit: Fit) -> None:
         )
 
 
-def hollow(config: PretrainedConfig, dtype: torch.dtype) -> CausalLM:
+def empty_with_buffers(config: PretrainedConfig, dtype: torch.dtype) -> CausalLM:
     """Build the model with parameters on the meta device and computed buffers in memory, like ``from_pretrained``."""
     with init_empty_weights(include_buffers=False):
         return _build(config, dtype)

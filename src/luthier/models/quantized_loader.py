@@ -30,7 +30,7 @@ from luthier.devices.device import trim_freed_memory
 from luthier.errors import UserError
 from luthier.models.checkpoint_reader import Place, Shards, write_safetensors
 from luthier.models.directory import family_of, fingerprint
-from luthier.models.native_model import Fit, finish, hollow, match, native_tensors, put
+from luthier.models.native_model import Fit, empty_with_buffers, finish, match, native_tensors, put
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation, QuantLinear, quantise
 from luthier.types import Say
@@ -41,7 +41,7 @@ _ROWS = 8192  # rows of the head that are widened to fp32 together
 
 
 @dataclass(frozen=True, slots=True)
-class FourOrEight:
+class QuantisedOptions:
     """Options of a quantised load.
 
     how:     the storage format of frozen linear layers.
@@ -59,12 +59,12 @@ def load_quantised(
     dtype: torch.dtype,
     device: torch.device,
     config: PretrainedConfig,
-    options: FourOrEight,
+    options: QuantisedOptions,
     say: Say = lambda _: None,
 ) -> CausalLM:
     """Load a model with every linear layer of its decoder quantised and the rest in ``dtype``. Raises ModelError."""
     shards = Shards.open(path)
-    model = hollow(config, dtype)
+    model = empty_with_buffers(config, dtype)
     fit = match(shards.shapes, family_of(path).rules(config), model)
     weights = _replace_linear_layers(model, options)
     embedding, head = _untied_embedding(model), _untied_head(model)
@@ -100,7 +100,7 @@ def load_quantised(
     return finish(model, path, fit, device)
 
 
-def _replace_linear_layers(model: CausalLM, options: FourOrEight) -> set[str]:
+def _replace_linear_layers(model: CausalLM, options: QuantisedOptions) -> set[str]:
     """Replace every linear layer of the decoder by an empty ``QuantLinear``; returns the names of their weights."""
     linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()}
     for name, module in linear.items():
@@ -141,7 +141,7 @@ def _quantised(
 # --- the copy on disk -----------------------------------------------------------------------------------------------
 
 
-def cache_dir(path: Path, config: PretrainedConfig, options: FourOrEight, dtype: torch.dtype) -> Path:
+def cache_dir(path: Path, config: PretrainedConfig, options: QuantisedOptions, dtype: torch.dtype) -> Path:
     """Return the directory of the quantised copy, named by file sizes, tensor headers and sampled values."""
     shards = Shards.open(path)
     facts = {

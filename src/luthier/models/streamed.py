@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from luthier.models.checkpoint_reader import Shards
 from luthier.models.directory import family_of
-from luthier.models.native_model import empty_model, hollow, match, refuse_unfit
+from luthier.models.native_model import empty_model, empty_with_buffers, match, refuse_unfit
 from luthier.models.protocols import CausalLM
 
 Read = Callable[[str], Tensor]
@@ -44,7 +44,7 @@ def reader(path: Path, config: PretrainedConfig) -> Read:
 
 def streamed(config: PretrainedConfig, read: Read) -> CausalLM:
     """Build the model without weights; each module loads its own with ``read`` (fp32) when it runs."""
-    model = hollow(config, torch.float32).eval().requires_grad_(False)
+    model = empty_with_buffers(config, torch.float32).eval().requires_grad_(False)
     for prefix, module in model.named_modules():
         names = {leaf: f"{prefix}.{leaf}" for leaf, p in module._parameters.items() if p is not None}
         if names:

@@ -302,7 +302,7 @@ class Engine:
         self._rows.pop()
 
 
-def prove(engine: Engine, adapter: str | None = None, tokens: int = 24) -> None:
+def verify_batching(engine: Engine, adapter: str | None = None, tokens: int = 24) -> None:
     """Verify that decoding token by token in a batch gives the same logits as one forward pass. Raises ModelError.
 
     It does not for models that carry state from token to token (convolutions, recurrences).

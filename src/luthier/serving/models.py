@@ -57,7 +57,7 @@ class NamedModel:
         return self.tuned.rope_theta if self.tuned else None
 
 
-def places(
+def resolve_models(
     paths: Sequence[Path | str], model: Path | str | None = None, adapter: Path | str | None = None
 ) -> list[NamedModel]:
     """Locate and name the models to serve: tuned ones first, their base model last.
@@ -87,7 +87,7 @@ def places(
 
 
 def open_models(served: Sequence[NamedModel], dtype: str = "auto") -> tuple[CausalLM, Routes, list[Served]]:
-    """Load the base model once, and install every adapter on it. served: as returned by ``places``.
+    """Load the base model once, and install every adapter on it. served: as returned by ``resolve_models``.
 
     Returns the model, the routes that select adapters, and what requests can ask for. Raises UserError.
     """

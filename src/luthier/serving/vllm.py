@@ -16,7 +16,7 @@ from luthier.errors import ConfigError, MissingPackageError
 from luthier.models.chat_format import ChatFormat, load_chat_format
 from luthier.models.directory import family_of
 from luthier.models.loader import quantisation
-from luthier.serving.models import NamedModel, places
+from luthier.serving.models import NamedModel, resolve_models
 from luthier.templates import Turns
 from luthier.types import Say
 
@@ -39,7 +39,7 @@ def hand_over(
 
     api_key: None chooses a random one. Raises UserError if vLLM cannot serve these models.
     """
-    models = places(paths, model, adapter)
+    models = resolve_models(paths, model, adapter)
     argv = command(models, host, port, dtype)
     for note in notes(models):
         say(f"note: {note}")
@@ -60,7 +60,7 @@ def hand_over(
 def command(models: Sequence[NamedModel], host: str, port: int, dtype: str) -> list[str]:
     """Build the ``vllm serve`` command. It leaves out the API key, since other users can read a command line.
 
-    models: as returned by ``places``. Raises ConfigError if vLLM cannot serve them.
+    models: as returned by ``resolve_models``. Raises ConfigError if vLLM cannot serve them.
     """
     base = models[-1]
     family = family_of(base.base)

@@ -122,7 +122,7 @@ def losses(
     recompute = config.gradient_checkpointing is True
     with ExitStack() as stack:
         if config.fused and session.attention == "auto":
-            if native.to_be_compiled() and not unsuitable(model, layers):
+            if native.needs_compilation() and not unsuitable(model, layers):
                 session.notify("compiling the training step for this processor, once (about 10 s)")
             try:
                 with ExitStack() as tried:

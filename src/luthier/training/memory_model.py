@@ -256,7 +256,7 @@ def with_micro_batch(train: TrainConfig, rows: int) -> TrainConfig:
 
 def is_compiled(model: CausalLM, layers: Mapping[str, LoraLinear], dtype: torch.dtype) -> bool:
     """Whether this run will use the compiled layers."""
-    return native.obstacle(dtype) is None and unsuitable(model, layers) is None
+    return native.why_unavailable(dtype) is None and unsuitable(model, layers) is None
 
 
 def compiled_activations(model: CausalLM, tokens: int, recompute: bool, width: int) -> float:

@@ -88,7 +88,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Requirements:
     """What an estimate needs: the run's and the model's configuration, the target modules and the row lengths."""
 
     config: RunConfig
@@ -97,12 +97,12 @@ class Wanted:
     rows: RowLengths
 
     @classmethod
-    def of(cls, config: RunConfig, native: PretrainedConfig, targets: Targets, train: ExampleStore) -> Wanted:
+    def of(cls, config: RunConfig, native: PretrainedConfig, targets: Targets, train: ExampleStore) -> Requirements:
         """Collect it for the training rows of a run."""
         return cls(config, native, targets, RowLengths(train.lengths(), train.supervised(), train.common()))
 
 
-def look(wanted: Wanted, every_precision: bool = True) -> Estimate:
+def estimate_run(wanted: Requirements, every_precision: bool = True) -> Estimate:
     """Estimate the run as configured and at every precision, and find settings that make it fit."""
     config, free = wanted.config, available()
     chosen = _row(wanted, _precision(config), config.train, free)
@@ -112,7 +112,7 @@ def look(wanted: Wanted, every_precision: bool = True) -> Estimate:
     return Estimate(base_parameters(wanted.native) + trainable, trainable, free, chosen, rows, fixes)
 
 
-def refuse(expected: Estimate) -> None:
+def require_memory(expected: Estimate) -> None:
     """Raise UserError if the run does not fit into the available memory."""
     if expected.chosen.fits:
         return
@@ -139,13 +139,13 @@ def _precisions(config: RunConfig) -> tuple[Precision, ...]:
     )
 
 
-def _memory(wanted: Wanted, precision: Precision, train: TrainConfig, recompute: bool) -> Memory:
+def _memory(wanted: Requirements, precision: Precision, train: TrainConfig, recompute: bool) -> Memory:
     config = wanted.config
     kernel = config.model.attn_implementation
     return estimate(wanted.native, wanted.targets, config.lora, train, wanted.rows, precision, recompute, kernel)
 
 
-def _row(wanted: Wanted, precision: Precision, train: TrainConfig, free: float) -> Row:
+def _row(wanted: Requirements, precision: Precision, train: TrainConfig, free: float) -> Row:
     auto = train.gradient_checkpointing == "auto"
     recompute = not auto and bool(train.gradient_checkpointing)
     memory = _memory(wanted, precision, train, recompute)
@@ -154,7 +154,7 @@ def _row(wanted: Wanted, precision: Precision, train: TrainConfig, free: float) 
     return Row(precision.name, memory, recompute, _seconds(wanted, precision, train, recompute), memory.peak < free)
 
 
-def _fixes(wanted: Wanted, free: float) -> Iterator[str]:
+def _fixes(wanted: Requirements, free: float) -> Iterator[str]:
     """Yield at most two sets of options that make the run fit, the least intrusive first."""
     model, train = wanted.config.model, wanted.config.train
     own = _precision(wanted.config)
@@ -182,7 +182,7 @@ def _fixes(wanted: Wanted, free: float) -> Iterator[str]:
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
-def _seconds(wanted: Wanted, precision: Precision, train: TrainConfig, recompute: bool) -> float:
+def _seconds(wanted: Requirements, precision: Precision, train: TrainConfig, recompute: bool) -> float:
     """Seconds per epoch of the products with frozen weights, at ``_REACHED`` of the measured rate."""
     tokens = sum(wanted.rows.lengths) - (wanted.rows.common * len(wanted.rows.lengths) if train.shared_prefix else 0)
     model = empty_model(wanted.native)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from luthier.config import RunConfig
 from luthier.encoding import row_cache
 from luthier.encoding.rows import EncodedRows, count_rows, encode_rows
-from luthier.encoding.store import NotKept
+from luthier.encoding.store import CacheWriteError
 from luthier.errors import ConfigError, UserError
 from luthier.lora.layers import Targets, resolve
 from luthier.models.chat_format import ChatFormat, chat_format_of
@@ -139,7 +139,7 @@ def _rows(config: RunConfig, chat_format: ChatFormat | None, keep: bool, show: i
         try:
             if rows := row_cache.cached_rows(config, encoder, say):
                 return rows
-        except NotKept as e:
+        except CacheWriteError as e:
             say(f"note: the encoded rows are not kept on disk ({' '.join(str(e).split())[:200]})")
     return encode_rows(config.data, config.train.seed, encoder, keep, show)
 

@@ -9,7 +9,7 @@ from luthier.models.directory import family_of, read_config
 from luthier.models.native_model import empty_model
 from luthier.training import resources
 from luthier.training.memory_model import RowLengths
-from luthier.training.resources import Estimate, Wanted
+from luthier.training.resources import Estimate, Requirements
 from luthier.verbs.check import inspect
 
 
@@ -23,10 +23,10 @@ def estimate(config: RunConfig, with_rows: bool = True, length: int | None = Non
         raise ConfigError("--length would be ignored: --data gives the lengths of the rows", "leave it out")
     if with_rows:
         run = inspect(config, keep=False).prepared()
-        return resources.look(Wanted.of(config, run.chat_format.config, run.targets, run.rows.train))
+        return resources.estimate_run(Requirements.of(config, run.chat_format.config, run.targets, run.rows.train))
     settings = config.model
     native = read_config(settings.path, settings.rope_theta)
     targets = resolve(empty_model(native), config.lora.target_modules, family_of(settings.path).modules(native))
     rows = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     lengths = RowLengths.of_length(length or config.data.max_length, rows)
-    return resources.look(Wanted(config, native, targets, lengths))
+    return resources.estimate_run(Requirements(config, native, targets, lengths))

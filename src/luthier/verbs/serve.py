@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from luthier.serving import app as http
-from luthier.serving.engine import Engine, prove
-from luthier.serving.models import open_models, places
-from luthier.serving.server import bound, run
+from luthier.serving.engine import Engine, verify_batching
+from luthier.serving.models import open_models, resolve_models
+from luthier.serving.server import listen, run
 from luthier.types import Say
 
 
@@ -32,11 +32,11 @@ def serve(
     max_batch: maximum number of replies per batch. max_queue: maximum number of waiting requests.
     """
     http.require()
-    named = places(paths, model, adapter)
-    with bound(host, port) as listener:
+    named = resolve_models(paths, model, adapter)
+    with listen(host, port) as listener:
         opened, routes, models = open_models(named, dtype)
         engine = Engine(opened, routes, max_batch, max_queue)
-        prove(engine, models[0].adapter)
+        verify_batching(engine, models[0].adapter)
         key = api_key or secrets.token_urlsafe(24)
         address, free_port = listener.getsockname()[:2]
         say(f"models: {', '.join(m.name for m in models)}")

@@ -26,7 +26,7 @@ from luthier.training.checkpoint import Checkpoint
 from luthier.training.forward import verify_segments
 from luthier.training.metrics import MetricsFile, Progress, StepRecord
 from luthier.training.optimizer import Optimizer, substitute
-from luthier.training.resources import Wanted
+from luthier.training.resources import Requirements
 from luthier.types import Say
 from luthier.verbs.check import Prepared, inspect
 
@@ -128,11 +128,11 @@ def absolute(config: RunConfig) -> RunConfig:
 
 def _settings_that_fit(run: Prepared, say: Say, force: bool) -> TrainConfig:
     """Estimate memory, refuse a run that cannot fit, and decide gradient checkpointing if it is auto."""
-    requirements = Wanted.of(run.config, run.chat_format.config, run.targets, run.rows.train)
-    expected = resources.look(requirements, every_precision=False)
+    requirements = Requirements.of(run.config, run.chat_format.config, run.targets, run.rows.train)
+    expected = resources.estimate_run(requirements, every_precision=False)
     say(expected.line())
     if not force:
-        resources.refuse(expected)
+        resources.require_memory(expected)
     recompute, settings = expected.chosen.checkpointing, run.config.train
     if recompute and settings.gradient_checkpointing == "auto":
         say("gradient checkpointing is on to save memory (--set train.gradient_checkpointing=false turns it off)")
@@ -214,7 +214,7 @@ def _evaluate(
     if not run.config.train.eval_time_ratio:
         return None
     if len(held_out):
-        result = scoring.at_the_end(run_dir.path, generator, layers, held_out, account.conversations, seconds, say)
+        result = scoring.evaluate_run(run_dir.path, generator, layers, held_out, account.conversations, seconds, say)
         return {"base": result.base.as_dict(), "tuned": result.tuned.as_dict()}
-    scoring.samples_at_the_end(run_dir.path, generator, layers, account.samples, seconds, say)
+    scoring.write_sample_replies(run_dir.path, generator, layers, account.samples, seconds, say)
     return None

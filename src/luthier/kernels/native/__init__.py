@@ -174,7 +174,7 @@ class Kernels:
 
 def kernels(dtype: torch.dtype) -> Kernels:
     """Return the compiled functions for fp32 or bf16. Raises Unavailable."""
-    why = obstacle(dtype)
+    why = why_unavailable(dtype)
     if why:
         raise Unavailable(why)
     return _kernels(dtype)
@@ -185,7 +185,7 @@ def _kernels(dtype: torch.dtype) -> Kernels:
     return Kernels(load(), dtype)
 
 
-def obstacle(dtype: torch.dtype) -> str | None:
+def why_unavailable(dtype: torch.dtype) -> str | None:
     """Return why the kernels are not available, None if no reason is known before compiling them."""
     try:
         if dtype not in _SUFFIX:
@@ -217,7 +217,7 @@ def identity() -> str | None:
         return None
 
 
-def to_be_compiled() -> bool:
+def needs_compilation() -> bool:
     """Whether the kernels are available but not yet compiled on this machine."""
     try:
         return not _place(_tools()[0]).exists()

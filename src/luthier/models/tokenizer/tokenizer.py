@@ -60,7 +60,7 @@ class Tokenizer:
         """Encode texts to int32 ids, 4 bytes per token; each distinct part is encoded only once."""
         return self._cuts.encode(texts)
 
-    def is_cut(self, token: str) -> bool:
+    def splits_text_at(self, token: str) -> bool:
         """Return whether texts can be split before this token without changing their ids."""
         return token in self._cuts.tokens
 
