@@ -189,6 +189,16 @@ def test_a_full_disk_loses_the_cache_and_not_the_run(
     assert "cannot be used as a directory" in messages[1]
 
 
+def test_rows_that_cannot_be_read_back_are_encoded_again_in_memory(
+    look: Callable[..., Inspection], messages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = facts(look(cache=False))
+    monkeypatch.setattr(row_cache, "load", lambda *_: None)
+    assert facts(look()) == expected
+    assert len(messages) == 1 and messages[0].startswith("note: the encoded rows are not kept on disk (")
+    assert messages[0].endswith("cannot be read back)")
+
+
 def test_rows_of_a_file_that_changes_while_it_is_read_are_not_cached(
     look: Callable[..., Inspection], rows: Path, cache_dir: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from luthier import personas
 from luthier.serving import app as http
 from luthier.serving.engine import Engine, Request
 from luthier.serving.models import Served, open_models, resolve_models
-from luthier.serving.server import bound
+from luthier.serving.server import listen
 
 KEY = "a key for tests"
 
@@ -43,7 +43,7 @@ def running(paths: list[Path], start: bool = True, **options: Any) -> Iterator[R
     """Serve runs within the block. start: false to leave the engine stopped, so that requests wait."""
     model, routes, models = open_models(resolve_models(paths))
     engine = Engine(model, routes, **options)
-    with bound("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0) as listener:
         config = uvicorn.Config(http.create(models, engine, KEY), log_level="critical", timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))

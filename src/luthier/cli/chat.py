@@ -30,20 +30,11 @@ def run(
         int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest reply in tokens.")
     ] = None,
     temperature: Annotated[
-        float | None,
-        typer.Option(
-            "--temperature", metavar="T", min=0.0, help="Sampling temperature; 0: always the most likely token."
-        ),
+        float | None, typer.Option("--temperature", metavar="T", min=0.0, help="Sampling temperature; 0: greedy.")
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            "--top-p",
-            metavar="P",
-            min=0.01,
-            max=1.0,
-            help="Sample from the likeliest tokens with this total probability.",
-        ),
+        typer.Option("--top-p", metavar="P", min=0.01, max=1.0, help="Sample from tokens of this total probability."),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option("--top-k", metavar="K", min=0, help="Sample from the K likeliest tokens; 0: all.")
