@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -122,9 +123,10 @@ def _cannot(model: CausalLM, why: str) -> ModelError:
     )
 
 
-# A compiled layer's relative error may be this many times that of transformers' own layer, which rounds at least as
-# often; in fp32 that layer is itself the reference, and the compiled ones measured 1e-6.
-_ROUNDINGS, _ERROR_IN_FP32 = 3, 1e-4
+# A compiled layer's error may be this many times that of transformers' own layer, which rounds at least as often. In
+# fp32 that layer is itself the reference, and the compiled ones measured 1e-6. The loss is a single number, in which
+# roundings may cancel by chance.
+_ROUNDINGS, _ERROR_IN_FP32, _ERROR_OF_LOSS = 3, 1e-4, 0.01
 
 
 def verify_compiled(compiled: CompiledModel, model: CausalLM, examples: Sequence[Example]) -> None:
@@ -138,7 +140,7 @@ def verify_compiled(compiled: CompiledModel, model: CausalLM, examples: Sequence
     generator = torch.Generator().manual_seed(0)
     with returning_freed_memory(), segment_attention(model), _random_adapters(compiled, generator):
         x, stream = compiled.embedded(batch)
-        blocks = list(model.get_decoder().layers)
+        blocks, errors = list(model.get_decoder().layers), list[_Error]()
         for i, block in enumerate(blocks):
             out_rows = stream.rows if i == len(blocks) - 1 else torch.arange(len(x))
             grad = torch.randn(len(out_rows), x.shape[1], generator=generator).to(x.dtype)
@@ -146,7 +148,8 @@ def verify_compiled(compiled: CompiledModel, model: CausalLM, examples: Sequence
             own = _OwnLayer(block, batch, stream, out_rows, [compiled.parameters[n] for n in ours.gradients])
             names = [f"the output of layer {i}", f"the input gradient of layer {i}"]
             names += [f"the gradient of {compiled.names[n]}" for n in ours.gradients]
-            _compare(names, [ours.out, ours.below, *ours.gradients.values()], own.forward_backward, block, x, grad)
+            tensors = [ours.out, ours.below, *ours.gradients.values()]
+            errors += _errors(names, tensors, own.forward_backward, block, x, grad)
             x = ours.out
 
         head = model.get_output_embeddings()
@@ -158,9 +161,9 @@ def verify_compiled(compiled: CompiledModel, model: CausalLM, examples: Sequence
             loss = F.cross_entropy(logits[places].float(), batch.target_ids, reduction="sum")
             return [loss.detach(), *torch.autograd.grad(loss, x)]
 
-        _compare(
-            ["the loss", "the gradient of the loss"], list(compiled.head_loss(x, stream, batch)), own_loss, head, x, x
-        )
+        loss_names = ["the loss", "the input gradient of the loss"]
+        errors += _errors(loss_names, list(compiled.head_loss(x, stream, batch)), own_loss, head, x, x)
+    _check_errors(errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,29 +191,68 @@ class _OwnLayer:
         return [out.detach(), *torch.autograd.grad(out, [x, *self.parameters], grad)]
 
 
-def _compare(
+@dataclass(frozen=True, slots=True)
+class _Error:
+    """The relative error of a compiled result, and that of transformers' own result in the model's dtype."""
+
+    name: str
+    compiled: float
+    own: float
+
+    @property
+    def kind(self) -> str:
+        """The name without the number of the layer."""
+        return re.sub(r"\d+", "N", self.name)
+
+
+def _errors(
     names: Sequence[str],
     ours: Sequence[Tensor | None],
     own: Callable[[Tensor, Tensor], list[Tensor]],
     module: nn.Module,
     x: Tensor,
     grad: Tensor,
-) -> None:
-    """Compare the tensors of ``ours`` (None: not computed) with transformers' own, computed in fp32.
-
-    Raises Unsuitable if an error is larger than rounding explains.
-    """
+) -> list[_Error]:
+    """Compare the tensors of ``ours`` (None: not computed) and of ``own`` with ``own`` in fp32."""
     rounded = own(x, grad)
     with _linears_in_fp32(module):
         expected = own(x.float(), grad.float())
-    for name, result, usual, right in zip(names, ours, rounded, expected, strict=True):
-        if result is None:
-            continue
-        error, rounding = (float((t - right).norm() / right.norm().clamp_min(1e-30)) for t in (result, usual))
-        if not error <= _ROUNDINGS * rounding + _ERROR_IN_FP32:
+    return [
+        _Error(name, _relative_error(name, result, right), _relative_error(name, usual, right))
+        for name, result, usual, right in zip(names, ours, rounded, expected, strict=True)
+        if result is not None
+    ]
+
+
+def _relative_error(name: str, result: Tensor, right: Tensor) -> float:
+    """The norm of the difference over the norm; of outputs and input gradients, the mean over the tokens.
+
+    Some models have a token whose activations are a thousand times those of the others: in one norm over all tokens,
+    the last bits of that token would decide.
+    """
+    per_token = "output" in name or "input gradient" in name
+    difference, size = ((result - right).float(), right.float())
+    if not per_token:
+        difference, size = difference.reshape(1, -1), size.reshape(1, -1)
+    return float((difference.norm(dim=1) / size.norm(dim=1).clamp_min(1e-30)).mean())
+
+
+def _check_errors(errors: Sequence[_Error]) -> None:
+    """Raises Unsuitable if an error is larger than rounding explains.
+
+    The rounding of a result is that of transformers' own result, or the median over the layers if that is larger.
+    """
+    kinds: dict[str, list[float]] = {}
+    for error in errors:
+        kinds.setdefault(error.kind, []).append(error.own)
+    medians = {kind: float(np.median(values)) for kind, values in kinds.items()}
+    for error in errors:
+        rounding = max(error.own, medians[error.kind])
+        bound = _ERROR_OF_LOSS if error.name == "the loss" else _ROUNDINGS * rounding + _ERROR_IN_FP32
+        if not error.compiled <= bound:
             raise Unsuitable(
-                f"on this machine {name} has a relative error of {error:.2g} "
-                f"(rounding explains {_ROUNDINGS * rounding:.2g}): please report this with the output of luthier doctor"
+                f"on this machine {error.name} has a relative error of {error.compiled:.2g} "
+                f"(rounding explains {bound:.2g}): please report this with the output of luthier doctor"
             )
 
 

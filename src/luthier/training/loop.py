@@ -81,10 +81,11 @@ def train(
         restore(resume, layers, optimizer)
         done = copy.deepcopy(resume.progress)
     dropout = share_dropout_state(layers)
-    before, start = done.seconds, time.perf_counter()
+    before = done.seconds
     model.train()
     try:
         with losses(model, layers, examples, config, session, dropout) as loss_of:
+            start = time.perf_counter()  # compiling and verifying the kernels does not count as training
             steps = _Steps(loss_of, layers, optimizer, dropout, schedule, config)
             for step, batches in schedule.batches(examples, done.step, Packing.of(config)):
                 record = steps.take(step, batches)
