@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).parents[2] / "src" / "luthier"
-_OTHERS = ("ValueError", "TypeError", "AttributeError", "ImportError", "IndexError", "_DuplicateKeyError")
+_OTHERS = (
+    "ValueError",
+    "TypeError",
+    "AttributeError",
+    "ImportError",
+    "IndexError",
+    "_DuplicateKeyError",
+    "CacheWriteError",
+)
 _AT = {"_cannot": 1, "add": 1}  # index of the argument with the message; 0 for all others
 
 
