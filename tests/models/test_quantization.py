@@ -237,4 +237,4 @@ def test_a_large_head_from_a_pickle_file_is_in_memory_only_once(tmp_path: Path) 
     torch.save({"head": torch.randn(100_000, 1024, dtype=torch.bfloat16)}, tmp_path / "pytorch_model.bin")
     done = subprocess.run([sys.executable, "-c", _READ, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert 0.9 < float(done.stdout) < 1.5
+    assert 0.9 < float(done.stdout) < 1.75  # two copies would be 2; the allocator adds up to half a copy
