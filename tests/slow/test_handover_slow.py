@@ -70,8 +70,8 @@ def test_llama_cpp_gives_the_replies_of_the_tuned_model(run: Path, tmp_path: Pat
     for to in ("gguf", "gguf-lora"):
         done = luthier.export(run, to, tmp_path / to)
         print(json.dumps(done.as_dict()))
-        same, tokens, _ = counted(done.verification[-1])
-        assert same == 16 and tokens > 300
+        same, tokens, furthest = counted(done.verification[-1])
+        assert same >= 15 and tokens > 300 and furthest < 0.01  # one near-tie, decided by the order of sums
     done = luthier.export(run, "gguf", tmp_path / "q8_0", quantization="q8_0")
     print(json.dumps(done.as_dict()))
     assert done.not_verified is None
