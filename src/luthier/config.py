@@ -325,15 +325,17 @@ def _changed(section: Section) -> list[str]:
 def _remove_faults(merged: dict[str, object], errors: Iterable[ErrorDetails]) -> None:
     """Remove every value that was refused, and put a stand-in for what is required."""
     for error in errors:
-        section, key = merged.get(str(error["loc"][0])), error["loc"][1:2]
-        if isinstance(section, dict) and key:
-            section.pop(key[0], None)
-        else:
-            merged.pop(str(error["loc"][0]), None)
+        top, *inner = error["loc"]
+        for name in [name for name in merged if str(name) == str(top)]:  # YAML allows keys that are not text
+            section = merged[name]
+            if isinstance(section, dict) and inner:
+                section.pop(inner[0], None)
+            else:
+                del merged[name]
     for name, leaf in (("model", "path"), ("data", "train")):
         required = merged.setdefault(name, {})
-        assert isinstance(required, dict)  # anything else was refused, and removed
-        required.setdefault(leaf, "stand-in")
+        if isinstance(required, dict):  # it may be a finished section
+            required.setdefault(leaf, "stand-in")
 
 
 def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> RunConfig:

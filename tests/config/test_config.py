@@ -135,6 +135,14 @@ def test_sections_of_another_type_are_refused(values: dict[str, Any]) -> None:
     assert "generation.top_k would be ignored" in e.value.message
 
 
+@pytest.mark.parametrize(
+    "values", [{1: 2}, {"train": {1: 2}}, {1: {"a": 1}}, {"model": configs.ModelConfig(path=Path("m"))}]
+)
+def test_unusual_keys_and_finished_sections_are_reported_too(values: dict[Any, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.r: input should be"):
+        configs.build({**MINIMAL, **values}, settings=["lora.r=0"])
+
+
 def test_renamed_keys_are_added_to_those_of_the_settings() -> None:
     parsed = configs.build(MINIMAL, settings=["data.rename={q: instruction}"], rename=["a=output"])
     assert parsed.data.rename == {"q": "instruction", "a": "output"}

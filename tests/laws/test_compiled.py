@@ -281,11 +281,14 @@ def test_twenty_steps_of_smollm2_in_bf16_stay_within_the_noise_of_three_seeds(sm
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def test_every_implementation_makes_the_defined_mask() -> None:
+def test_every_implementation_makes_the_defined_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(37, 48)
     for p, key in ((0.1, 5), (0.5, 2**31 + 9), (0.9, 2**32 - 1)):
         expected = torch.where(dropout.keep(key, 37, 48, p), x / (1 - p), torch.zeros(()))
         assert torch.allclose(dropout.dropout(x, p, key), expected)
+        monkeypatch.setattr(dropout, "_kernel", lambda _: None)  # without a compiler, of a transposed tensor too
+        assert torch.allclose(dropout.dropout(x.T.contiguous().T, p, key), expected)
+        monkeypatch.undo()
     big = dropout.keep(DropoutState(1, 2, 3).key(4), 1000, 1000, 0.1).float()
     assert abs(float(big.mean()) - 0.9) < 0.002
     assert float(big.mean(0).std()) < 0.012 and float(big.mean(1).std()) < 0.012  # binomial: 0.0095

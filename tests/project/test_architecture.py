@@ -138,10 +138,12 @@ def test_imports_are_at_the_top() -> None:
 
 
 def test_no_file_over_400_lines_and_no_function_over_80() -> None:
-    files = [*SOURCE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    programs = [p for folder in ("benchmarks", "examples") for p in (ROOT / folder).rglob("*.py")]
+    files = [*SOURCE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *programs]
     long = [str(p.relative_to(ROOT)) for p in files if len(p.read_text(encoding="utf-8").splitlines()) > LINES_A_FILE]
     assert long == []
     assert long_functions(modules()) == []
+    assert long_functions({p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in programs}) == []
 
 
 def test_the_structure_tests_detect_faults() -> None:

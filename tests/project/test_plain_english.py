@@ -40,12 +40,6 @@ FORBIDDEN = {
     r"\b(?:lengths|headers|tests|names|rows|figures|prompt|adapter|this|one|it|base|text|weights?) alone\b": "only",
 }
 PATTERNS = {re.compile(pattern, re.IGNORECASE): better for pattern, better in FORBIDDEN.items()}
-# where an expression has to stay, each with the reason
-EXCEPTIONS = {
-    "proof": "key of `luthier export --json`, which programs read",
-    "proven": "key of `luthier export --json`, which programs read",
-    "in common": "text of a persona's rows",
-}
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -80,7 +74,6 @@ def test_docstrings_messages_and_help_texts_are_in_plain_english() -> None:
         f"{path.relative_to(ROOT)}:{line} {expression}"
         for path in SOURCES
         for line, text in texts(path)
-        if text.strip() not in EXCEPTIONS
         for expression in expressions(text)
     ]
     assert not found, "\n".join(found)

@@ -36,7 +36,7 @@ def _root(
     keep_freed_memory: bool = typer.Option(
         True,
         envvar=KEEP_FREED_MEMORY,
-        help="Keep freed memory in the process (mallopt of glibc): training is 10 to 30 % faster.",
+        help="Keep freed memory in the process (mallopt of glibc): training is faster.",
     ),
 ) -> None:
     os.environ[KEEP_FREED_MEMORY] = "1" if keep_freed_memory else "0"

@@ -117,7 +117,7 @@ _KEPT, _RETURNED = 1 << 30, 1 << 24  # bytes: freed blocks up to this size stay 
 
 
 def keep_freed_memory(size: int = _KEPT) -> None:
-    """Make glibc keep freed blocks of up to ``size`` bytes, which saves page faults (10 to 30 % of training time).
+    """Make glibc keep freed blocks of up to ``size`` bytes, which saves page faults (docs/benchmarks.md).
 
     Warns if glibc refuses. Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
     """
@@ -126,7 +126,7 @@ def keep_freed_memory(size: int = _KEPT) -> None:
         return
     trim_threshold, mmap_threshold = -1, -3
     if not (library.mallopt(mmap_threshold, size) and library.mallopt(trim_threshold, size)):
-        warnings.warn("mallopt failed: training may be 10 to 30 % slower", RuntimeWarning, stacklevel=2)
+        warnings.warn("mallopt failed: training may be slower", RuntimeWarning, stacklevel=2)
 
 
 @contextmanager

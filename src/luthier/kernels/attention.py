@@ -163,21 +163,13 @@ def _installed() -> bool:
 
 
 def auto(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    scaling: float,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *options: float | None, **more: float | None
 ) -> Tensor:
     """Compute ``reference.attention`` with the fastest kernel that supports the input."""
+    kernel: Kernel = padded if max(segments.lengths) <= AUTO_LONGEST else looped
     if query.shape[-1] <= VARLEN_WIDEST and serves(query.device, query.dtype):
         kernel = varlen
-    else:
-        kernel = padded if max(segments.lengths) <= AUTO_LONGEST else looped
-    return kernel(query, key, value, segments, scaling, dropout, sliding_window, softcap)
+    return kernel(query, key, value, segments, *options, **more)
 
 
 def _causal(queries: int, keys: int, before: int, sliding_window: int | None, device: torch.device) -> Tensor:

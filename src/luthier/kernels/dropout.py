@@ -93,7 +93,7 @@ def _dropped(x: Tensor, p: float, key: int) -> Tensor:
     columns = x.shape[-1]
     rows = x.numel() // columns
     if kernel is None:
-        return _defined(x.view(rows, columns), p, key).view(x.shape)
+        return _defined(x.reshape(rows, columns), p, key).view(x.shape)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     kernel(rows, columns, x.contiguous().view(rows, columns), out.view(rows, columns), key, threshold(p), 1 / (1 - p))
     return out

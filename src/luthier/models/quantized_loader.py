@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -257,21 +257,27 @@ class NarrowHead(nn.Module):
         return head if head.weight.dtype is dtype or head.bias is not None else NarrowHead(head.weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Widened.apply(x, self.weight)  # type: ignore[no-untyped-call]
-        return out
+        return widened(x, lambda: self.weight)
+
+
+def widened(x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    """Return x [..., in] times the frozen weight [out, in], in the dtype of ``x``; the weight is converted in pieces.
+
+    weight: called in the forward and again in the backward pass, so that a dequantised one need not be kept.
+    """
+    out: Tensor = _Widened.apply(x, weight)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Widened(torch.autograd.Function):
-    """x @ W.T with a few thousand rows of W in fp32 at a time, in the forward and the backward pass."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         ctx.weight = weight
-        return torch.cat([x @ block.to(x.dtype).T for block in torch.split(weight, _ROWS)], dim=-1)
+        return torch.cat([x @ block.to(x.dtype).T for block in torch.split(weight().detach(), _ROWS)], dim=-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        blocks = zip(torch.split(grad, _ROWS, dim=-1), torch.split(ctx.weight, _ROWS), strict=True)
+        blocks = zip(torch.split(grad, _ROWS, dim=-1), torch.split(ctx.weight().detach(), _ROWS), strict=True)
         grad_input: Tensor = sum(g @ w.to(g.dtype) for g, w in blocks)  # type: ignore[assignment]
         return grad_input, None
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from luthier.errors import ModelError
 from luthier.kernels import attention as _attention  # noqa: F401 - registers the attention functions
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import QuantLinear
+from luthier.models.quantized_loader import widened
 from luthier.types import Example
 
 
@@ -230,8 +230,8 @@ def _relative_error(name: str, result: Tensor, right: Tensor) -> float:
     Some models have a token whose activations are a thousand times those of the others: in one norm over all tokens,
     the last bits of that token would decide.
     """
-    per_token = "output" in name or "input gradient" in name
-    difference, size = ((result - right).float(), right.float())
+    per_token = name.startswith(("the output", "the input gradient"))
+    difference, size = (result - right).float(), right.float()
     if not per_token:
         difference, size = difference.reshape(1, -1), size.reshape(1, -1)
     return float((difference.norm(dim=1) / size.norm(dim=1).clamp_min(1e-30)).mean())
@@ -275,7 +275,7 @@ def _linears_in_fp32(module: nn.Module) -> Iterator[None]:
     """Let the module's frozen linear layers compute in fp32 within the block; weights are converted piecewise."""
     linears = [m for m in module.modules() if isinstance(m, nn.Linear | QuantLinear)]
     for linear in linears:
-        vars(linear)["forward"] = partial(_InFp32.apply, linear)
+        vars(linear)["forward"] = partial(_linear, linear)
     try:
         yield
     finally:
@@ -283,26 +283,7 @@ def _linears_in_fp32(module: nn.Module) -> Iterator[None]:
             del vars(linear)["forward"]
 
 
-class _InFp32(torch.autograd.Function):
-    """A linear layer in fp32, x [..., in] -> [..., out]; its weight is converted anew in forward and in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, linear: nn.Linear | QuantLinear, x: Tensor) -> Tensor:
-        ctx.linear = linear
-        out = torch.cat([x @ block.t() for _, block in _blocks(linear)], -1)
-        return out if linear.bias is None else out + linear.bias.float()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        total = torch.zeros((), dtype=torch.float32)
-        for rows, block in _blocks(ctx.linear):
-            total = total + grad[..., rows] @ block
-        return None, total
-
-
-def _blocks(linear: nn.Linear | QuantLinear, size: int = 8192) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the frozen weight in fp32, ``size`` rows at a time."""
-    weight = linear.dequantised() if isinstance(linear, QuantLinear) else linear.weight.detach()
-    for first in range(0, len(weight), size):
-        rows = slice(first, first + size)
-        yield rows, weight[rows].float()
+def _linear(linear: nn.Linear | QuantLinear, x: Tensor) -> Tensor:
+    """Compute a frozen linear layer in the dtype of ``x``."""
+    out = widened(x, linear.dequantised if isinstance(linear, QuantLinear) else lambda: linear.weight)
+    return out if linear.bias is None else out + linear.bias.to(x.dtype)
