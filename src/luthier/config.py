@@ -326,9 +326,8 @@ def _remove_faults(merged: dict[str, object], errors: Iterable[ErrorDetails]) ->
     """Remove every value that was refused, and put a stand-in for what is required."""
     for error in errors:
         top, *inner = error["loc"]
-        for name in [name for name in merged if str(name) == str(top)]:  # YAML allows keys that are not text
-            section = merged[name]
-            if isinstance(section, dict) and inner:
+        for name in [n for n in merged if str(n) == str(top)]:  # YAML allows keys that are not text
+            if isinstance(section := merged[name], dict) and inner:
                 section.pop(inner[0], None)
             else:
                 del merged[name]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from luthier.errors import ModelError
@@ -203,3 +204,28 @@ def _generation_config(path: Path) -> GenerationConfig:
     except Exception as e:  # transformers raises many kinds of error for an invalid file
         file = path / "generation_config.json"
         raise ModelError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]})", "download it again") from None
+
+
+_ROWS = 8192  # rows of a weight that are converted together
+
+
+def widened(x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    """Return x [..., in] times the frozen weight [out, in], in the dtype of ``x``; the weight is converted in pieces.
+
+    weight: called in the forward and again in the backward pass, so that a dequantised one need not be kept.
+    """
+    out: Tensor = _Widened.apply(x, weight)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Widened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+        ctx.weight = weight
+        return torch.cat([x @ block.to(x.dtype).T for block in torch.split(weight().detach(), _ROWS)], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        blocks = zip(torch.split(grad, _ROWS, dim=-1), torch.split(ctx.weight().detach(), _ROWS), strict=True)
+        grad_input: Tensor = sum(g @ w.to(g.dtype) for g, w in blocks)  # type: ignore[assignment]
+        return grad_input, None

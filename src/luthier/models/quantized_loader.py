@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,14 +30,13 @@ from luthier.devices.device import trim_freed_memory
 from luthier.errors import UserError
 from luthier.models.checkpoint_reader import Place, Shards, write_safetensors
 from luthier.models.directory import family_of, fingerprint
-from luthier.models.native_model import Fit, empty_with_buffers, finish, match, native_tensors, put
+from luthier.models.native_model import Fit, empty_with_buffers, finish, match, native_tensors, put, widened
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation, QuantLinear, quantise
 from luthier.types import Say
 
 FORMAT = 1
 _GROUP = 256_000_000  # bytes per cache file
-_ROWS = 8192  # rows of the head that are widened to fp32 together
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,28 +257,6 @@ class NarrowHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return widened(x, lambda: self.weight)
-
-
-def widened(x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
-    """Return x [..., in] times the frozen weight [out, in], in the dtype of ``x``; the weight is converted in pieces.
-
-    weight: called in the forward and again in the backward pass, so that a dequantised one need not be kept.
-    """
-    out: Tensor = _Widened.apply(x, weight)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Widened(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
-        ctx.weight = weight
-        return torch.cat([x @ block.to(x.dtype).T for block in torch.split(weight().detach(), _ROWS)], dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        blocks = zip(torch.split(grad, _ROWS, dim=-1), torch.split(ctx.weight().detach(), _ROWS), strict=True)
-        grad_input: Tensor = sum(g @ w.to(g.dtype) for g, w in blocks)  # type: ignore[assignment]
-        return grad_input, None
 
 
 def _untied_head(model: CausalLM) -> str | None:

@@ -19,9 +19,9 @@ from luthier.compiled.model import CompiledModel, Unsuitable
 from luthier.devices.device import returning_freed_memory
 from luthier.errors import ModelError
 from luthier.kernels import attention as _attention  # noqa: F401 - registers the attention functions
+from luthier.models.native_model import widened
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import QuantLinear
-from luthier.models.quantized_loader import widened
 from luthier.types import Example
 
 
