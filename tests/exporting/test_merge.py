@@ -20,12 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import luthier as library
 from luthier.adapters.locate import locate_tuned
 from luthier.adapters.original_names import Update
+from luthier.config import LoraConfig
 from luthier.errors import AdapterError, ConfigError, ModelError
 from luthier.exporting import merge
 from luthier.models.chat_format import load_chat_format
 from luthier.models.tokenizer.tokenizer import TOKENIZER_FILES
 from luthier.types import Message
-from tests.conftest import Result
+from tests.conftest import Result, teahouse
 from tests.helpers import published
 from tests.helpers.definitions import baichuan2_logits, glm4_logits
 from tests.helpers.handover import SYSTEM, tuned
@@ -62,6 +63,22 @@ def test_the_verification_is_printed_and_tight_in_fp32(
     assert printed, done.out
     assert int(printed.group(1)) > 40
     assert 0 < float(printed.group(3)) <= float(printed.group(2)) < 1e-4
+
+
+def test_a_run_with_dropout_is_merged_and_verified(
+    model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path
+) -> None:
+    """All five recipes train with dropout; the tuned model that the merge is compared with must not apply it."""
+    run = tmp_path / "run"
+    library.train(
+        teahouse(model_dir("llama"), run, {}, max_steps=4, eval_time_ratio=0).model_copy(
+            update={"lora": LoraConfig(lora_dropout=0.3)}
+        )
+    )
+    done = luthier("merge", run, "--output-dir", tmp_path / "merged")
+    assert done.code == 0, done.err
+    printed = re.search(r"maximum difference (\S+), mean", done.out)
+    assert printed and float(printed.group(1)) < 1e-4
 
 
 @pytest.mark.parametrize("base", ["fp32", "bf16"])

@@ -48,6 +48,23 @@ def test_logits_are_unchanged_at_the_start(arch: str) -> None:
     unchanged_at_start(make_model(arch))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_adapter_layers_are_in_the_mode_of_the_layers_they_replace(training: bool) -> None:
+    model = make_model("llama").train(training)
+    layers = attach(model, LoraConfig(lora_dropout=0.5), resolve(model, None), seed=0)
+    assert [layer.training for layer in layers.values()] == [training] * len(layers)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_B.normal_()
+    assert torch.equal(logits(model), logits(model))  # masks follow from (seed, step), so they are equal too
+    layer = next(iter(layers.values()))
+    x = torch.randn(5, layer.base.in_features)
+    with torch.no_grad():
+        update = layer(x) - layer.base(x)
+        expected = x @ layer.lora_A.T @ layer.lora_B.T * layer.scaling
+    assert torch.allclose(update, expected, atol=1e-4) is not training
+
+
 def test_the_law_detects_a_b_that_is_not_zero() -> None:
     assert fails(lambda: unchanged_at_start(make_model("llama"), spoil=True))
 

@@ -135,6 +135,8 @@ def attach(
 ) -> dict[str, LoraLinear]:
     """Freeze the model and replace every target by a ``LoraLinear``, in place; returns them by module name.
 
+    Each is in the mode, training or evaluation, of the layer that it replaces: dropout applies in training only.
+
     seed:    initialises A.
     configs: settings of modules with their own rank or alpha.
     """
@@ -146,7 +148,7 @@ def attach(
         parent, _, leaf = name.rpartition(".")
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear | QuantLinear)
-        layer = LoraLinear(base, (configs or {}).get(name, config))
+        layer = LoraLinear(base, (configs or {}).get(name, config)).train(base.training)
         if not layer.lora_A.is_meta:
             layer.reset(generator)
         layer.dropout_group = groups.setdefault(f"{parent}.{_INPUTS.get(leaf, leaf)}", len(groups))
