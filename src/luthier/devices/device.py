@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -66,6 +67,32 @@ def _cpu_has_bf16() -> bool:
     if platform.machine().lower() in ("arm64", "aarch64"):
         return bool(capabilities.get("bf16") or capabilities.get("sve_bf16"))
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Use deterministic kernels within the block, so that a resumed run on CUDA equals an uninterrupted one.
+
+    On CUDA the gradient of ``index_select``, for one, otherwise adds in an order that changes from run to run.
+    Source: https://docs.pytorch.org/docs/stable/notes/randomness.html. The CPU's kernels are deterministic.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace only
+    settings: Any = torch.utils.deterministic
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # it costs a pass over memory, and no result of ours depends on it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        settings.fill_uninitialized_memory = fill
 
 
 def resident_now() -> float:

@@ -26,6 +26,7 @@ from luthier.batching.collate import DeviceBatch, to_device
 from luthier.batching.plan import Packing, Plan
 from luthier.compiled import Unsuitable, compiled_model, unsuitable
 from luthier.config import TrainConfig
+from luthier.devices.device import deterministic
 from luthier.errors import ConfigError, TrainError
 from luthier.kernels import native
 from luthier.kernels.dropout import DropoutState
@@ -84,7 +85,10 @@ def train(
     before = done.seconds
     model.train()
     try:
-        with losses(model, layers, examples, config, session, dropout) as loss_of:
+        with (
+            deterministic(model.device),
+            losses(model, layers, examples, config, session, dropout) as loss_of,
+        ):
             start = time.perf_counter()  # compiling and verifying the kernels does not count as training
             steps = _Steps(loss_of, layers, optimizer, dropout, schedule, config)
             for step, batches in schedule.batches(examples, done.step, Packing.of(config)):
