@@ -1,12 +1,14 @@
 # make demo   installs luthier, then fine-tunes the embedded model and compares it with its base
 # make test   installs luthier and its test dependencies, then runs the quick tests
+# make docs   builds the documentation site in build/site; it opens without a network
+# make verify-gpu  verifies luthier on a GPU (benchmarks/verify_gpu.py)
 # make bench  compares luthier with the tutorials' recipe on the same rows; options: BENCH="--data FILE --rows 80"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-slow test-all bench lint types check-all clean
+.PHONY: setup demo test test-slow test-all bench verify-gpu docs lint types check-all clean
 
 setup: $(VENV)/.dev model
 
@@ -38,9 +40,15 @@ test-all: $(VENV)/.dev model
 bench: $(VENV)/.dev model
 	$(BIN)/python benchmarks/bench.py --json runs/bench.json --markdown runs/bench.md $(BENCH)
 
+verify-gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/verify_gpu.py
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples mkdocs_hooks.py
+	$(BIN)/ruff format --check src tests benchmarks examples mkdocs_hooks.py
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -29,10 +29,11 @@ def commands(page: str) -> list[str]:
     return [line for block in blocks for line in block.strip().splitlines()]
 
 
-def test_the_page_of_settings_is_generated_from_the_code() -> None:
-    assert make_reference.TARGET.read_text(encoding="utf-8") == make_reference.text()
+def test_the_references_of_settings_and_commands_are_generated_from_the_code() -> None:
+    for path, page in make_reference.PAGES.items():
+        assert path.read_text(encoding="utf-8") == page(), "run python -m tests.helpers.make_reference"
     for key in configs.all_keys():
-        assert f"`{key}`" in make_reference.text()
+        assert f"`{key}`" in make_reference.settings_page()
 
 
 @pytest.mark.parametrize("page", READMES)
