@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import luthier as library
+from luthier._util.installation import install_command
 from luthier.adapters.locate import locate_tuned
 from luthier.config import LoraConfig
 from luthier.errors import ConfigError, ModelError
@@ -220,7 +221,7 @@ def test_without_llama_cpp_the_report_is_that_nothing_was_verified(
         done = luthier("export", adapter, "--to", to, "--output-dir", tmp_path / to)
         assert done.code == 0, done.err
         assert "not verified: xllamacpp, which runs llama.cpp, is not installed" in done.out
-        assert "pip install 'luthier[export]'" in done.out and "\nverified:" not in done.out
+        assert f"{install_command('export')}, then export again" in done.out and "\nverified:" not in done.out
     done = luthier("export", adapter, "--to", "gguf", "--json", "--output-dir", tmp_path / "json")
     assert json.loads(done.out)["proven"] is False
 
