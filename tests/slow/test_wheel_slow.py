@@ -125,6 +125,15 @@ def test_only_pinned_packages_of_the_core_are_installed(place: Place, checkout: 
     assert extras & set(installed) - brought == {"luthier"}
 
 
+def test_every_module_imports_without_extras(place: Place, programs: Path) -> None:
+    code = (
+        "import importlib, pkgutil, luthier\n"
+        "names = [module.name for module in pkgutil.walk_packages(luthier.__path__, 'luthier.')]\n"
+        "print(len([importlib.import_module(name) for name in names]))"
+    )
+    assert int(place.run(programs / "python", "-c", code).stdout) > 100
+
+
 def test_help_and_doctor_work(place: Place, programs: Path) -> None:
     assert place.run(programs / "luthier", "--version").stdout == f"luthier {__version__}\n"
     assert "doctor" in place.run(programs / "luthier", "--help").stdout
