@@ -29,7 +29,7 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 GITHUB = ROOT / ".github"
 PYTHONS = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.fullmatch(r"Programming.* :: 3\.\d+", c)]
 # packages that a listed one brings, and one that luthier uses if it is there; it needs a compiler of CUDA
-BROUGHT = {"starlette": "fastapi"}
+BROUGHT = {"pydantic-core": "pydantic", "starlette": "fastapi"}
 OPTIONAL = {"flash-attn"}
 
 
