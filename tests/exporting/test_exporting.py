@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def test_a_file_that_llama_cpp_cannot_load_is_refused(
 def test_without_llama_cpp_the_report_is_that_nothing_was_verified(
     model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llamacpp, "PACKAGE", "no_such_package")
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
     adapter = tuned(model_dir("llama"), tmp_path / "run")
     for to in ("gguf", "gguf-lora"):
         done = luthier("export", adapter, "--to", to, "--output-dir", tmp_path / to)

@@ -130,10 +130,11 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, bool]]:
 def third_party(trees: dict[str, ast.Module]) -> dict[str, set[bool]]:
     """Return the distributions that are imported, each with whether its imports are required."""
     found: dict[str, set[bool]] = {}
+    distributions = packages_distributions()
     for tree in trees.values():
         for name, required in imported(tree):
             if name not in sys.stdlib_module_names | {"luthier"}:
-                package = canonicalize_name(packages_distributions().get(name, [name])[0])
+                package = canonicalize_name(distributions.get(name, [name])[0])
                 found.setdefault(BROUGHT.get(package, package), set()).add(required)
     return found
 
