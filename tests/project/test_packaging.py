@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ PROJECT: dict[str, Any] = PYPROJECT["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 GITHUB = ROOT / ".github"
 PYTHONS = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.fullmatch(r"Programming.* :: 3\.\d+", c)]
-# packages that a listed one brings, and one that luthier uses if it is there; it needs a compiler of CUDA
-BROUGHT = {"pydantic-core": "pydantic", "starlette": "fastapi"}
-OPTIONAL = {"flash-attn"}
+# modules whose package has another name, or is brought by the one that is named here
+PACKAGES = {"google": "protobuf", "pydantic_core": "pydantic", "starlette": "fastapi", "yaml": "pyyaml"}
+OPTIONAL = {"flash-attn"}  # used if it is there; to build it needs CUDA's compiler
 
 
 def text(name: str) -> str:
@@ -130,12 +129,10 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, bool]]:
 def third_party(trees: dict[str, ast.Module]) -> dict[str, set[bool]]:
     """Return the distributions that are imported, each with whether its imports are required."""
     found: dict[str, set[bool]] = {}
-    distributions = packages_distributions()
     for tree in trees.values():
         for name, required in imported(tree):
             if name not in sys.stdlib_module_names | {"luthier"}:
-                package = canonicalize_name(distributions.get(name, [name])[0])
-                found.setdefault(BROUGHT.get(package, package), set()).add(required)
+                found.setdefault(canonicalize_name(PACKAGES.get(name, name)), set()).add(required)
     return found
 
 
