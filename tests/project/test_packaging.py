@@ -29,7 +29,7 @@ GITHUB = ROOT / ".github"
 PYTHONS = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.fullmatch(r"Programming.* :: 3\.\d+", c)]
 # modules whose package has another name, or is brought by the one that is named here
 PACKAGES = {"google": "protobuf", "pydantic_core": "pydantic", "starlette": "fastapi", "yaml": "pyyaml"}
-OPTIONAL = {"flash-attn"}  # used if it is there; to build it needs CUDA's compiler
+OPTIONAL = {"flash-attn"}  # used if it is installed; building it needs CUDA's compiler
 
 
 def text(name: str) -> str:
@@ -108,7 +108,7 @@ def test_the_classifiers_claim_what_is_supported() -> None:
         "Operating System :: POSIX :: Linux"
     ]
     assert "Typing :: Typed" in PROJECT["classifiers"] and (SOURCE / "py.typed").is_file()
-    assert not [c for c in PROJECT["classifiers"] if c.startswith("License")]  # the SPDX expression says it
+    assert not [c for c in PROJECT["classifiers"] if c.startswith("License")]  # the SPDX expression replaces them
     assert text("LICENSE").split()[:2] == ["Apache", "License"] and PROJECT["license"] == "Apache-2.0"
 
 
