@@ -22,6 +22,7 @@ import torch
 
 from luthier import hub
 from luthier._util import files
+from luthier._util.installation import install_command
 from luthier.devices.device import pick_device, pick_dtype
 from luthier.errors import MissingPackageError, UserError
 from tuned import switches
@@ -132,9 +133,7 @@ def run(a: argparse.Namespace) -> None:
     """Run the comparison. Raises UserError if a package or the model is missing or a run fails."""
     missing = [name for name in ("datasets", "peft") if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingPackageError(
-            f"the baseline needs the package {' and '.join(missing)}", "pip install 'luthier[bench]'"
-        )
+        raise MissingPackageError(f"the baseline needs the package {' and '.join(missing)}", install_command("bench"))
     model = a.model or hub.default_dir("smollm2-135m")
     if not model.is_dir():
         raise UserError(f"{model}: the model to train does not exist", "luthier pull smollm2-135m, or add --model DIR")

@@ -23,6 +23,7 @@ import startup
 import tuned
 import workload
 from luthier import personas
+from luthier._util.installation import install_command
 from luthier.config import TrainConfig
 from luthier.encoding.store import ExampleStore
 from luthier.errors import UserError
@@ -154,7 +155,7 @@ def test_missing_models_and_packages_are_reported(
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _: None)
     text = refused()
     assert "the baseline needs the package datasets and peft" in text
-    assert "pip install 'luthier[bench]'" in text
+    assert install_command("bench") in text
 
 
 def test_a_child_that_fails_is_quoted() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import luthier as library
+from luthier._util.installation import install_command
 from luthier.adapters.locate import locate_tuned
 from luthier.config import LoraConfig
 from luthier.errors import ConfigError, ModelError
@@ -214,13 +216,13 @@ def test_a_file_that_llama_cpp_cannot_load_is_refused(
 def test_without_llama_cpp_the_report_is_that_nothing_was_verified(
     model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llamacpp, "PACKAGE", "no_such_package")
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
     adapter = tuned(model_dir("llama"), tmp_path / "run")
     for to in ("gguf", "gguf-lora"):
         done = luthier("export", adapter, "--to", to, "--output-dir", tmp_path / to)
         assert done.code == 0, done.err
         assert "not verified: xllamacpp, which runs llama.cpp, is not installed" in done.out
-        assert "pip install 'luthier[export]'" in done.out and "\nverified:" not in done.out
+        assert f"{install_command('export')}, then export again" in done.out and "\nverified:" not in done.out
     done = luthier("export", adapter, "--to", "gguf", "--json", "--output-dir", tmp_path / "json")
     assert json.loads(done.out)["proven"] is False
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import luthier as library
 from luthier import hub
+from luthier._util.installation import install_command
 from luthier.errors import ConfigError, MissingPackageError, ModelError
 from luthier.hub import catalogue, download
 from luthier.hub.catalogue import RemoteFile, Source
@@ -110,7 +111,9 @@ def test_names_are_resolved_to_repositories(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("yi6b", "../up", "a/b/c", "/abs/olute"):
         assert f"model '{name}' is unknown; known: smollm2-135m" in refused(ModelError, lambda n=name: resolve(n))
     assert "hub 'modelscop' is unknown" in refused(ConfigError, lambda: resolve("a/b", "modelscop"))
-    assert "ModelScope needs the package" in refused(MissingPackageError, pulling("modelscope", Path("x"), "a/b"))
+    with pytest.raises(MissingPackageError, match="ModelScope needs the package modelscope-hub") as e:
+        pulling("modelscope", Path("x"), "a/b")()
+    assert e.value.fix == f"{install_command('modelscope')}, or use --from huggingface"
 
 
 def test_a_family_falls_back_to_the_other_hub_if_the_first_cannot_be_reached(

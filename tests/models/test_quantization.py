@@ -16,6 +16,7 @@ import luthier as library
 from luthier import config as configs
 from luthier import personas
 from luthier._util import files
+from luthier._util.installation import install_command
 from luthier.errors import ConfigError, MissingPackageError
 from luthier.models import quantization
 from luthier.models.checkpoint_reader import write_safetensors
@@ -168,7 +169,7 @@ def test_a_missing_bitsandbytes_is_reported_with_a_fix(model: Path, monkeypatch:
     try:
         with pytest.raises(MissingPackageError, match="a quantised base model requires the package bitsandbytes") as e:
             load(model)
-        assert e.value.fix == "pip install 'luthier[qlora]'"
+        assert e.value.fix == install_command("qlora")
     finally:
         quantization.library.cache_clear()
 

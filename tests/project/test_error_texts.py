@@ -20,6 +20,7 @@ pytestmark = pytest.mark.last
 _STOPS = re.compile(r"[,;)]?(?:\s|$)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 SETTING = re.compile(r"--set (\S+?)=(\S+?)[.,;)]*(?=\s|$)")
+EXTRA = re.compile(r"pip install .*\[(\w+)\]")  # of luthier's name or of its checkout's directory
 COMMAND = re.compile(r"(?:^|: )luthier ([a-z]+)(.*)")
 
 
@@ -54,5 +55,5 @@ def test_every_offered_fix_is_valid(whole_suite: None) -> None:
             assert match.group(1) in verbs, text
             words = shlex.split(_STOPS.split(match.group(2).strip(), maxsplit=0)[0]) if match.group(2) else []
             assert all(not w.startswith("-") or w in options for w in words), text
-        if extra := re.search(r"luthier\[(\w+)\]", fix):
+        if extra := EXTRA.search(fix):
             assert extra.group(1) in extras, text

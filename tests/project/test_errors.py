@@ -20,6 +20,7 @@ import luthier as library
 from luthier import config as configs
 from luthier import hub, personas
 from luthier._util import files
+from luthier._util.installation import install_command
 from luthier.adapters import directory as adapters
 from luthier.adapters.locate import locate_tuned
 from luthier.adapters.run_dir import RunDir
@@ -266,8 +267,9 @@ def test_a_csv_cell_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_parquet_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    message = refused(MissingPackageError, lambda: list(read_rows(tmp_path / "a.parquet")))
-    assert "reading Parquet needs the package pyarrow" in message
+    with pytest.raises(MissingPackageError, match="reading Parquet needs the package pyarrow") as e:
+        list(read_rows(tmp_path / "a.parquet"))
+    assert e.value.fix == install_command("parquet")
 
 
 def test_running_out_of_memory_prints_no_traceback(luthier: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import torch
 
 import luthier as library
 from luthier import personas
+from luthier._util.installation import install_command
 from luthier.adapters.directory import load
 from luthier.errors import ConfigError, MissingPackageError
 from luthier.inference.generation import Sampling
@@ -195,7 +196,7 @@ def test_wrong_options_are_refused(luthier: Run, run: Path, monkeypatch: pytest.
     monkeypatch.setattr(app, "_INSTALLED", False)
     with pytest.raises(MissingPackageError, match="serving needs FastAPI and uvicorn") as e:
         library.serve([run])
-    assert "luthier[serve]" in e.value.fix
+    assert e.value.fix == install_command("serve")
 
 
 @torch.no_grad()

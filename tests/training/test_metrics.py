@@ -18,6 +18,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import luthier as library
 from luthier import personas
+from luthier._util.installation import install_command
 from luthier.encoding.rows import read_held_out
 from luthier.encoding.store import ExampleStore
 from luthier.errors import ConfigError
@@ -206,7 +207,7 @@ def test_a_missing_package_is_reported_and_the_other_scores_remain(
     assert tuned["perplexity"] > 1
     assert tuned["length_ratio"] > 0
     assert 0 <= tuned["stop_rate"] <= 1
-    assert f"need {package.replace('_', '-')}: pip install 'luthier[eval]'" in done.err
+    assert f"need {package.replace('_', '-')}: {install_command('eval')}" in done.err
     assert "BLEU" not in luthier("eval", run, "--samples", 2, "--max-new-tokens", 8).out
 
 
@@ -216,7 +217,7 @@ def test_a_finished_run_names_the_package_to_install(
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     messages: list[str] = []
     library.train(config(model, tmp_path / "run", {"eval_fraction": 0.1}, max_steps=2), say=messages.append)
-    assert any("need sacrebleu: pip install 'luthier[eval]'" in s for s in messages)
+    assert any(f"need sacrebleu: {install_command('eval')}" in s for s in messages)
     assert "BLEU" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ import json
 
 import typer
 
+from luthier._util.installation import install_command
 from luthier.cli.common import Json
 
 
@@ -25,7 +26,9 @@ def run(as_json: Json = False) -> None:
         for name, version in machine["packages"].items():
             print(f"  {name:14}{version or 'missing'}")
         for name, installed in machine["extras"].items():
-            print(f"  extra {name:11}{'installed' if installed else f'not installed (pip install luthier[{name}])'}")
+            print(f"  extra {name:11}{'installed' if installed else 'not installed'}")
+        if not all(machine["extras"].values()):
+            print(f"  to install the extra NAME: {install_command('NAME')}")
         print(f"one step  {'works' if smoke['ok'] else 'FAILS: ' + smoke['error']}")
     if not smoke["ok"]:
         raise typer.Exit(1)

@@ -29,7 +29,7 @@ def run(
         typer.Option(
             "--from",
             metavar="HUB",
-            help="modelscope or huggingface; default: modelscope if luthier[modelscope] is installed.",
+            help="modelscope or huggingface; default: modelscope if the extra modelscope is installed.",
         ),
     ] = None,
     revision: Annotated[

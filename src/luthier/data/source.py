@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Protocol
 
+from luthier._util.installation import install_command
 from luthier.data.text import check_file, encoding_of, lines, open_text, read_head
 from luthier.errors import DataError, MissingPackageError
 from luthier.types import RowRef
@@ -330,7 +331,7 @@ def _parquet(path: Path) -> Rows:
         from pyarrow import parquet
     except ImportError:
         raise MissingPackageError(
-            f"{path}: reading Parquet needs the package pyarrow", "pip install 'luthier[parquet]'"
+            f"{path}: reading Parquet needs the package pyarrow", install_command("parquet")
         ) from None
     number = 0
     try:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
+from luthier._util.installation import install_command
+
 _PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "jieba": "jieba"}
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 _SPACELESS = re.compile(r"[\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u3040-\u30ff]")  # Thai to Burmese, Khmer, kana
@@ -65,7 +67,7 @@ def missing() -> list[str]:
 def note() -> str | None:
     """Return a message that names missing packages and how to install them, or None."""
     packages = missing()
-    return f"BLEU, chrF and ROUGE-L need {', '.join(packages)}: pip install 'luthier[eval]'" if packages else None
+    return f"BLEU, chrF and ROUGE-L need {', '.join(packages)}: {install_command('eval')}" if packages else None
 
 
 def script(text: str) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from luthier._util import files
+from luthier._util.installation import install_command
 from luthier.adapters.locate import TunedModel
 from luthier.config import GenerationSettings
 from luthier.errors import ConfigError, nearest
@@ -88,7 +89,7 @@ def _model(tuned: TunedModel, to: str, path: Path, quantization: str, say: Say) 
             files.write_text(temp / "Modelfile", text)
         verified = _verify(lambda: verify.verify_model(tuned, chat_format, temp / file, quantization, say))
     warnings = notes(chat_format.config) + (ollama.notes(_generation(tuned)) if to == "ollama" else [])
-    return Exported(path, to, _files(path), verified, warnings, None if verified else _NOT_VERIFIED)
+    return Exported(path, to, _files(path), verified, warnings, None if verified else _not_verified())
 
 
 def _lora(tuned: TunedModel, path: Path, say: Say) -> Exported:
@@ -101,7 +102,7 @@ def _lora(tuned: TunedModel, path: Path, say: Say) -> Exported:
         writer.write_lora(chat_format.config, pending, temp / file, name)
         verified = _verify(lambda: _verify_over_base(tuned, chat_format, temp, file, say))
     warnings = [*notes(chat_format.config), *([_SYSTEM] if tuned.system else [])]
-    return Exported(path, "gguf-lora", _files(path), verified, warnings, None if verified else _NOT_VERIFIED)
+    return Exported(path, "gguf-lora", _files(path), verified, warnings, None if verified else _not_verified())
 
 
 def _verify_over_base(tuned: TunedModel, chat_format: ChatFormat, temp: Path, file: str, say: Say) -> list[str]:
@@ -121,10 +122,13 @@ def _verify(run: Callable[[], list[str]]) -> list[str]:
 
 
 _SYSTEM = "the run's system prompt is not in the file, which holds only the adapter: give it to llama.cpp yourself"
-_NOT_VERIFIED = (
-    f"not verified: {llamacpp.PACKAGE}, which runs llama.cpp, is not installed; to verify: "
-    "pip install 'luthier[export]', then export again"
-)
+
+
+def _not_verified() -> str:
+    return (
+        f"not verified: {llamacpp.PACKAGE}, which runs llama.cpp, is not installed; to verify: "
+        f"{install_command('export')}, then export again"
+    )
 
 
 def _generation(tuned: TunedModel) -> GenerationSettings | None:

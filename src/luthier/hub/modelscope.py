@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier._util.installation import install_command
 from luthier.errors import MissingPackageError, ModelError
 from luthier.hub.catalogue import RemoteFile, Source, UnreachableError, corrupt
 
@@ -30,7 +31,7 @@ class ModelScope:
         except ImportError:
             raise MissingPackageError(
                 "ModelScope needs the package modelscope-hub",
-                "pip install 'luthier[modelscope]', or use --from huggingface",
+                f"{install_command('modelscope')}, or use --from huggingface",
             ) from None
         self._client = modelscope_hub
         logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)  # its errors are reported here, once

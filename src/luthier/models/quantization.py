@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from luthier._util.installation import install_command
 from luthier.errors import MissingPackageError
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -66,7 +67,7 @@ def library() -> ModuleType:
         from bitsandbytes import functional
     except ImportError:
         raise MissingPackageError(
-            "a quantised base model requires the package bitsandbytes", "pip install 'luthier[qlora]'"
+            "a quantised base model requires the package bitsandbytes", install_command("qlora")
         ) from None
     finally:
         logger.setLevel(level)

@@ -8,6 +8,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
+from luthier._util.installation import install_command
 from luthier.errors import MissingPackageError, UserError
 from luthier.inference.generation import Generator
 from luthier.serving.engine import Engine, Token
@@ -34,7 +35,7 @@ _LOG = logging.getLogger("luthier.serving")
 def require() -> None:
     """Raise MissingPackageError if the extra ``serve`` is not installed."""
     if not _INSTALLED:
-        raise MissingPackageError("serving needs FastAPI and uvicorn", "pip install 'luthier[serve]'")
+        raise MissingPackageError("serving needs FastAPI and uvicorn", install_command("serve"))
 
 
 def create(models: Sequence[Served], engine: Engine, api_key: str) -> FastAPI:

@@ -29,6 +29,7 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn"),
     "export": ("xllamacpp",),
     "bench": ("datasets", "peft"),
+    "docs": ("mkdocs-material", "mkdocstrings-python"),
 }
 
 
