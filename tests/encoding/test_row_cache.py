@@ -50,7 +50,7 @@ def messages() -> list[str]:
 def look(model_dir: Callable[[str], Path], rows: Path, messages: list[str]) -> Callable[..., Inspection]:
     def run(**data: Any) -> Inspection:
         values = {"train": rows, "max_length": 64, **data}
-        return inspect(configs.build({"model": {"path": model_dir("llama")}, "data": values}), say=messages.append)
+        return inspect(configs.build({"model": {"path": model_dir("llama")}, "data": values}), log=messages.append)
 
     return run
 

@@ -127,7 +127,7 @@ def test_the_losses_equal_those_of_stock_transformers(run: Path, model: Path, to
 def test_reaching_the_time_limit_is_reported(model: Path, tmp_path: Path) -> None:
     messages: list[str] = []
     settings = config(model, tmp_path / "run", {"eval_fraction": 0.3}, eval_time_ratio=1e-9, max_steps=2)
-    library.train(settings, say=messages.append)
+    library.train(settings, log=messages.append)
     assert any("evaluation stopped at its time limit" in m and "luthier eval" in m for m in messages)
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
     assert result["tuned"]["complete"] is False
@@ -136,7 +136,7 @@ def test_reaching_the_time_limit_is_reported(model: Path, tmp_path: Path) -> Non
 
 def test_reaching_the_time_limit_for_replies_to_training_prompts_is_reported(model: Path, tmp_path: Path) -> None:
     messages: list[str] = []
-    library.train(config(model, tmp_path / "run", {}, eval_time_ratio=1e-9, max_steps=2), say=messages.append)
+    library.train(config(model, tmp_path / "run", {}, eval_time_ratio=1e-9, max_steps=2), log=messages.append)
     assert any("replies for the report stopped at their time limit (0.0 s): 0 of 4 done" in m for m in messages)
 
 

@@ -162,7 +162,7 @@ def test_a_hub_that_cannot_be_reached_is_named(
 def test_a_download_that_breaks_off_keeps_its_partial_file(server: HubServer, tmp_path: Path) -> None:
     server.cut[WEIGHTS] = [100_000, 0, 0, 0, 0, 0]
     messages: list[str] = []
-    message = refused(ModelError, pulling("huggingface", tmp_path / "model", say=messages.append))
+    message = refused(ModelError, pulling("huggingface", tmp_path / "model", log=messages.append))
     assert message.startswith(f"{WEIGHTS}: {REPO}") and message.endswith("; the downloaded part is kept")
     assert f"{WEIGHTS}: the connection was lost, resuming" in messages
     assert (tmp_path / ".model.partial" / (WEIGHTS + catalogue.PART)).stat().st_size == 100_000

@@ -33,7 +33,7 @@ def test_a_pulled_model_is_complete_and_loads(
     place: str, server: HubServer, tmp_path: Path, model_dir: Callable[[str], Path]
 ) -> None:
     content, messages = server.repositories[REPO].files, list[str]()
-    target = pull(REPO, tmp_path / "model", place, say=messages.append)
+    target = pull(REPO, tmp_path / "model", place, log=messages.append)
     assert names(target) == {*names(model_dir("llama")), hub.MANIFEST}
     assert all((target / n).read_bytes() == content[n] for n in names(target) - {hub.MANIFEST})
     assert names(tmp_path) == {"model"}  # no partial file, no lock, no cache of the client
@@ -54,7 +54,7 @@ def test_pulling_a_complete_model_again_only_verifies_it(place: str, server: Hub
     stamps = {p: p.stat().st_mtime_ns for p in target.iterdir()}
     server.requests.clear()
     messages: list[str] = []
-    pull(REPO, tmp_path / "model", place, say=messages.append)
+    pull(REPO, tmp_path / "model", place, log=messages.append)
     assert messages == [f"{target}: already complete, nothing to download"]
     assert server.requests == []
     assert {p: p.stat().st_mtime_ns for p in target.iterdir()} == stamps
@@ -69,7 +69,7 @@ def test_only_the_damaged_files_of_a_directory_are_downloaded_again(
     (target / "config.json").write_bytes(original[:-2] + b" }")
     server.requests.clear()
     messages: list[str] = []
-    pull(REPO, target, place, say=messages.append)
+    pull(REPO, target, place, log=messages.append)
     assert messages[0] == f"{target}: is damaged, downloading the damaged files again"
     assert (target / "config.json").read_bytes() == original
     assert server.fetched("config.json") == [""]
@@ -119,7 +119,7 @@ def test_a_family_falls_back_to_the_other_hub_if_the_first_cannot_be_reached(
     server.repositories["microsoft/Phi-3-mini-4k-instruct"] = server.repositories[REPO]
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http:" + "//127.0.0.1:9")
     messages: list[str] = []
-    target = library.pull("phi-3-mini-4k-instruct", tmp_path / "model", say=messages.append)
+    target = library.pull("phi-3-mini-4k-instruct", tmp_path / "model", log=messages.append)
     assert "ModelScope cannot be reached at" in messages[0] and messages[0].endswith("; trying Hugging Face")
     assert json.loads((target / hub.MANIFEST).read_text())["source"].startswith("huggingface:microsoft/")
     assert "cannot be reached at" in refused(ModelError, lambda: pull("a/b", tmp_path / "other"))

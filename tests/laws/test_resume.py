@@ -201,7 +201,7 @@ def test_old_checkpoints_are_deleted_and_a_damaged_one_is_skipped(model: Path, w
     raw[-1] ^= 1
     tensors.write_bytes(raw)
     messages: list[str] = []
-    luthier.train(run_config, say=messages.append)
+    luthier.train(run_config, log=messages.append)
     assert any("step-00000011: is damaged" in s for s in messages)
     assert any("resuming after step 9" in s for s in messages)
     assert adapter(run) == adapter(whole)
@@ -242,7 +242,7 @@ def test_a_run_with_damaged_checkpoints_only_starts_again_and_warns(model: Path,
     for path in checkpoint.steps(run / "checkpoints"):
         (path / checkpoint.STATE).write_text("[]")
     messages: list[str] = []
-    luthier.train(run_config, say=messages.append)
+    luthier.train(run_config, log=messages.append)
     assert sum("is damaged" in s for s in messages) == 2
     assert any("no usable checkpoint, so the run starts again at its first step" in s for s in messages)
     assert adapter(run) == adapter(whole)
@@ -274,7 +274,7 @@ def test_resuming_on_another_machine_is_reported(model: Path, tmp_path: Path, mo
     assert {"luthier", "torch", "transformers", "tokenizers", "numpy", "cpu", "threads"} <= here.keys()
     monkeypatch.setattr(checkpoint, "machine", lambda: {**here, "threads": 64})
     messages: list[str] = []
-    luthier.train(run_config, say=messages.append)
+    luthier.train(run_config, log=messages.append)
     assert any(
         f"may differ in the last bits from an uninterrupted run (threads: {here['threads']} -> 64)" in s
         for s in messages

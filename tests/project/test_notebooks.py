@@ -211,7 +211,7 @@ def test_a_missing_model_is_pulled_by_its_name(name: str, aside: Path, monkeypat
         exec(f"{cells['parameters']}\n{cells['download']}", names)
     assert asked == [(names["MODEL"].name, names["MODEL"])]
     assert asked[0][0] in hub.FAMILIES
-    inspect.signature(pull).bind(asked[0][0], to=asked[0][1], say=print)
+    inspect.signature(pull).bind(asked[0][0], to=asked[0][1], log=print)
 
 
 def test_a_mistake_in_the_data_stops_the_notebook(checkpoint: Callable[[str], Path], aside: Path) -> None:

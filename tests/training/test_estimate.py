@@ -204,7 +204,7 @@ def test_force_starts_a_run_that_does_not_fit(
     with pytest.raises(UserError):
         library.train(run_config(model_dir("llama"), tmp_path / "run"))
     messages: list[str] = []
-    summary = library.train(run_config(model_dir("llama"), tmp_path / "run"), say=messages.append, force=True)
+    summary = library.train(run_config(model_dir("llama"), tmp_path / "run"), log=messages.append, force=True)
     assert summary["steps"] == 1
     assert any("gradient checkpointing is on to save memory" in s for s in messages)
 

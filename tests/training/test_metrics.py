@@ -215,7 +215,7 @@ def test_a_finished_run_names_the_package_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     messages: list[str] = []
-    library.train(config(model, tmp_path / "run", {"eval_fraction": 0.1}, max_steps=2), say=messages.append)
+    library.train(config(model, tmp_path / "run", {"eval_fraction": 0.1}, max_steps=2), log=messages.append)
     assert any("need sacrebleu: pip install 'luthier[eval]'" in s for s in messages)
     assert "BLEU" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 

@@ -156,7 +156,7 @@ def test_training_continues_without_refused_kernels(tokenizer: Tokenizer) -> Non
     expected_message = r"relative error of 0\.0.* \(rounding explains .*luthier doctor"
     with faulty("swiglu_forward", "out", torch.float32):
         model, messages = make_model("llama"), list[str]()
-        session = loop.Session(notify=messages.append)
+        session = loop.Session(log=messages.append)
         losses = loop.train(model, with_adapter(model), rows, TrainConfig(**config), session).losses
         assert len(messages) == 1 and re.search(expected_message, messages[0]) and "training is slower" in messages[0]
         model = make_model("llama")

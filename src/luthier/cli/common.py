@@ -101,7 +101,7 @@ def fail(error: UserError) -> None:
     print(f"  fix: {error.fix}", file=sys.stderr)
 
 
-def say(text: str) -> None:
+def print_stderr(text: str) -> None:
     """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
@@ -128,7 +128,7 @@ class StepLines:
         now = time.monotonic()
         if r.step in (1, r.steps) or now - self._last > 5:
             self._last = now
-            say(f"step {r.step}/{r.steps}  loss {r.loss:.4f}  {r.tokens_per_s:.0f} tokens/s")
+            print_stderr(f"step {r.step}/{r.steps}  loss {r.loss:.4f}  {r.tokens_per_s:.0f} tokens/s")
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
         nonlocal asked
         asked = True
         signal.signal(signal.SIGINT, before)
-        say("\nstopping after this step (press Ctrl-C again to stop at once) ...")
+        print_stderr("\nstopping after this step (press Ctrl-C again to stop at once) ...")
 
     before = signal.signal(signal.SIGINT, ask)
     try:

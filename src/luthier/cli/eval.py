@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.common import Adapter, Checkpoint, Data, Json, Model, importing, say
+from luthier.cli.common import Adapter, Checkpoint, Data, Json, Model, importing, print_stderr
 
 if TYPE_CHECKING:
     from luthier.evaluation.scoring import Comparison
@@ -48,7 +48,7 @@ def run(
     else:
         _print(result)
     if note := text_metrics.note():
-        say(f"note: {note}")
+        print_stderr(f"note: {note}")
 
 
 def _print(result: Comparison) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import Adapter, Json, Model, say
+from luthier.cli.common import Adapter, Json, Model, print_stderr
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
     """Write the tuned model in another tool's format and verify the result before reporting success."""
     from luthier.verbs.export import export
 
-    exported = export(path, to, output_dir, layout, model, adapter, quantization, say)
+    exported = export(path, to, output_dir, layout, model, adapter, quantization, print_stderr)
     if as_json:
         print(json.dumps(exported.as_dict(), ensure_ascii=False))
         return

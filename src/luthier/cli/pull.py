@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import say
+from luthier.cli.common import print_stderr
 
 
 def run(
@@ -41,9 +41,9 @@ def run(
 
     try:
         with byte_progress() as progress:
-            directory = pull(model, to, hub, revision, say, progress)
+            directory = pull(model, to, hub, revision, print_stderr, progress)
     except KeyboardInterrupt:
-        say("stopped; the downloaded part is kept\n  to resume: run the same command again")
+        print_stderr("stopped; the downloaded part is kept\n  to resume: run the same command again")
         raise typer.Exit(130) from None
     print(directory)
 

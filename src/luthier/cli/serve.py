@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import Adapter, Model, importing, say
+from luthier.cli.common import Adapter, Model, importing, print_stderr
 from luthier.errors import ConfigError
 
 
@@ -57,9 +57,9 @@ def run(
     if engine == "vllm":
         from luthier.serving.vllm import hand_over
 
-        hand_over(paths or [], host, port, api_key, dtype, model, adapter, only_print, say)
+        hand_over(paths or [], host, port, api_key, dtype, model, adapter, only_print, print_stderr)
         return
     with importing():
         from luthier.verbs.serve import serve
 
-    serve(paths or [], host, port, api_key, dtype, model, adapter, max_batch, max_queue, say)
+    serve(paths or [], host, port, api_key, dtype, model, adapter, max_batch, max_queue, print_stderr)

@@ -31,7 +31,7 @@ from luthier.encoding.rows import EncodedRows, RowsReport, read_into
 from luthier.encoding.store import CacheWriteError, ExampleStore, StoreWriter
 from luthier.errors import UserError
 from luthier.templates import digest
-from luthier.types import Conversation, Message, Role, RowRef, Say
+from luthier.types import Conversation, Log, Message, Role, RowRef
 
 FORMAT = 1  # increase it if the same rows are encoded or stored differently
 _ACCOUNT, _DIGESTS = "account.json", "sha256.json"
@@ -51,7 +51,7 @@ def root() -> Path:
     return files.cache_root() / "rows"
 
 
-def cached_rows(config: RunConfig, encoder: Encoder, say: Say) -> EncodedRows | None:
+def cached_rows(config: RunConfig, encoder: Encoder, log: Log) -> EncodedRows | None:
     """Open the rows that an earlier start cached, or read, encode and cache them.
 
     Returns None if a data file cannot be opened; reading it then reports the reason. Raises CacheWriteError if the rows
@@ -60,12 +60,12 @@ def cached_rows(config: RunConfig, encoder: Encoder, say: Say) -> EncodedRows | 
     cache_entry = entry(config, encoder)
     if cache_entry is None:
         return None
-    if rows := load(cache_entry, say):
+    if rows := load(cache_entry, log):
         return rows
     account = _write(cache_entry, config, encoder)
     if account.error:
         return EncodedRows(account)
-    rows = load(cache_entry, say)
+    rows = load(cache_entry, log)
     if rows is None:
         raise CacheWriteError(f"{cache_entry.path} cannot be read back")
     return rows
@@ -92,7 +92,7 @@ def entry(config: RunConfig, encoder: Encoder) -> Entry | None:
     return Entry(root() / key[:20], sources)
 
 
-def load(cache_entry: Entry, say: Say) -> EncodedRows | None:
+def load(cache_entry: Entry, log: Log) -> EncodedRows | None:
     """Open the rows of an entry, which are read from the disk when accessed. None if it is missing or damaged."""
     folder = cache_entry.path
     if not folder.is_dir():
@@ -107,7 +107,7 @@ def load(cache_entry: Entry, say: Say) -> EncodedRows | None:
         account = _account_of(record)
         os.utime(folder)  # marks the entry as just used
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        say(f"note: {folder}: is damaged ({' '.join(str(e).split())[:160]}), so the rows are encoded again")
+        log(f"note: {folder}: is damaged ({' '.join(str(e).split())[:160]}), so the rows are encoded again")
         return None
     return EncodedRows(account, train, held_out)
 

@@ -22,7 +22,7 @@ from luthier.hub.catalogue import PART, Hub, RemoteFile, Source, UnreachableErro
 from luthier.hub.directory import check_owner, holds_another, inspect_dir, write_manifest
 from luthier.hub.huggingface import HuggingFace, offline
 from luthier.hub.modelscope import ModelScope
-from luthier.types import Say
+from luthier.types import Log
 
 OnProgress = Callable[[int, int], None]  # called with (bytes downloaded, bytes in total)
 _HUBS: dict[str, type[Hub]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
@@ -35,7 +35,7 @@ def pull(
     target: Path,
     hub: str | None,
     revision: str | None,
-    say: Say,
+    log: Log,
     progress: OnProgress | None,
 ) -> Path:
     """Download the model from the first source that can be reached; returns ``target``.
@@ -49,7 +49,7 @@ def pull(
         same_revision = revision in (None, manifest.get("revision"), manifest.get("commit"))
         if not same_revision or not str(manifest["source"]).startswith(f"{hub}:" if hub else ""):
             raise holds_another(target, inspection)
-        say(f"{target}: already complete, nothing to download")
+        log(f"{target}: already complete, nothing to download")
         return target
     if hub != "modelscope" and offline():
         raise ModelError(
@@ -61,22 +61,22 @@ def pull(
     with _locked(target):
         files.sweep(target)
         if inspection.state == "damaged":
-            say(f"{target}: is damaged, downloading the damaged files again")
+            log(f"{target}: is damaged, downloading the damaged files again")
             if not partial.exists():
                 target.rename(partial)  # its intact files need not be downloaded again
         for place in places:
             try:
-                _download(name, place, target, partial, say, progress)
+                _download(name, place, target, partial, log, progress)
                 break
             except UnreachableError as e:
                 if place is places[-1]:
                     raise
-                say(f"{e.message}; trying {_HUBS[places[-1].hub].title}")
-    say(f"{target}: ready")
+                log(f"{e.message}; trying {_HUBS[places[-1].hub].title}")
+    log(f"{target}: ready")
     return target
 
 
-def _download(name: str, place: Source, target: Path, partial: Path, say: Say, progress: OnProgress | None) -> None:
+def _download(name: str, place: Source, target: Path, partial: Path, log: Log, progress: OnProgress | None) -> None:
     """Download a model's files to ``partial``, write its manifest, and rename it to ``target``."""
     hub = _HUBS[place.hub]()
     revision, listed = hub.list(place)
@@ -88,7 +88,7 @@ def _download(name: str, place: Source, target: Path, partial: Path, say: Say, p
     for file in missing:
         (partial / file.path).unlink(missing_ok=True)
     downloaded = _bytes_in(partial)
-    say(
+    log(
         f"{place.repository} from {hub.title}: {len(wanted)} files, {human(total)}"
         + (f", {human(downloaded)} of it already downloaded" if downloaded else "")
     )
@@ -100,19 +100,19 @@ def _download(name: str, place: Source, target: Path, partial: Path, say: Say, p
         )
     with _reporting(partial, total, progress):
         for file in missing:
-            _fetch(hub, place, revision, file, partial, say)
-            say(f"{file.path}: complete, {human(file.size)}")
+            _fetch(hub, place, revision, file, partial, log)
+            log(f"{file.path}: complete, {human(file.size)}")
     digests = {f.path: f.sha256 or files.sha256(partial / f.path) for f in wanted}
     write_manifest(partial, name, str(place), digests, revision=place.revision, commit=revision)
     files.sync_dir(partial)
     files.replace_dir(partial, target)
 
 
-def _fetch(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Path, say: Say) -> None:
+def _fetch(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Path, log: Log) -> None:
     """Download one file; if it does not match the listing, download it once more. Raises ModelError."""
     path = folder / file.path
     for _ in range(2):
-        _fetch_with_retries(hub, place, revision, file, folder, say)
+        _fetch_with_retries(hub, place, revision, file, folder, log)
         if file.matches(path):
             files.sync_file(path)
             return
@@ -120,7 +120,7 @@ def _fetch(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Pat
     raise corrupt(hub.title, file)
 
 
-def _fetch_with_retries(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Path, say: Say) -> None:
+def _fetch_with_retries(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Path, log: Log) -> None:
     """Retry as long as bytes arrive, and up to ``hub.retries`` times in a row without any."""
     tries = 0
     while True:
@@ -132,7 +132,7 @@ def _fetch_with_retries(hub: Hub, place: Source, revision: str, file: RemoteFile
             tries = 0 if _bytes_in(folder) > before else tries + 1
             if tries > hub.retries:
                 raise UnreachableError(f"{file.path}: {e.message}; the downloaded part is kept", e.fix) from None
-            say(f"{file.path}: the connection was lost, resuming")
+            log(f"{file.path}: the connection was lost, resuming")
             time.sleep(tries)
         except OSError as e:
             if e.errno not in files.DISK_FULL_ERRNOS:

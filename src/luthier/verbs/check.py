@@ -16,7 +16,7 @@ from luthier.errors import ConfigError, UserError
 from luthier.lora.layers import Targets, resolve
 from luthier.models.chat_format import ChatFormat, chat_format_of
 from luthier.models.native_model import empty_model
-from luthier.types import Say
+from luthier.types import Log
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def check(config: RunConfig, show: int = 0) -> Inspection:
     return inspect(config, keep=False, show=show)
 
 
-def inspect(config: RunConfig, keep: bool = True, show: int = 0, say: Say = lambda _: None) -> Inspection:
+def inspect(config: RunConfig, keep: bool = True, show: int = 0, log: Log = lambda _: None) -> Inspection:
     """Check a run as ``check`` does, and keep the encoded rows for training.
 
     keep: keep the encoded rows, from the row cache if ``data.cache`` allows; false keeps only their lengths.
@@ -109,7 +109,7 @@ def inspect(config: RunConfig, keep: bool = True, show: int = 0, say: Say = lamb
         targets = _targets(config, chat_format)
     except UserError as e:
         errors.append(e)
-    rows = _rows(config, chat_format, keep, show, say)
+    rows = _rows(config, chat_format, keep, show, log)
     if rows.account.error:
         errors.append(rows.account.error)
     error = _joined(errors) if errors else None
@@ -130,17 +130,17 @@ def _targets(config: RunConfig, chat_format: ChatFormat) -> Targets:
     return targets
 
 
-def _rows(config: RunConfig, chat_format: ChatFormat | None, keep: bool, show: int, say: Say) -> EncodedRows:
+def _rows(config: RunConfig, chat_format: ChatFormat | None, keep: bool, show: int, log: Log) -> EncodedRows:
     """Read every row from the cache if it may be used, else from the data files."""
     if chat_format is None:
         return count_rows(config.data)
     encoder = chat_format.encoder(config.data)
     if keep and not show and config.data.cache:
         try:
-            if rows := row_cache.cached_rows(config, encoder, say):
+            if rows := row_cache.cached_rows(config, encoder, log):
                 return rows
         except CacheWriteError as e:
-            say(f"note: the encoded rows are not kept on disk ({' '.join(str(e).split())[:200]})")
+            log(f"note: the encoded rows are not kept on disk ({' '.join(str(e).split())[:200]})")
     return encode_rows(config.data, config.train.seed, encoder, keep, show)
 
 

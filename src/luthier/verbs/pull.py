@@ -9,6 +9,7 @@ from luthier.errors import ConfigError
 from luthier.hub import catalogue, download, embedded
 from luthier.hub.directory import default_dir
 from luthier.hub.embedded import WHEELS
+from luthier.types import Log
 
 
 def pull(
@@ -16,7 +17,7 @@ def pull(
     to: Path | str | None = None,
     hub: str | None = None,
     revision: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    log: Log = lambda _: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Download a model, check every file and return its directory.
@@ -36,7 +37,7 @@ def pull(
                 f"{name} comes in a wheel, not from a hub, so a hub or a revision would be ignored",
                 "leave --from and --revision out",
             )
-        return embedded.pull(name, Path(to or default_dir(name)).resolve(), say)
+        return embedded.pull(name, Path(to or default_dir(name)).resolve(), log)
     stored_name, sources = catalogue.sources(name, hub, revision, tuple(WHEELS))
     target = Path(to or default_dir(f"{stored_name}@{revision}" if revision else stored_name)).resolve()
-    return download.pull(stored_name, sources, target, hub, revision, say, progress)
+    return download.pull(stored_name, sources, target, hub, revision, log, progress)
