@@ -166,7 +166,7 @@ def test_the_embedded_model_refuses_a_hub_and_a_revision() -> None:
 @both
 def test_progress_starts_at_zero_and_reaches_the_total(place: str, server: HubServer, tmp_path: Path) -> None:
     reports: list[tuple[int, int]] = []
-    pull(REPO, tmp_path / "model", place, progress=lambda *report: reports.append(report))
+    pull(REPO, tmp_path / "model", place, on_progress=lambda *report: reports.append(report))
     total = sum(
         len(server.repositories[REPO].files[n])
         for n in json.loads((tmp_path / "model" / hub.MANIFEST).read_text())["files"]

@@ -153,7 +153,8 @@ def stopping() -> Iterator[Callable[[], bool]]:
 def step_progress() -> Iterator[Callable[[StepRecord], None]]:
     """Yield a function that shows every ``StepRecord``: a bar with loss, tokens/s and the time left, or lines."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as ProgressBar
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -167,10 +168,10 @@ def step_progress() -> Iterator[Callable[[StepRecord], None]]:
         TextColumn("{task.fields[rate]:.0f} tokens/s"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=None, loss=float("nan"), rate=0.0)
+    with ProgressBar(*columns, console=console) as bar:
+        task = bar.add_task("training", total=None, loss=float("nan"), rate=0.0)
 
         def show(r: StepRecord) -> None:
-            progress.update(task, total=r.steps, completed=r.step, loss=r.loss, rate=r.tokens_per_s)
+            bar.update(task, total=r.steps, completed=r.step, loss=r.loss, rate=r.tokens_per_s)
 
         yield show

@@ -31,16 +31,16 @@ _PROGRESS_INTERVAL = 0.3  # seconds between two progress reports
 
 def pull(
     name: str,
-    places: Sequence[Source],
+    sources: Sequence[Source],
     target: Path,
     hub: str | None,
     revision: str | None,
     log: Log,
-    progress: OnProgress | None,
+    on_progress: OnProgress | None,
 ) -> Path:
     """Download the model from the first source that can be reached; returns ``target``.
 
-    places: the sources, in order of preference. hub, revision: what the user asked for, None for any. Raises UserError.
+    sources: in order of preference. hub, revision: what the user asked for, None for any. Raises UserError.
     """
     inspection = inspect_dir(target)
     check_owner(target, inspection, name)
@@ -64,23 +64,23 @@ def pull(
             log(f"{target}: is damaged, downloading the damaged files again")
             if not partial.exists():
                 target.rename(partial)  # its intact files need not be downloaded again
-        for place in places:
+        for source in sources:
             try:
-                _download(name, place, target, partial, log, progress)
+                _download(name, source, target, partial, log, on_progress)
                 break
             except UnreachableError as e:
-                if place is places[-1]:
+                if source is sources[-1]:
                     raise
-                log(f"{e.message}; trying {_HUBS[places[-1].hub].title}")
+                log(f"{e.message}; trying {_HUBS[sources[-1].hub].title}")
     log(f"{target}: ready")
     return target
 
 
-def _download(name: str, place: Source, target: Path, partial: Path, log: Log, progress: OnProgress | None) -> None:
+def _download(name: str, source: Source, target: Path, partial: Path, log: Log, on_progress: OnProgress | None) -> None:
     """Download a model's files to ``partial``, write its manifest, and rename it to ``target``."""
-    hub = _HUBS[place.hub]()
-    revision, listed = hub.list(place)
-    wanted = model_files(place, listed)
+    hub = _HUBS[source.hub]()
+    revision, listed = hub.list(source)
+    wanted = model_files(source, listed)
     total = sum(f.size for f in wanted)
     partial.mkdir(exist_ok=True)
     _tidy(partial, wanted)
@@ -89,7 +89,7 @@ def _download(name: str, place: Source, target: Path, partial: Path, log: Log, p
         (partial / file.path).unlink(missing_ok=True)
     downloaded = _bytes_in(partial)
     log(
-        f"{place.repository} from {hub.title}: {len(wanted)} files, {human(total)}"
+        f"{source.repository} from {hub.title}: {len(wanted)} files, {human(total)}"
         + (f", {human(downloaded)} of it already downloaded" if downloaded else "")
     )
     free = shutil.disk_usage(partial).free
@@ -98,21 +98,21 @@ def _download(name: str, place: Source, target: Path, partial: Path, log: Log, p
             f"{target}: needs {human(total - downloaded)} more, but the disk has only {human(free)} free",
             "free some disk space, or choose a directory on another disk with --to DIR",
         )
-    with _reporting(partial, total, progress):
+    with _reporting(partial, total, on_progress):
         for file in missing:
-            _fetch(hub, place, revision, file, partial, log)
+            _fetch(hub, source, revision, file, partial, log)
             log(f"{file.path}: complete, {human(file.size)}")
     digests = {f.path: f.sha256 or files.sha256(partial / f.path) for f in wanted}
-    write_manifest(partial, name, str(place), digests, revision=place.revision, commit=revision)
+    write_manifest(partial, name, str(source), digests, revision=source.revision, commit=revision)
     files.sync_dir(partial)
     files.replace_dir(partial, target)
 
 
-def _fetch(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Path, log: Log) -> None:
+def _fetch(hub: Hub, source: Source, revision: str, file: RemoteFile, folder: Path, log: Log) -> None:
     """Download one file; if it does not match the listing, download it once more. Raises ModelError."""
     path = folder / file.path
     for _ in range(2):
-        _fetch_with_retries(hub, place, revision, file, folder, log)
+        _fetch_with_retries(hub, source, revision, file, folder, log)
         if file.matches(path):
             files.sync_file(path)
             return
@@ -120,13 +120,13 @@ def _fetch(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Pat
     raise corrupt(hub.title, file)
 
 
-def _fetch_with_retries(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Path, log: Log) -> None:
+def _fetch_with_retries(hub: Hub, source: Source, revision: str, file: RemoteFile, folder: Path, log: Log) -> None:
     """Retry as long as bytes arrive, and up to ``hub.retries`` times in a row without any."""
     tries = 0
     while True:
         before = _bytes_in(folder)
         try:
-            hub.fetch(place, revision, file, folder)
+            hub.fetch(source, revision, file, folder)
             return
         except UnreachableError as e:
             tries = 0 if _bytes_in(folder) > before else tries + 1
@@ -193,23 +193,23 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reporting(folder: Path, total: int, progress: OnProgress | None) -> Iterator[None]:
-    """Call ``progress(bytes downloaded, total)`` at intervals from a thread, independently of the client library."""
-    if progress is None:
+def _reporting(folder: Path, total: int, on_progress: OnProgress | None) -> Iterator[None]:
+    """Call ``on_progress(bytes downloaded, total)`` at intervals from a thread, independently of the client library."""
+    if on_progress is None:
         yield
         return
     ended = threading.Event()
 
     def report() -> None:
         while not ended.wait(_PROGRESS_INTERVAL):
-            progress(min(_bytes_in(folder), total), total)
+            on_progress(min(_bytes_in(folder), total), total)
 
     thread = threading.Thread(target=report, daemon=True)
-    progress(min(_bytes_in(folder), total), total)
+    on_progress(min(_bytes_in(folder), total), total)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        progress(min(_bytes_in(folder), total), total)
+        on_progress(min(_bytes_in(folder), total), total)
