@@ -44,17 +44,17 @@ def test_rows_with_equal_prompts_are_in_the_same_split(model: Path, tmp_path: Pa
     lines = [{"instruction": f"q{i % 50}", "output": f"a{i}"} for i in range(200)]
     rows.write_text("\n".join(map(json.dumps, lines)))
     first = inspect(config(model, tmp_path, {"train": rows, "eval_fraction": 0.3}))
-    prompts = {c.messages[0].content for c in first.rows.account.conversations}
+    prompts = {c.messages[0].content for c in first.rows.report.conversations}
     assert 5 <= len(prompts) <= 25
     assert len(first.rows.held_out) == 4 * len(prompts)
     assert len(first.rows.train) + len(first.rows.held_out) == 200
-    assert first.rows.account.report.rows()["kept"] == 200
+    assert first.rows.report.data_report.rows()["kept"] == 200
     again = inspect(config(model, tmp_path, {"train": rows, "eval_fraction": 0.3}))
-    assert [c.messages for c in again.rows.account.conversations] == [
-        c.messages for c in first.rows.account.conversations
+    assert [c.messages for c in again.rows.report.conversations] == [
+        c.messages for c in first.rows.report.conversations
     ]
     wider = inspect(config(model, tmp_path, {"train": rows, "eval_fraction": 0.5}))
-    assert prompts < {c.messages[0].content for c in wider.rows.account.conversations}
+    assert prompts < {c.messages[0].content for c in wider.rows.report.conversations}
 
 
 def test_a_longer_conversation_is_in_the_split_of_its_first_question(model: Path, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_longer_conversation_is_in_the_split_of_its_first_question(model: Path
         lines += [{"messages": opening}, {"messages": [*opening, *turns]}]
     rows.write_text("\n".join(map(json.dumps, lines)))
     inspection = inspect(config(model, tmp_path, {"train": rows, "eval_fraction": 0.3}))
-    questions = [c.messages[0].content for c in inspection.rows.account.conversations]
+    questions = [c.messages[0].content for c in inspection.rows.report.conversations]
     assert 10 < len(questions) < 110
     assert all(questions.count(question) == 2 for question in questions)
 
@@ -78,9 +78,9 @@ def test_held_out_rows_with_trained_prompts_are_reported(model: Path, tmp_path: 
     held.write_text(
         f'{line}\n{json.dumps({**json.loads(line), "output": "b"})}\n{{"instruction": "q", "output": "a"}}\n'
     )
-    notes = inspect(config(model, tmp_path, {"eval": held})).rows.account.report.notes
+    notes = inspect(config(model, tmp_path, {"eval": held})).rows.report.data_report.notes
     assert notes["the prompt of a row in data.eval is also trained on"] == 2
-    assert not inspect(config(model, tmp_path, {"eval": personas.HELD_OUT})).rows.account.report.notes
+    assert not inspect(config(model, tmp_path, {"eval": personas.HELD_OUT})).rows.report.data_report.notes
 
 
 def test_a_setting_that_would_be_ignored_is_an_error(model: Path, tmp_path: Path) -> None:

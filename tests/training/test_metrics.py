@@ -234,11 +234,11 @@ def test_a_prompt_longer_than_the_context_is_skipped(model: Path, tmp_path: Path
     short = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
     rows.write_text("\n".join(map(json.dumps, [long, short])))
     settings, examples = config(model, tmp_path, {"train": rows}).data, ExampleStore()
-    account = read_held_out([rows], settings, library.chat(model).generator.chat_format.encoder(settings), examples)
-    assert len(account.conversations) == len(examples) == 2
+    report = read_held_out([rows], settings, library.chat(model).generator.chat_format.encoder(settings), examples)
+    assert len(report.conversations) == len(examples) == 2
     generator = library.chat(model).generator
-    assert with_fitting_prompts(generator, account.conversations, 24) == list(account.conversations[1:])
-    scores = score(generator, examples, account.conversations, max_new_tokens=4)
+    assert with_fitting_prompts(generator, report.conversations, 24) == list(report.conversations[1:])
+    scores = score(generator, examples, report.conversations, max_new_tokens=4)
     assert scores.complete
     assert len(scores.replies) == 1
     assert scores.text == measure([scores.replies[0].text], ["hi"])

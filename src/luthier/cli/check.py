@@ -65,7 +65,7 @@ def _print(inspection: Inspection, show: int) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    report, tokens = inspection.rows.account.report, inspection.rows.train.stats()
+    report, tokens = inspection.rows.report.data_report, inspection.rows.train.stats()
     rows, chat_format = report.rows(), inspection.chat_format
     for file, fmt in report.formats.items():
         console.print(f"{file}: {fmt} rows", markup=False)
@@ -92,7 +92,7 @@ def _print(inspection: Inspection, show: int) -> None:
     for note, count in report.notes.items():
         console.print(f"  note: {note} ({count} rows)", markup=False)
     if chat_format and show:
-        _show(inspection.rows.account.first, chat_format, console)
+        _show(inspection.rows.report.first, chat_format, console)
     if not inspection.error:
         console.print(
             "ready    every prompt is a prefix of its row, every reply ends with a stop token "

@@ -52,16 +52,16 @@ class Inspection:
 
     def as_dict(self) -> dict[str, object]:
         """The report of ``check --json`` and of ``data-report.json``."""
-        rows, account, fmt = self.rows, self.rows.account, self.chat_format
+        rows, report, fmt = self.rows, self.rows.report, self.chat_format
         return {
             "ok": self.error is None,
-            **account.report.as_dict(),
+            **report.data_report.as_dict(),
             "problems": self._problems(),
             "tokens": rows.train.stats(),
             "held_out": {
                 "rows": len(rows.held_out),
                 "tokens": rows.held_out.stats(),
-                "report": account.eval_report.as_dict() if account.eval_report else None,
+                "report": report.eval_report.as_dict() if report.eval_report else None,
             },
             "template": {"name": fmt.template.name, "stop": list(fmt.template.stop)} if fmt else None,
             "stop_ids": list(fmt.stop_ids) if fmt else [],
@@ -77,9 +77,9 @@ class Inspection:
 
     def _problems(self) -> list[dict[str, object]]:
         """List the problems of rows; if the run is refused for another reason, that reason without a row."""
-        report = self.rows.account.report
-        problems: list[dict[str, object]] = [p.as_dict() for p in report.problems]
-        if self.error and not report.refused and report.kept:
+        data_report = self.rows.report.data_report
+        problems: list[dict[str, object]] = [p.as_dict() for p in data_report.problems]
+        if self.error and not data_report.refused and data_report.kept:
             return [*problems, {"file": None, "row": None, "reason": self.error.message, "outcome": "refused"}]
         if self.error and not problems:
             file = str(self.config.data.train[0])
@@ -99,7 +99,7 @@ def inspect(config: RunConfig, keep: bool = True, show: int = 0, log: Log = lamb
     """Check a run as ``check`` does, and keep the encoded rows for training.
 
     keep: keep the encoded rows, from the row cache if ``data.cache`` allows; false keeps only their lengths.
-    show: number of rows to keep in ``rows.account.first``.
+    show: number of rows to keep in ``rows.report.first``.
     """
     start = time.perf_counter()
     errors: list[UserError] = []
@@ -110,8 +110,8 @@ def inspect(config: RunConfig, keep: bool = True, show: int = 0, log: Log = lamb
     except UserError as e:
         errors.append(e)
     rows = _rows(config, chat_format, keep, show, log)
-    if rows.account.error:
-        errors.append(rows.account.error)
+    if rows.report.error:
+        errors.append(rows.report.error)
     error = _joined(errors) if errors else None
     return Inspection(config, rows, chat_format, targets, time.perf_counter() - start, error)
 

@@ -69,7 +69,7 @@ def demo(
     config = demo_config(base, Path(output_dir))
     RunDir(Path(output_dir)).claim(absolute(config))
     rows = inspect(config).prepared().rows
-    conversations = rows.account.conversations
+    conversations = rows.report.conversations
     log(f"asking the base model {len(conversations)} held-out questions")
     before = score(chat(base).generator, rows.held_out, conversations)
     summary = train(config, on_step, log, stop)

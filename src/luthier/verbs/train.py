@@ -59,7 +59,7 @@ def train(
     prepared = inspection.prepared()
     rows, chat_format, targets = prepared.rows, prepared.chat_format, prepared.targets
     base = fingerprint(config.model.path, chat_format.config)
-    identity = {"data": rows.account.fingerprint, "base model": base.weights}
+    identity = {"data": rows.report.fingerprint, "base model": base.weights}
     if run.finished:
         run.same_identity(run.summary().get("identity", {}), identity)
         log(f"{run.path}: this run is finished already; nothing was changed")
@@ -141,7 +141,7 @@ def _settings_that_fit(run: Prepared, log: Log, force: bool) -> TrainConfig:
 
 def _open_model(run: Prepared, log: Log) -> CausalLM:
     """Load the base model, and verify that the rows of a flat batch do not influence each other."""
-    config, counts = run.config, run.rows.account.report.rows()
+    config, counts = run.config, run.rows.report.data_report.rows()
     log(
         f"data: {counts['read']} rows read, {counts['kept']} kept, {counts['dropped']} dropped, "
         f"{counts['changed']} changed; template {run.chat_format.template.name}"
@@ -186,7 +186,7 @@ def _summary(
     stored = quantisation(config.model)
     return {
         "steps": progress.step,
-        "rows": run.rows.account.report.rows(),
+        "rows": run.rows.report.data_report.rows(),
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised_tokens,
         "train_seconds": round(progress.seconds, 4),
@@ -208,13 +208,15 @@ def _evaluate(
     run_dir: RunDir, run: Prepared, generator: Generator, layers: dict[str, LoraLinear], seconds: float, log: Log
 ) -> dict[str, dict[str, object]] | None:
     """Score base and tuned model on the held-out rows within ``seconds``; without such rows, only sample replies."""
-    held_out, account = run.rows.held_out, run.rows.account
+    held_out, rows_report = run.rows.held_out, run.rows.report
     if len(held_out):
-        scoring.write_rows(run_dir.path / scoring.HELD_OUT, account.conversations)
+        scoring.write_rows(run_dir.path / scoring.HELD_OUT, rows_report.conversations)
     if not run.config.train.eval_time_ratio:
         return None
     if len(held_out):
-        result = scoring.evaluate_run(run_dir.path, generator, layers, held_out, account.conversations, seconds, log)
+        result = scoring.evaluate_run(
+            run_dir.path, generator, layers, held_out, rows_report.conversations, seconds, log
+        )
         return {"base": result.base.as_dict(), "tuned": result.tuned.as_dict()}
-    scoring.write_sample_replies(run_dir.path, generator, layers, account.samples, seconds, log)
+    scoring.write_sample_replies(run_dir.path, generator, layers, rows_report.samples, seconds, log)
     return None
