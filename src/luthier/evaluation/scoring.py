@@ -15,7 +15,7 @@ from luthier.batching.collate import collate, to_device
 from luthier.evaluation import text_metrics
 from luthier.evaluation.text_metrics import TextMetrics, measure
 from luthier.inference.generation import Generator, Reply, Sampling
-from luthier.lora.layers import LoraLinear, frozen_dtype, plain
+from luthier.lora.layers import LoraLinear, disable_adapter, frozen_dtype
 from luthier.models.protocols import CausalLM
 from luthier.training.forward import segment_attention, token_losses
 from luthier.types import Conversation, Example, Log, Message
@@ -182,7 +182,7 @@ def compare(
     asked = with_fitting_prompts(generator, chats, most_replies)
     after = score(generator, examples, asked, most_replies, max_new_tokens, half)
     scored = asked[: len(after.replies)]
-    with plain(layers):
+    with disable_adapter(layers):
         before = score(generator, examples[: after.held_out.rows], scored, most_replies, max_new_tokens, half)
     return Comparison(
         data=str(data),
@@ -238,7 +238,7 @@ def write_sample_replies(
     asked = with_fitting_prompts(generator, conversations, len(conversations))
     prompts = [c.messages[:-1] for c in asked]
     after = answers(generator, prompts, NEW_TOKENS, time.monotonic() + seconds / 2)
-    with plain(layers):
+    with disable_adapter(layers):
         before = answers(generator, prompts[: len(after)], NEW_TOKENS, time.monotonic() + seconds / 2)
     if len(before) < len(asked):
         log(f"replies for the report stopped at their time limit ({seconds:.1f} s): {len(before)} of {len(asked)} done")
