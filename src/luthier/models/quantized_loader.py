@@ -36,7 +36,8 @@ from luthier.models.quantization import Quantisation, QuantLinear, quantise
 from luthier.types import Log
 
 FORMAT = 1
-_GROUP = 256_000_000  # bytes per cache file
+_FILE_BYTES = 256_000_000  # per file of the copy on disk
+_TRIM_BYTES = 256_000_000  # loaded between two calls of trim_freed_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def load_quantised(
         if name != embedding:
             put(model, name, tensor.to(device))
         loaded_bytes += tensor.numel() * tensor.element_size()
-        if loaded_bytes > _GROUP:
+        if loaded_bytes > _TRIM_BYTES:
             trim_freed_memory()
             loaded_bytes = 0
     if head:
@@ -183,7 +184,7 @@ class _Writer:
         if self._folder is None:
             return
         self._pending[name] = tensor.cpu().contiguous()
-        if sum(t.numel() * t.element_size() for t in self._pending.values()) > _GROUP:
+        if sum(t.numel() * t.element_size() for t in self._pending.values()) > _FILE_BYTES:
             self._flush()
 
     def finish(self) -> None:
