@@ -41,7 +41,7 @@ def run(
         f"{result.parameters:,} parameters, {result.trainable:,} of them trainable; "
         f"{result.available / 1e9:.1f} GB of memory available"
     )
-    print("\n".join(table(result.rows)))
+    print("\n".join(table(result.by_precision)))
     print(result.line())
     for fix in result.fixes:
         print(f"to make it fit: {fix}")
