@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.common import Data, File, Json, Model, Recipe, Rename, Set, config, fail, importing
+from luthier.cli.common import (
+    DataOption,
+    FileArgument,
+    JsonOption,
+    ModelOption,
+    RecipeOption,
+    RenameOption,
+    SetOption,
+    config,
+    fail,
+    importing,
+)
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,14 +32,14 @@ if TYPE_CHECKING:
 
 
 def run(
-    file: File = None,
-    model: Model = None,
-    data: Data = None,
-    settings: Set = None,
-    rename: Rename = None,
-    recipe: Recipe = None,
+    file: FileArgument = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    settings: SetOption = None,
+    rename: RenameOption = None,
+    recipe: RecipeOption = None,
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print N rows token by token.")] = 0,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check data, template, stop tokens and target modules before training. Reads no weights."""
     try:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from luthier.config import RunConfig
     from luthier.training.metrics import StepRecord
 
-File = Annotated[Path | None, typer.Argument(metavar="FILE", help="A run.yaml, as written by luthier init.")]
-Model = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="Directory of the base model.")]
-Data = Annotated[
+FileArgument = Annotated[Path | None, typer.Argument(metavar="FILE", help="A run.yaml, as written by luthier init.")]
+ModelOption = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="Directory of the base model.")]
+DataOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--data",
@@ -31,12 +31,12 @@ Data = Annotated[
         help="A data file (JSON, JSONL, CSV or Parquet) or a pattern such as *.jsonl; may be repeated.",
     ),
 ]
-OutputDir = Annotated[Path | None, typer.Option("--output-dir", metavar="RUN", help="The run's directory.")]
-Set = Annotated[
+OutputDirOption = Annotated[Path | None, typer.Option("--output-dir", metavar="RUN", help="The run's directory.")]
+SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as train.learning_rate=1e-4."),
 ]
-Recipe = Annotated[
+RecipeOption = Annotated[
     str | None,
     typer.Option(
         "--recipe",
@@ -45,16 +45,16 @@ Recipe = Annotated[
         "phi-3-mini-4k-instruct or yi-6b-chat.",
     ),
 ]
-Rename = Annotated[
+RenameOption = Annotated[
     list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="Read the key OLD of the rows as NEW.")
 ]
-Adapter = Annotated[
+AdapterOption = Annotated[
     Path | None, typer.Option("--adapter", metavar="DIR", help="Adapter for --model, written by luthier or PEFT.")
 ]
-Checkpoint = Annotated[
+CheckpointOption = Annotated[
     int | None, typer.Option("--checkpoint", metavar="N", help="Use the run's checkpoint of step N.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def config(

@@ -33,7 +33,7 @@ class _Quit(Exception):
 
 
 @dataclass(slots=True)
-class Conversation:
+class InteractiveChat:
     """Send messages to ``chat``, and to ``base`` too if both models are compared (see ``Chat.base_chat``)."""
 
     chat: Chat
@@ -50,7 +50,7 @@ class Conversation:
                 print()
                 return
             try:
-                self.handle(text)
+                self.process_line(text)
             except _Quit:
                 return
             except UserError as e:
@@ -58,7 +58,7 @@ class Conversation:
             except KeyboardInterrupt:
                 print()
 
-    def handle(self, text: str) -> None:
+    def process_line(self, text: str) -> None:
         """Run a command or send a message; an empty line does nothing. Raises UserError."""
         if command := re.match(r"(/[\w-]*)(?:\s+(.*)|$)", text, re.DOTALL):
             self._run(command[1].lower(), command[2] or "")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import Adapter, Model, print_stderr
+from luthier.cli.common import AdapterOption, ModelOption, print_stderr
 
 
 def run(
@@ -23,8 +23,8 @@ def run(
             help="Tensor names and files: native, or original (as the base model was published).",
         ),
     ] = "native",
-    model: Model = None,
-    adapter: Adapter = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Merge the adapter into the base model, for stock transformers and other tools, and verify the logits."""
     from luthier.verbs.merge import merge

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import Adapter, Model, importing, print_stderr
+from luthier.cli.common import AdapterOption, ModelOption, importing, print_stderr
 from luthier.errors import ConfigError
 
 
@@ -40,8 +40,8 @@ def run(
         str, typer.Option("--engine", metavar="NAME", help="luthier, or vllm to start an installed vLLM instead.")
     ] = "luthier",
     only_print: Annotated[bool, typer.Option("--print", help="Print the vLLM command and exit.")] = False,
-    model: Model = None,
-    adapter: Adapter = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Serve runs and the base model that they share to clients of OpenAI's API.
 

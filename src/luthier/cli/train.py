@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from luthier.cli.common import (
-    Data,
-    File,
-    Model,
-    OutputDir,
-    Recipe,
-    Rename,
-    Set,
+    DataOption,
+    FileArgument,
+    ModelOption,
+    OutputDirOption,
+    RecipeOption,
+    RenameOption,
+    SetOption,
     config,
     importing,
     print_stderr,
@@ -24,13 +24,13 @@ from luthier.cli.common import (
 
 
 def run(
-    file: File = None,
-    model: Model = None,
-    data: Data = None,
-    output_dir: OutputDir = None,
-    settings: Set = None,
-    rename: Rename = None,
-    recipe: Recipe = None,
+    file: FileArgument = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    output_dir: OutputDirOption = None,
+    settings: SetOption = None,
+    rename: RenameOption = None,
+    recipe: RecipeOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Start even if the estimate exceeds available memory.")
     ] = False,
