@@ -39,7 +39,7 @@ _MAX_BYTES = 2 << 30  # of all entries together; the least recently used ones ar
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CacheEntry:
     """A directory of the cache. sources: path, bytes and modification time (ns) of the data files when it was named."""
 
     path: Path
@@ -71,7 +71,7 @@ def cached_rows(config: RunConfig, encoder: Encoder, log: Log) -> EncodedRows | 
     return rows
 
 
-def entry(config: RunConfig, encoder: Encoder) -> Entry | None:
+def entry(config: RunConfig, encoder: Encoder) -> CacheEntry | None:
     """Return the cache entry for the rows of this run, or None if a data file cannot be read."""
     try:
         paths = [p for pattern in (*config.data.train, *config.data.eval) for p in expand(pattern)]
@@ -89,10 +89,10 @@ def entry(config: RunConfig, encoder: Encoder) -> Entry | None:
     except (OSError, UserError):
         return None
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return Entry(root() / key[:20], sources)
+    return CacheEntry(root() / key[:20], sources)
 
 
-def load(cache_entry: Entry, log: Log) -> EncodedRows | None:
+def load(cache_entry: CacheEntry, log: Log) -> EncodedRows | None:
     """Open the rows of an entry, which are read from the disk when accessed. None if it is missing or damaged."""
     folder = cache_entry.path
     if not folder.is_dir():
@@ -112,7 +112,7 @@ def load(cache_entry: Entry, log: Log) -> EncodedRows | None:
     return EncodedRows(report, train, held_out)
 
 
-def _write(cache_entry: Entry, config: RunConfig, encoder: Encoder) -> RowsReport:
+def _write(cache_entry: CacheEntry, config: RunConfig, encoder: Encoder) -> RowsReport:
     """Read and encode all rows into the entry's directory, which is created only if they can be trained on."""
     stack = ExitStack()
     with _raising_not_kept():

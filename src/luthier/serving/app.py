@@ -14,7 +14,14 @@ from luthier.serving.engine import Engine, Token
 from luthier.serving.metrics import TYPE, Metrics
 from luthier.serving.models import Served
 from luthier.serving.protocol import ChatRequest, CompletionRequest, RequestError, error_body, parse, status_of
-from luthier.serving.replies import ChatShape, CompletionShape, Entries, Shape, entries, usage
+from luthier.serving.replies import (
+    ChatReplyBuilder,
+    CompletionReplyBuilder,
+    ReplyBuilder,
+    TokenLogprobs,
+    token_logprobs,
+    usage,
+)
 from luthier.serving.session import ReplySession
 
 try:
@@ -141,10 +148,10 @@ class Service:
         except Exception as e:
             return self.refusal(e, served.name)
         if isinstance(asked, CompletionRequest):
-            shape: Shape = CompletionShape(served.name, len(asked.text or ""))
+            builder: ReplyBuilder = CompletionReplyBuilder(served.name, len(asked.text or ""))
         else:
-            shape = ChatShape(served.name)
-        reply = _Reply(served, session, shape)
+            builder = ChatReplyBuilder(served.name)
+        reply = _Reply(served, session, builder)
         if asked.stream:
             lines = self._lines(reply, asked.usage_wanted)
             first = await anext(lines)  # start the generator, so that it is closed even if the client never reads
@@ -170,19 +177,19 @@ class Service:
             return self.refusal(error, name)
         text, tokens = whole.result()
         self.metrics.request(name, 200, session.first_token_s)
-        content = reply.shape.whole(text, reply.entries(tokens), session.finish)
+        content = reply.builder.whole(text, reply.logprobs(tokens), session.finish)
         return JSONResponse({**content, "usage": reply.usage()})
 
     async def _lines(self, reply: _Reply, with_usage: bool) -> AsyncGenerator[str, None]:
         """Yield server-sent events. If closed early because the client disconnected, generation stops."""
-        session, shape, status = reply.session, reply.shape, _DISCONNECTED
+        session, builder, status = reply.session, reply.builder, _DISCONNECTED
         try:
-            yield _event(shape.opening())
+            yield _event(builder.opening())
             async for text, tokens in session.pieces():
-                yield _event(shape.piece(text, reply.entries(tokens)))
-            yield _event(shape.piece("", None, session.finish))
+                yield _event(builder.piece(text, reply.logprobs(tokens)))
+            yield _event(builder.piece("", None, session.finish))
             if with_usage:
-                yield _event(shape.usage_piece(reply.usage()))
+                yield _event(builder.usage_piece(reply.usage()))
             yield "data: [DONE]\n\n"
             status = 200
         except Exception as e:  # the status line has been sent; the client reads the error from the stream
@@ -196,19 +203,19 @@ class Service:
 
 
 class _Reply:
-    """The session of one request, and the shape of its JSON."""
+    """The session of one request, and the builder of its JSON."""
 
-    def __init__(self, served: Served, session: ReplySession, shape: Shape) -> None:
-        self.served, self.session, self.shape = served, session, shape
+    def __init__(self, served: Served, session: ReplySession, builder: ReplyBuilder) -> None:
+        self.served, self.session, self.builder = served, session, builder
         self._before: int | None = None
 
-    def entries(self, tokens: Sequence[Token]) -> Entries:
+    def logprobs(self, tokens: Sequence[Token]) -> TokenLogprobs:
         if self.session.request.logprobs is None:
             return None
-        result = entries(self.served.generator.tokenizer, tokens, self._before)
+        logprobs = token_logprobs(self.served.generator.tokenizer, tokens, self._before)
         if tokens:
             self._before = tokens[-1].id
-        return result
+        return logprobs
 
     def usage(self) -> dict[str, object]:
         request = self.session.request
