@@ -76,7 +76,7 @@ def write_export(
 
 def _model(tuned: TunedModel, to: str, path: Path, quantization: str, log: Log) -> Exported:
     """Write the merged model as GGUF, with a Modelfile for Ollama."""
-    writer.kind_of(quantization)
+    writer.file_type_of(quantization)
     chat_format, name = tuned.chat_format(), _name(tuned)
     pending = pending_updates(tuned, chat_format)
     file = f"{name}-{quantization}.gguf"
