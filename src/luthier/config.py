@@ -195,14 +195,14 @@ class RunConfig(Section):
 
 def all_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """Every dotted key, in order."""
-    found: list[str] = []
+    keys: list[str] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            found += all_keys(kind, f"{prefix}{name}.")
+            keys += all_keys(kind, f"{prefix}{name}.")
         else:
-            found.append(prefix + name)
-    return found
+            keys.append(prefix + name)
+    return keys
 
 
 def describe(key: str) -> str:

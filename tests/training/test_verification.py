@@ -123,10 +123,10 @@ def test_a_faulty_dropout_kernel_is_replaced_by_the_definition(dtype: torch.dtyp
     dropout._kernel.cache_clear()
     try:
         with faulty("dropout", "out", dtype):
-            found = dropout.dropout(x, 0.4, 3)
+            out = dropout.dropout(x, 0.4, 3)
     finally:
         dropout._kernel.cache_clear()
-    assert torch.allclose(found.float(), expected.float(), rtol=0.01)
+    assert torch.allclose(out.float(), expected.float(), rtol=0.01)
 
 
 def test_the_fault_of_one_layer_is_refused(tokenizer: Tokenizer) -> None:

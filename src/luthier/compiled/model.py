@@ -325,8 +325,8 @@ def _suited(model: CausalLM, layers: Mapping[str, LoraLinear]) -> Decoder:
 
 
 def _linears(block: nn.Module) -> dict[str, Any]:
-    found = {n.rpartition(".")[2]: m for n, m in block.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
-    return {n: m for n, m in found.items() if n != "base"} | {
+    linears = {n.rpartition(".")[2]: m for n, m in block.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
+    return {n: m for n, m in linears.items() if n != "base"} | {
         n.rpartition(".")[2]: m.base for n, m in block.named_modules() if isinstance(m, LoraLinear)
     }
 
