@@ -29,7 +29,7 @@ from luthier.models.checkpoint_reader import read_json
 from luthier.models.families import Rule
 from luthier.models.native_model import empty_model, published_tensors
 from luthier.models.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer
-from luthier.templates.exported import Own, chat_template
+from luthier.templates.exported import OwnTemplate, chat_template
 from luthier.types import Log
 
 SHARD = 5_000_000_000  # bytes per file, as usual on the hubs
@@ -214,7 +214,9 @@ def _native_files(folder: Path, base: Path, chat_format: ChatFormat) -> None:
 def template_text(chat_format: ChatFormat, system: str | None) -> str:
     """Build the chat template for other tools, with ``system`` as the default system prompt."""
     source = chat_format.tokenizer.chat_template
-    return chat_template(chat_format.template, Own(chat_format.tokenizer.render, source) if source else None, system)
+    return chat_template(
+        chat_format.template, OwnTemplate(chat_format.tokenizer.render, source) if source else None, system
+    )
 
 
 _OWN_CODE_KEYS = ("user_token_id", "assistant_token_id", "transformers_version")  # of other code

@@ -25,7 +25,8 @@ from luthier.serving.replies import (
 from luthier.serving.session import ReplySession
 
 try:
-    from fastapi import Depends, FastAPI, Request
+    from fastapi import Depends, FastAPI
+    from fastapi import Request as HttpRequest
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
 
@@ -50,7 +51,7 @@ def create(models: Sequence[Served], engine: Engine, api_key: str) -> FastAPI:
     app = FastAPI(title="luthier", docs_url=None, redoc_url=None, openapi_url=None)
     service = Service(models, engine)
 
-    def authorised(request: Request) -> None:
+    def authorised(request: HttpRequest) -> None:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secrets.compare_digest(token.strip().encode(), api_key.encode()):
             raise RequestError("the API key is missing or wrong", "send Authorization: Bearer KEY", status=401)
@@ -74,24 +75,24 @@ def create(models: Sequence[Served], engine: Engine, api_key: str) -> FastAPI:
         return service.describe(service.find(name))
 
     @app.post("/v1/chat/completions", dependencies=guard)
-    async def chat(request: Request) -> Response:
+    async def chat(request: HttpRequest) -> Response:
         return await service.answer(request, ChatRequest)
 
     @app.post("/v1/completions", dependencies=guard)
-    async def completions(request: Request) -> Response:
+    async def completions(request: HttpRequest) -> Response:
         return await service.answer(request, CompletionRequest)
 
     @app.exception_handler(UserError)
-    async def refused(_: Request, error: UserError) -> Response:
+    async def refused(_: HttpRequest, error: UserError) -> Response:
         return service.refusal(error)
 
     @app.exception_handler(HTTPException)
-    async def no_route(request: Request, error: HTTPException) -> Response:
+    async def no_route(request: HttpRequest, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return service.refusal(RequestError(message, "see /v1/models", error.status_code))
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:
+    async def failed(_: HttpRequest, error: Exception) -> Response:
         return service.refusal(error)
 
     return app
@@ -134,7 +135,7 @@ class Service:
         self.metrics.request(model, status)
         return JSONResponse(error_body(error), status, headers={"Retry-After": "1"} if status == 429 else None)
 
-    async def answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+    async def answer(self, request: HttpRequest, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         """Parse a request, submit it to the engine, and return its reply, complete or as a stream."""
         asked = parse(kind, await _body(request))
         served = self.find(asked.model)
@@ -158,7 +159,7 @@ class Service:
             return StreamingResponse(_chained(first, lines), media_type="text/event-stream")
         return await self._whole(request, reply)
 
-    async def _whole(self, request: Request, reply: _Reply) -> Response:
+    async def _whole(self, request: HttpRequest, reply: _Reply) -> Response:
         session = reply.session
         whole, disconnected = asyncio.ensure_future(session.whole()), asyncio.ensure_future(_disconnect(request))
         try:
@@ -258,7 +259,7 @@ def _raw_prompt(asked: CompletionRequest, generator: Generator) -> list[int]:
     return ids
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: HttpRequest) -> bytes:
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -267,7 +268,7 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _disconnect(request: Request) -> None:
+async def _disconnect(request: HttpRequest) -> None:
     """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -109,12 +109,12 @@ def usage(prompt: int, reused: int, reply: int) -> Json:
 
 def token_logprobs(tokenizer: Tokenizer, tokens: Iterable[Token], before: int | None) -> list[TokenLogprob]:
     """Convert log probabilities to the format of chat completions. before: the token before the first one."""
-    result: list[TokenLogprob] = []
+    logprobs: list[TokenLogprob] = []
     for token in tokens:
         top = [_candidate(tokenizer, before, i, value) for i, value in token.top]
-        result.append({**_candidate(tokenizer, before, token.id, token.logprob), "top_logprobs": top})
+        logprobs.append({**_candidate(tokenizer, before, token.id, token.logprob), "top_logprobs": top})
         before = token.id
-    return result
+    return logprobs
 
 
 def _candidate(tokenizer: Tokenizer, before: int | None, token: int, logprob: float | None) -> Candidate:

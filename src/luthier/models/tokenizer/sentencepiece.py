@@ -21,7 +21,8 @@ from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as pb
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Regex, decoders, normalizers
+from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 from luthier.errors import ModelError
@@ -104,7 +105,9 @@ def read(path: Path) -> ModelProto:
     return proto
 
 
-def from_proto(proto: ModelProto, declared: Mapping[int, AddedToken], source: object = "tokenizer.model") -> Tokenizer:
+def from_proto(
+    proto: ModelProto, declared: Mapping[int, AddedToken], source: object = "tokenizer.model"
+) -> FastTokenizer:
     """Build the tokenizer of a ``ModelProto``; see ``from_pieces``."""
     spec = proto.normalizer_spec
     return from_pieces(
@@ -124,7 +127,7 @@ def from_pieces(
     spacing: Spacing,
     declared: Mapping[int, AddedToken] | None = None,
     source: object = "tokenizer.model",
-) -> Tokenizer:
+) -> FastTokenizer:
     """Build the tokenizer of a SentencePiece BPE vocabulary.
 
     pieces, scores, types (``PieceType``): by id.
@@ -161,7 +164,7 @@ def from_pieces(
     vocab = {name: i for i, name in enumerate(names)}
     fallback = bool(by_type[PieceType.BYTE])
     model = BPE(vocab=vocab, merges=merges, unk_token=names[unknown], fuse_unk=True, byte_fallback=fallback)
-    tokenizer = Tokenizer(model)
+    tokenizer = FastTokenizer(model)
     tokenizer.normalizer = spacing.normalizer(list(symbols.values()))
     tokenizer.decoder = spacing.decoder()
     special = {i: AddedToken(names[i], special=True, normalized=False) for i in (unknown, *by_type[PieceType.CONTROL])}
@@ -170,7 +173,7 @@ def from_pieces(
     return tokenizer
 
 
-def agrees(tokenizer: Tokenizer, proto: ModelProto, markers: Sequence[str]) -> bool:
+def agrees(tokenizer: FastTokenizer, proto: ModelProto, markers: Sequence[str]) -> bool:
     """Return whether ``tokenizer`` gives SentencePiece's ids for text around each special token of ``markers``."""
     reference = SentencePieceProcessor(model_proto=proto.SerializeToString())
     ids = {p.piece: i for i, p in enumerate(proto.pieces)}
