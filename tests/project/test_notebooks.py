@@ -210,7 +210,7 @@ def test_a_missing_model_is_pulled_by_its_name(name: str, aside: Path, monkeypat
     for _ in range(2):  # the second time it exists
         exec(f"{cells['parameters']}\n{cells['download']}", names)
     assert asked == [(names["MODEL"].name, names["MODEL"])]
-    assert asked[0][0] in hub.FAMILIES
+    assert asked[0][0] in hub.REPOSITORIES
     inspect.signature(pull).bind(asked[0][0], to=asked[0][1], log=print)
 
 

@@ -23,7 +23,7 @@ def pull(
 
     An interrupted download is resumed; the files of a complete directory are only checked.
 
-    name:        the embedded model, a name of ``FAMILIES``, or ``OWNER/NAME`` of a repository
+    name:        the embedded model, a name of ``REPOSITORIES``, or ``OWNER/NAME`` of a repository
     to:          directory to write; None: one in the user's cache
     hub:         ``modelscope`` or ``huggingface``; None chooses (see ``catalogue.sources``)
     revision:    branch, tag or commit
