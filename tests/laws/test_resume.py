@@ -281,8 +281,8 @@ def test_resuming_on_another_machine_is_reported(model: Path, tmp_path: Path, mo
     )
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(model: Path, whole: Path, tmp_path: Path) -> None:
-    """A limit on the size of files replaces a full disk; without the limit, the run resumes."""
+def test_a_write_that_fails_leaves_the_last_good_checkpoint(model: Path, whole: Path, tmp_path: Path) -> None:
+    """A limit on the size of files makes the write fail, as a full disk does; without it, the run resumes."""
     run = tmp_path / "run"
     run_config = config(model, run)
     with pytest.raises(Stopped):
@@ -299,8 +299,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(model: Path, whole: Path, t
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "there is not enough disk space (File too large)" in done.stdout
-    assert "free some disk space, then run the same command again" in done.stdout
+    assert "the file would exceed the file size limit (File too large); no partial file was left" in done.stdout
+    assert "raise the limit (ulimit -f unlimited)" in done.stdout
     assert [p.name for p in (run / "checkpoints").iterdir()][-1:] != []
     assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
     luthier.train(run_config)

@@ -135,12 +135,11 @@ def _fetch_with_retries(hub: Hub, source: Source, revision: str, file: RemoteFil
             log(f"{file.path}: the connection was lost, resuming")
             time.sleep(tries)
         except OSError as e:
-            if e.errno not in files.DISK_FULL_ERRNOS:
+            reached = files.reached_limit(e)
+            if reached is None:
                 raise
-            raise UserError(
-                f"{file.path}: no disk space left for it ({e.strerror}); the downloaded part is kept",
-                "free some disk space, then run the same command again",
-            ) from None
+            limit, fix = reached
+            raise UserError(f"{file.path}: {limit}; the downloaded part is kept", fix) from None
 
 
 def human(size: int) -> str:
