@@ -41,7 +41,9 @@ def test_a_pulled_model_is_complete_and_loads(
     assert model(**tokenizer("hello", return_tensors="pt")).logits.isfinite().all() and model.dtype == torch.float32
     manifest = json.loads((target / hub.MANIFEST).read_text())
     assert (manifest["name"], manifest["source"]) == (REPO, f"{place}:{REPO}")
-    assert manifest["commit"] == (COMMIT if place == "huggingface" else "master")
+    assert manifest["revision"] is None
+    assert manifest["resolved_revision"] == (COMMIT if place == "huggingface" else "master")
+    assert manifest["commit"] == (COMMIT if place == "huggingface" else None)
     total = sum(len(content[n]) for n in manifest["files"])
     title = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}[place]
     assert messages[0] == f"{REPO} from {title}: {len(manifest['files'])} files, {download.human(total)}"
@@ -58,6 +60,19 @@ def test_pulling_a_complete_model_again_only_verifies_it(place: str, server: Hub
     assert messages == [f"{target}: already complete, nothing to download"]
     assert server.requests == []
     assert {p: p.stat().st_mtime_ns for p in target.iterdir()} == stamps
+
+
+def test_a_manifest_of_an_earlier_version_is_accepted(server: HubServer, tmp_path: Path) -> None:
+    """It recorded ModelScope's default branch as the commit, and no resolved revision."""
+    target = pull(REPO, tmp_path / "model", "modelscope")
+    file = target / hub.MANIFEST
+    manifest = json.loads(file.read_text())
+    del manifest["resolved_revision"]
+    file.write_text(json.dumps({**manifest, "commit": "master"}))
+    server.requests.clear()
+    assert pull(REPO, target, "modelscope", "master") == target
+    assert server.requests == []
+    assert "not the requested model" in refused(ModelError, pulling("modelscope", target, revision="main"))
 
 
 @both

@@ -120,7 +120,10 @@ class Hub(Protocol):
     retries: int  # consecutive retries without progress, in addition to the client's own
 
     def list(self, source: Source) -> tuple[str, list[RemoteFile]]:
-        """Return the resolved revision (a commit, if the hub reports one) and every file at that revision."""
+        """Return the resolved revision and every file at that revision.
+
+        The resolved revision is a commit if the hub's client reports one, otherwise a branch or tag.
+        """
         ...
 
     def fetch(self, source: Source, revision: str, file: RemoteFile, folder: Path) -> None:

@@ -72,7 +72,9 @@ def holds_another(target: Path, inspection: DirectoryInspection) -> ModelError:
 def write_manifest(folder: Path, name: str, source: str, digests: Mapping[str, str], **facts: object) -> None:
     """Write the manifest, always as the last file: it marks the directory as complete.
 
-    digests: SHA-256 by file name. facts: further entries of the manifest.
+    digests: SHA-256 by file name. facts: further entries of the manifest. Those of a hub are ``revision``, as
+    requested; ``resolved_revision``, as the hub resolved it; and ``commit``, the same if it is a commit, else null.
+    (Before ``resolved_revision`` existed, ``commit`` could be the name of a branch.)
     """
     content = {"name": name, "source": source, **facts, "files": dict(sorted(digests.items()))}
     files.write_json(folder / MANIFEST, content)

@@ -7,6 +7,7 @@ directory is renamed to the target.
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import threading
 import time
@@ -26,6 +27,7 @@ from luthier.types import Log
 
 OnProgress = Callable[[int, int], None]  # called with (bytes downloaded, bytes in total)
 _HUBS: dict[str, type[Hub]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
+_COMMIT = re.compile(r"[0-9a-f]{40}")  # git's id of a commit
 _PROGRESS_INTERVAL = 0.3  # seconds between two progress reports
 
 
@@ -46,7 +48,8 @@ def pull(
     check_owner(target, inspection, name)
     if inspection.state == "whole":
         manifest = inspection.manifest
-        same_revision = revision in (None, manifest.get("revision"), manifest.get("commit"))
+        recorded = [manifest.get(key) for key in ("revision", "resolved_revision", "commit")]
+        same_revision = revision is None or revision in recorded
         if not same_revision or not str(manifest["source"]).startswith(f"{hub}:" if hub else ""):
             raise holds_another(target, inspection)
         log(f"{target}: already complete, nothing to download")
@@ -103,7 +106,10 @@ def _download(name: str, source: Source, target: Path, partial: Path, log: Log, 
             _fetch(hub, source, revision, file, partial, log)
             log(f"{file.path}: complete, {human(file.size)}")
     digests = {f.path: f.sha256 or files.sha256(partial / f.path) for f in wanted}
-    write_manifest(partial, name, str(source), digests, revision=source.revision, commit=revision)
+    commit = revision if _COMMIT.fullmatch(revision) else None
+    write_manifest(
+        partial, name, str(source), digests, revision=source.revision, resolved_revision=revision, commit=commit
+    )
     files.sync_dir(partial)
     files.replace_dir(partial, target)
 
