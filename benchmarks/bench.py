@@ -13,7 +13,6 @@ import importlib.util
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ from luthier._util import files
 from luthier._util.installation import install_command
 from luthier.devices.device import pick_device, pick_dtype
 from luthier.errors import MissingPackageError, UserError
+from luthier.types import Log
 from tuned import switches
 from workload import Workload, child, write_rows
 
-Report = Callable[[str], None]
 GIVEN, FASTEST, OURS = "recipe as given", "recipe, fastest setting", "luthier"
 
 
-def measure(work: Workload, dropouts: list[float], repeats: int, with_switches: bool, report: Report) -> dict[str, Any]:
+def measure(work: Workload, dropouts: list[float], repeats: int, with_switches: bool, log: Log) -> dict[str, Any]:
     """Run every variant once per round, for ``repeats`` rounds, so that a change of the machine's speed affects all."""
     variants = _variants(work, dropouts, with_switches)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
@@ -40,7 +39,7 @@ def measure(work: Workload, dropouts: list[float], repeats: int, with_switches: 
         for name, (module, arguments) in variants.items():
             run = child(module, arguments)
             runs[name].append(run)
-            report(f"{round_ + 1}/{repeats}  {name:44} {run['tokens_per_s']:8.0f} tokens/s")
+            log(f"{round_ + 1}/{repeats}  {name:44} {run['tokens_per_s']:8.0f} tokens/s")
     machine = child("machine", ["--model", work.model, "--data", work.rows, "--dtype", work.dtype])
     return {
         "date": datetime.now().astimezone().date().isoformat(),

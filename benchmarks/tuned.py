@@ -45,11 +45,11 @@ def config(model: Path, data: Path, to: Path, dropout: float, dtype: str, settin
 
 def switches() -> list[str]:
     """List the ``--set`` values that each turn off one of the boolean options in ``train``."""
-    found = []
+    options = []
     for name, field in TrainConfig.model_fields.items():
         if name != "gradient_checkpointing" and (field.annotation is bool or bool in get_args(field.annotation)):
-            found.append(f"train.{name}=false")
-    return found
+            options.append(f"train.{name}=false")
+    return options
 
 
 def main() -> None:

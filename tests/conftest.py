@@ -26,6 +26,7 @@ from luthier.data.source import BadRow
 from luthier.encoding import row_cache
 from luthier.errors import UserError
 from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from luthier.verbs.train import train
 from tests.helpers.error_sites import recorder
 from tests.helpers.hub_server import HubServer, repository, serving
 
@@ -133,6 +134,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return load_tokenizer(TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def teahouse_run(model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a finished run with held-out rows, which several files of tests read."""
+    path = tmp_path_factory.mktemp("teahouse") / "run"
+    train(teahouse(model_dir("llama"), path, {"eval_fraction": 0.2}))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from luthier._util.yaml_text import parse_yaml
 from luthier.errors import ConfigError, nearest
 from luthier.types import SystemRole, TooLong, TrainOn
 
-Problem = tuple[str, str]  # what is wrong, and what to type
+Mistake = tuple[str, str]  # what is wrong, and what to type
 
 
 def _one_or_many(value: object) -> object:
@@ -195,14 +195,14 @@ class RunConfig(Section):
 
 def all_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """Every dotted key, in order."""
-    found: list[str] = []
+    keys: list[str] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            found += all_keys(kind, f"{prefix}{name}.")
+            keys += all_keys(kind, f"{prefix}{name}.")
         else:
-            found.append(prefix + name)
-    return found
+            keys.append(prefix + name)
+    return keys
 
 
 def describe(key: str) -> str:
@@ -231,52 +231,52 @@ def build(
 
     Raises ConfigError with every mistake: of syntax, of single keys and of combinations.
     """
-    typed, problems = _typed(settings, rename)
+    typed, mistakes = _typed(settings, rename)
     chosen = {**(overrides or {}), **typed}
     merged = _copy(values)
     sampling = merged.get("generation")
     if chosen.get("generation.do_sample") is False and isinstance(sampling, dict):
         for key in _NEED_SAMPLING:  # a file's sampling settings are dropped together with its sampling
             sampling.pop(key, None)
-    problems += _override(merged, chosen)
+    mistakes += _override(merged, chosen)
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as e:
-        problems += [_problem(error) for error in e.errors()]
+        mistakes += [_mistake(error) for error in e.errors()]
         _remove_faults(merged, e.errors())
         config = RunConfig.model_validate(merged)  # the rest may still be a combination that is refused
-    problems += _combinations(config, chosen)
-    if problems:
-        raise ConfigError("\n".join(text for text, _ in problems), "; ".join(dict.fromkeys(fix for _, fix in problems)))
+    mistakes += _combinations(config, chosen)
+    if mistakes:
+        raise ConfigError("\n".join(text for text, _ in mistakes), "; ".join(dict.fromkeys(fix for _, fix in mistakes)))
     return config
 
 
-def _typed(settings: Iterable[str], rename: Iterable[str]) -> tuple[dict[str, object], list[Problem]]:
+def _typed(settings: Iterable[str], rename: Iterable[str]) -> tuple[dict[str, object], list[Mistake]]:
     """``train.seed=1`` of --set, read as YAML, and ``old=new`` of --rename: values by dotted key, and mistakes."""
     values: dict[str, object] = {}
-    problems: list[Problem] = []
+    mistakes: list[Mistake] = []
     for pair in settings:
         key, equals, text = pair.partition("=")
         if not equals:
-            problems.append((f"--set {pair}: has no '='", f"write --set {pair}=VALUE"))
+            mistakes.append((f"--set {pair}: has no '='", f"write --set {pair}=VALUE"))
             continue
         try:  # a prompt is taken literally, "#" and ":" included
             values[key.strip()] = text if key.strip() in _TEXTS else parse_yaml(text, f"--set {key}")
         except ConfigError as e:
-            problems.append((e.message, e.fix))
+            mistakes.append((e.message, e.fix))
     for pair in rename:
         old, equals, new = pair.partition("=")
         if not (old and equals and new):
-            problems.append((f"--rename {pair}: is not OLD=NEW", "write --rename OLD=NEW"))
+            mistakes.append((f"--rename {pair}: is not OLD=NEW", "write --rename OLD=NEW"))
             continue
         names = values.setdefault("data.rename", {})
         if isinstance(names, dict):  # else it is refused as a value
             values["data.rename"] = {**names, old: new}
-    return values, problems
+    return values, mistakes
 
 
-def _override(merged: dict[str, object], overrides: Mapping[str, object]) -> Iterator[Problem]:
-    """Set every dotted key in the nested values; the problems are keys below something that is not a section."""
+def _override(merged: dict[str, object], overrides: Mapping[str, object]) -> Iterator[Mistake]:
+    """Set every dotted key in the nested values; the mistakes are keys below something that is not a section."""
     for dotted, value in overrides.items():
         *sections, leaf = dotted.split(".")
         node = merged
@@ -290,7 +290,7 @@ def _override(merged: dict[str, object], overrides: Mapping[str, object]) -> Ite
             node[leaf] = value
 
 
-def _combinations(config: RunConfig, overrides: Mapping[str, object]) -> Iterator[Problem]:
+def _combinations(config: RunConfig, overrides: Mapping[str, object]) -> Iterator[Mistake]:
     """Settings that are valid by themselves and exclude each other, or would be ignored."""
     model, sampling = config.model, config.generation
     if overrides.get("train.max_steps") is not None and "train.num_train_epochs" in overrides:
@@ -371,7 +371,7 @@ def _copy(values: Mapping[str, object]) -> dict[str, object]:
     return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
-def _problem(error: ErrorDetails) -> Problem:
+def _mistake(error: ErrorDetails) -> Mistake:
     """One of pydantic's errors as a message and what to type."""
     where = ".".join(str(part) for part in error["loc"])
     known = all_keys()

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Say = Callable[[str], None]  # called with a message for the user
+Log = Callable[[str], None]  # called with a line of text for the user
 Role = Literal["system", "user", "assistant"]
 TrainOn = Literal["all_replies", "last_reply"]
 SystemRole = Literal["template", "merge"]

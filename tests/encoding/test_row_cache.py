@@ -50,7 +50,7 @@ def messages() -> list[str]:
 def look(model_dir: Callable[[str], Path], rows: Path, messages: list[str]) -> Callable[..., Inspection]:
     def run(**data: Any) -> Inspection:
         values = {"train": rows, "max_length": 64, **data}
-        return inspect(configs.build({"model": {"path": model_dir("llama")}, "data": values}), say=messages.append)
+        return inspect(configs.build({"model": {"path": model_dir("llama")}, "data": values}), log=messages.append)
 
     return run
 
@@ -59,11 +59,11 @@ def facts(inspection: Inspection) -> dict[str, Any]:
     """Return everything that training and the reports use of an inspection."""
     return {
         "output": {k: v for k, v in inspection.as_dict().items() if k != "seconds"},
-        "report": inspection.rows.account.report,
-        "eval": inspection.rows.account.eval_report,
-        "conversations": inspection.rows.account.conversations,
-        "samples": inspection.rows.account.samples,
-        "fingerprint": inspection.rows.account.fingerprint,
+        "report": inspection.rows.report.data_report,
+        "eval": inspection.rows.report.eval_report,
+        "conversations": inspection.rows.report.conversations,
+        "samples": inspection.rows.report.samples,
+        "fingerprint": inspection.rows.report.fingerprint,
         "lengths": [s.lengths() for s in (inspection.rows.train, inspection.rows.held_out)],
         "supervised": [s.supervised() for s in (inspection.rows.train, inspection.rows.held_out)],
         "rows": [
@@ -102,9 +102,9 @@ def test_cached_rows_equal_the_rows_that_are_read(
     assert len(reads) == 2
     assert facts(first) == facts(plain)
     assert facts(second) == facts(plain)
-    assert second.rows.account.report.dropped == 1
-    assert second.rows.account.report.changed > 1
-    assert second.rows.account.report.notes
+    assert second.rows.report.data_report.dropped == 1
+    assert second.rows.report.data_report.changed > 1
+    assert second.rows.report.data_report.notes
     assert isinstance(second.rows.train._columns.ends, np.memmap)
     assert not messages
 
@@ -120,7 +120,7 @@ def test_the_key_covers_everything_that_rows_depend_on(
     before = rows.stat()
     rows.write_text(rows.read_text().replace("Question 1?", "Question x?"))
     os.utime(rows, ns=(before.st_atime_ns, before.st_mtime_ns))  # the same size and modification time as before
-    assert look().rows.account.fingerprint != ""
+    assert look().rows.report.fingerprint != ""
     assert len(reads) == 6
     for number, (name, value) in enumerate((("FORMAT", row_cache.FORMAT + 1), ("__version__", "another")), 7):
         monkeypatch.setattr(row_cache, name, value)
@@ -145,7 +145,7 @@ def flip(file: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a bit of the ids": lambda at: flip(at / "train.ids"),
-    "a bit of the account": lambda at: flip(at / "account.json"),
+    "a bit of the rows report": lambda at: flip(at / "account.json"),
     "a bit of the digests": lambda at: flip(at / "sha256.json"),
     "a truncated file": lambda at: os.truncate(at / "train.trained", 10),
     "a missing file": lambda at: (at / "train.ends").unlink(),
@@ -205,10 +205,10 @@ def test_rows_of_a_file_that_changes_while_it_is_read_are_not_cached(
     read = row_cache.read_into
 
     def read_and_change(*args: Any) -> RowsReport:
-        account = read(*args)
+        report = read(*args)
         with rows.open("a") as f:
             f.write(json.dumps(ROWS[0]) + "\n")
-        return account
+        return report
 
     monkeypatch.setattr(row_cache, "read_into", read_and_change)
     look()
@@ -224,7 +224,7 @@ def test_refused_rows_are_not_cached(
     assert refused.error is not None
     assert expected.error is not None
     assert refused.error.message == expected.error.message
-    assert refused.rows.account.report == expected.rows.account.report
+    assert refused.rows.report.data_report == expected.rows.report.data_report
     assert not entries(cache_dir)
     rows.unlink()
     missing = look()

@@ -32,29 +32,22 @@ def model(model_dir: Callable[[str], Path]) -> Path:
     return model_dir("llama")
 
 
-@pytest.fixture(scope="module")
-def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("eval") / "run"
-    library.train(config(model, path, {"eval_fraction": 0.2}))
-    return path
-
-
 def test_rows_with_equal_prompts_are_in_the_same_split(model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     lines = [{"instruction": f"q{i % 50}", "output": f"a{i}"} for i in range(200)]
     rows.write_text("\n".join(map(json.dumps, lines)))
     first = inspect(config(model, tmp_path, {"train": rows, "eval_fraction": 0.3}))
-    prompts = {c.messages[0].content for c in first.rows.account.conversations}
+    prompts = {c.messages[0].content for c in first.rows.report.conversations}
     assert 5 <= len(prompts) <= 25
     assert len(first.rows.held_out) == 4 * len(prompts)
     assert len(first.rows.train) + len(first.rows.held_out) == 200
-    assert first.rows.account.report.rows()["kept"] == 200
+    assert first.rows.report.data_report.rows()["kept"] == 200
     again = inspect(config(model, tmp_path, {"train": rows, "eval_fraction": 0.3}))
-    assert [c.messages for c in again.rows.account.conversations] == [
-        c.messages for c in first.rows.account.conversations
+    assert [c.messages for c in again.rows.report.conversations] == [
+        c.messages for c in first.rows.report.conversations
     ]
     wider = inspect(config(model, tmp_path, {"train": rows, "eval_fraction": 0.5}))
-    assert prompts < {c.messages[0].content for c in wider.rows.account.conversations}
+    assert prompts < {c.messages[0].content for c in wider.rows.report.conversations}
 
 
 def test_a_longer_conversation_is_in_the_split_of_its_first_question(model: Path, tmp_path: Path) -> None:
@@ -67,7 +60,7 @@ def test_a_longer_conversation_is_in_the_split_of_its_first_question(model: Path
         lines += [{"messages": opening}, {"messages": [*opening, *turns]}]
     rows.write_text("\n".join(map(json.dumps, lines)))
     inspection = inspect(config(model, tmp_path, {"train": rows, "eval_fraction": 0.3}))
-    questions = [c.messages[0].content for c in inspection.rows.account.conversations]
+    questions = [c.messages[0].content for c in inspection.rows.report.conversations]
     assert 10 < len(questions) < 110
     assert all(questions.count(question) == 2 for question in questions)
 
@@ -78,9 +71,9 @@ def test_held_out_rows_with_trained_prompts_are_reported(model: Path, tmp_path: 
     held.write_text(
         f'{line}\n{json.dumps({**json.loads(line), "output": "b"})}\n{{"instruction": "q", "output": "a"}}\n'
     )
-    notes = inspect(config(model, tmp_path, {"eval": held})).rows.account.report.notes
+    notes = inspect(config(model, tmp_path, {"eval": held})).rows.report.data_report.notes
     assert notes["the prompt of a row in data.eval is also trained on"] == 2
-    assert not inspect(config(model, tmp_path, {"eval": personas.HELD_OUT})).rows.account.report.notes
+    assert not inspect(config(model, tmp_path, {"eval": personas.HELD_OUT})).rows.report.data_report.notes
 
 
 def test_a_setting_that_would_be_ignored_is_an_error(model: Path, tmp_path: Path) -> None:
@@ -89,34 +82,34 @@ def test_a_setting_that_would_be_ignored_is_an_error(model: Path, tmp_path: Path
     assert "data.eval_fraction would be ignored" in both.error.message
 
 
-def test_a_run_ends_with_a_comparison_of_both_models(run: Path) -> None:
-    summary = json.loads((run / "summary.json").read_text())
-    result = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+def test_a_run_ends_with_a_comparison_of_both_models(teahouse_run: Path) -> None:
+    summary = json.loads((teahouse_run / "summary.json").read_text())
+    result = json.loads((teahouse_run / "evaluation.json").read_text(encoding="utf-8"))
     assert summary["held_out"]["tuned"]["loss"] < summary["held_out"]["base"]["loss"]
     assert summary["held_out"]["tuned"] == result["tuned"]
     assert result["samples"][0].keys() == {"prompt", "reference", "base", "tuned", "stopped"}
-    rows = [json.loads(x) for x in (run / "held-out.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(x) for x in (teahouse_run / "held-out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == result["tuned"]["rows"]
 
 
-def test_eval_prints_the_scores_of_both_models(run: Path, luthier: Run) -> None:
-    scores = json.loads(luthier("eval", run, "--json", *FEW).out)
-    assert scores["data"] == str(run / "held-out.jsonl")
+def test_eval_prints_the_scores_of_both_models(teahouse_run: Path, luthier: Run) -> None:
+    scores = json.loads(luthier("eval", teahouse_run, "--json", *FEW).out)
+    assert scores["data"] == str(teahouse_run / "held-out.jsonl")
     assert scores["tuned"]["loss"] < scores["base"]["loss"]
     assert 0 <= scores["tuned"]["stop_rate"] <= 1
     assert scores["tuned"]["perplexity"] == pytest.approx(math.exp(scores["tuned"]["loss"]))
-    stored = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    stored = json.loads((teahouse_run / "evaluation.json").read_text(encoding="utf-8"))
     assert scores["tuned"]["loss"] == pytest.approx(stored["tuned"]["loss"], rel=1e-5)
-    table = luthier("eval", run, *FEW)
+    table = luthier("eval", teahouse_run, *FEW)
     assert "perplexity" in table.out
-    other = json.loads(luthier("eval", run, "--data", personas.HELD_OUT, "--json", *FEW).out)
+    other = json.loads(luthier("eval", teahouse_run, "--data", personas.HELD_OUT, "--json", *FEW).out)
     assert other["data"] == str(personas.HELD_OUT)
     assert other["base"]["rows"] == 24
 
 
-def test_the_losses_equal_those_of_stock_transformers(run: Path, model: Path, tokenizer: Tokenizer) -> None:
-    comparison = library.eval(run, [personas.TEAHOUSE], samples=0)
-    rows = list(inspect(config(model, run, {})).rows.train)
+def test_the_losses_equal_those_of_stock_transformers(teahouse_run: Path, model: Path, tokenizer: Tokenizer) -> None:
+    comparison = library.eval(teahouse_run, [personas.TEAHOUSE], samples=0)
+    rows = list(inspect(config(model, teahouse_run, {})).rows.train)
     stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         expected = float(padded_losses(stock, rows).double().mean())
@@ -127,7 +120,7 @@ def test_the_losses_equal_those_of_stock_transformers(run: Path, model: Path, to
 def test_reaching_the_time_limit_is_reported(model: Path, tmp_path: Path) -> None:
     messages: list[str] = []
     settings = config(model, tmp_path / "run", {"eval_fraction": 0.3}, eval_time_ratio=1e-9, max_steps=2)
-    library.train(settings, say=messages.append)
+    library.train(settings, log=messages.append)
     assert any("evaluation stopped at its time limit" in m and "luthier eval" in m for m in messages)
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
     assert result["tuned"]["complete"] is False
@@ -136,11 +129,11 @@ def test_reaching_the_time_limit_is_reported(model: Path, tmp_path: Path) -> Non
 
 def test_reaching_the_time_limit_for_replies_to_training_prompts_is_reported(model: Path, tmp_path: Path) -> None:
     messages: list[str] = []
-    library.train(config(model, tmp_path / "run", {}, eval_time_ratio=1e-9, max_steps=2), say=messages.append)
+    library.train(config(model, tmp_path / "run", {}, eval_time_ratio=1e-9, max_steps=2), log=messages.append)
     assert any("replies for the report stopped at their time limit (0.0 s): 0 of 4 done" in m for m in messages)
 
 
-def test_eval_names_a_json_file_with_the_scored_rows(run: Path, luthier: Run, tmp_path: Path) -> None:
+def test_eval_names_a_json_file_with_the_scored_rows(teahouse_run: Path, luthier: Run, tmp_path: Path) -> None:
     """``data`` names a file of alpaca or messages JSON, whatever the format of the given file."""
     row = {"instruction": "你是谁？", "output": "客官请坐。"}
     plain = json.dumps(row, ensure_ascii=False)
@@ -152,11 +145,11 @@ def test_eval_names_a_json_file_with_the_scored_rows(run: Path, luthier: Run, tm
     }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-        result = json.loads(luthier("eval", run, "--data", tmp_path / name, "--json", "--samples", 0).out)
+        result = json.loads(luthier("eval", teahouse_run, "--data", tmp_path / name, "--json", "--samples", 0).out)
         (line,) = Path(result["data"]).read_text(encoding="utf-8").splitlines()
         assert [m["content"] for m in json.loads(line)["messages"]] == list(row.values())
     (tmp_path / "d.json").write_text(f"[{plain}]", encoding="utf-8")
-    result = json.loads(luthier("eval", run, "--data", tmp_path / "d.json", "--json", "--samples", 0).out)
+    result = json.loads(luthier("eval", teahouse_run, "--data", tmp_path / "d.json", "--json", "--samples", 0).out)
     assert result["data"] == str(tmp_path / "d.json")
 
 
@@ -169,16 +162,20 @@ def test_a_run_without_held_out_rows_is_an_error_with_a_fix(model: Path, tmp_pat
         library.eval(model, [personas.HELD_OUT])
 
 
-def test_chat_and_eval_open_a_checkpoint(run: Path, luthier: Run) -> None:
-    checkpoint = json.loads(luthier("chat", run, "--checkpoint", 30, "--prompt", "你是谁？", "--json").out)
-    finished = json.loads(luthier("chat", run, "--prompt", "你是谁？", "--json").out)
+def test_chat_and_eval_open_a_checkpoint(teahouse_run: Path, luthier: Run) -> None:
+    checkpoint = json.loads(luthier("chat", teahouse_run, "--checkpoint", 30, "--prompt", "你是谁？", "--json").out)
+    finished = json.loads(luthier("chat", teahouse_run, "--prompt", "你是谁？", "--json").out)
     assert checkpoint["reply"] == finished["reply"]
-    scored = [json.loads(luthier("eval", run, "--json", *FEW, *at).out)["tuned"] for at in ((), ("--checkpoint", 30))]
+    scored = [
+        json.loads(luthier("eval", teahouse_run, "--json", *FEW, *at).out)["tuned"] for at in ((), ("--checkpoint", 30))
+    ]
     assert scored[0]["loss"] == scored[1]["loss"]
-    none = luthier("chat", run, "--checkpoint", 7, "--prompt", "a")
+    none = luthier("chat", teahouse_run, "--checkpoint", 7, "--prompt", "a")
     assert none.code == 2
     assert "its checkpoints are: 30" in none.err
-    both = luthier("chat", "--model", run, "--adapter", run / "adapter", "--checkpoint", 30, "--prompt", "a")
+    both = luthier(
+        "chat", "--model", teahouse_run, "--adapter", teahouse_run / "adapter", "--checkpoint", 30, "--prompt", "a"
+    )
     assert both.code == 2
     assert "--checkpoint: needs a run, not --model and --adapter" in both.err
 

@@ -300,11 +300,11 @@ def test_vocabularies_that_llama_cpp_does_not_support_are_refused() -> None:
 
 def test_values_outside_the_range_of_f16_are_refused() -> None:
     big = torch.full((1, 32), 1e5).numpy()
-    kind = writer.kind_of("f16")
+    file_type = writer.file_type_of("f16")
     with pytest.raises(ModelError, match="has values outside the range of f16"):
-        writer._encoded("x.weight", big, kind.matrices)
+        writer._encoded("x.weight", big, file_type.matrices)
     with pytest.raises(ConfigError, match="is not a type that can be written"):
-        writer.kind_of("f8")
+        writer.file_type_of("f8")
 
 
 def test_a_system_prompt_may_be_longer_than_llama_cpp_s_default_context(

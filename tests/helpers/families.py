@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier.models.tokenizer import sentencepiece
-from luthier.models.tokenizer.sentencepiece import Kind, Spacing
+from luthier.models.tokenizer.sentencepiece import PieceType, Spacing
 from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from luthier.templates import NATIVE, ChatML, MergedSystem
 from luthier.types import Template
@@ -71,7 +71,7 @@ def gguf(vocabs: Path, name: str) -> Tokenizer:
     if name == "baichuan":  # transformers cannot read it
         table = [GGUFReader(vocabs / f"ggml-vocab-{name}.gguf").fields[f"tokenizer.ggml.{n}"].contents() for n in TABLE]
         pieces, scores, types = table
-        types = [Kind.USER_DEFINED if t == Kind.NORMAL and i < 393 else t for i, t in enumerate(types)]
+        types = [PieceType.USER_DEFINED if t == PieceType.NORMAL and i < 393 else t for i, t in enumerate(types)]
         spacing = Spacing(add_dummy_prefix=False, remove_extra_whitespaces=False)
         fast = sentencepiece.from_pieces(pieces, scores, types, spacing)
         return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>"))

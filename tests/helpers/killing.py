@@ -23,7 +23,7 @@ OPERATIONS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
 
 
 @dataclass(frozen=True)
-class Session:
+class SessionEnd:
     """How one session ended: killed (at ``moment``) or finished, and its number of moments."""
 
     killed: bool
@@ -37,7 +37,7 @@ class Zygote:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def train(self, config: Path, kill_at: int | str = 0) -> Session:
+    def train(self, config: Path, kill_at: int | str = 0) -> SessionEnd:
         """Run one session of the YAML file's run.
 
         kill_at: kill it at this moment (0: never), or at the first one whose name contains this text.
@@ -47,7 +47,7 @@ class Zygote:
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
         assert answer["code"] == 0, answer
-        return Session(answer["killed"], answer["moments"], answer["moment"])
+        return SessionEnd(answer["killed"], answer["moments"], answer["moment"])
 
 
 @contextmanager

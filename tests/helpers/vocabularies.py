@@ -121,12 +121,12 @@ def llama2() -> bytes:
 
 def merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
     """List the pairs of tokens that merge into another token, in the order of the result, as in tokenizer.json."""
-    found = []
+    merged = []
     for token, rank in ranks.items():
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
         known = [(ranks[a], ranks[b], a, b) for a, b in pairs if a in ranks and b in ranks]
-        found += [(rank, *pair) for pair in known]
-    return [(a, b) for *_, a, b in sorted(found)]
+        merged += [(rank, *pair) for pair in known]
+    return [(a, b) for *_, a, b in sorted(merged)]
 
 
 def sentencepiece_json(model: bytes, added: Iterable[AddedToken], prefix: str = "") -> str:

@@ -34,7 +34,7 @@ def test_a_pulled_model_is_complete_and_loads(
     place: str, server: HubServer, tmp_path: Path, model_dir: Callable[[str], Path]
 ) -> None:
     content, messages = server.repositories[REPO].files, list[str]()
-    target = pull(REPO, tmp_path / "model", place, say=messages.append)
+    target = pull(REPO, tmp_path / "model", place, log=messages.append)
     assert names(target) == {*names(model_dir("llama")), hub.MANIFEST}
     assert all((target / n).read_bytes() == content[n] for n in names(target) - {hub.MANIFEST})
     assert names(tmp_path) == {"model"}  # no partial file, no lock, no cache of the client
@@ -42,7 +42,9 @@ def test_a_pulled_model_is_complete_and_loads(
     assert model(**tokenizer("hello", return_tensors="pt")).logits.isfinite().all() and model.dtype == torch.float32
     manifest = json.loads((target / hub.MANIFEST).read_text())
     assert (manifest["name"], manifest["source"]) == (REPO, f"{place}:{REPO}")
-    assert manifest["commit"] == (COMMIT if place == "huggingface" else "master")
+    assert manifest["revision"] is None
+    assert manifest["resolved_revision"] == (COMMIT if place == "huggingface" else "master")
+    assert manifest["commit"] == (COMMIT if place == "huggingface" else None)
     total = sum(len(content[n]) for n in manifest["files"])
     title = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}[place]
     assert messages[0] == f"{REPO} from {title}: {len(manifest['files'])} files, {download.human(total)}"
@@ -55,10 +57,23 @@ def test_pulling_a_complete_model_again_only_verifies_it(place: str, server: Hub
     stamps = {p: p.stat().st_mtime_ns for p in target.iterdir()}
     server.requests.clear()
     messages: list[str] = []
-    pull(REPO, tmp_path / "model", place, say=messages.append)
+    pull(REPO, tmp_path / "model", place, log=messages.append)
     assert messages == [f"{target}: already complete, nothing to download"]
     assert server.requests == []
     assert {p: p.stat().st_mtime_ns for p in target.iterdir()} == stamps
+
+
+def test_a_manifest_of_an_earlier_version_is_accepted(server: HubServer, tmp_path: Path) -> None:
+    """It recorded ModelScope's default branch as the commit, and no resolved revision."""
+    target = pull(REPO, tmp_path / "model", "modelscope")
+    file = target / hub.MANIFEST
+    manifest = json.loads(file.read_text())
+    del manifest["resolved_revision"]
+    file.write_text(json.dumps({**manifest, "commit": "master"}))
+    server.requests.clear()
+    assert pull(REPO, target, "modelscope", "master") == target
+    assert server.requests == []
+    assert "not the requested model" in refused(ModelError, pulling("modelscope", target, revision="main"))
 
 
 @both
@@ -70,7 +85,7 @@ def test_only_the_damaged_files_of_a_directory_are_downloaded_again(
     (target / "config.json").write_bytes(original[:-2] + b" }")
     server.requests.clear()
     messages: list[str] = []
-    pull(REPO, target, place, say=messages.append)
+    pull(REPO, target, place, log=messages.append)
     assert messages[0] == f"{target}: is damaged, downloading the damaged files again"
     assert (target / "config.json").read_bytes() == original
     assert server.fetched("config.json") == [""]
@@ -122,7 +137,7 @@ def test_a_family_falls_back_to_the_other_hub_if_the_first_cannot_be_reached(
     server.repositories["microsoft/Phi-3-mini-4k-instruct"] = server.repositories[REPO]
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http:" + "//127.0.0.1:9")
     messages: list[str] = []
-    target = library.pull("phi-3-mini-4k-instruct", tmp_path / "model", say=messages.append)
+    target = library.pull("phi-3-mini-4k-instruct", tmp_path / "model", log=messages.append)
     assert "ModelScope cannot be reached at" in messages[0] and messages[0].endswith("; trying Hugging Face")
     assert json.loads((target / hub.MANIFEST).read_text())["source"].startswith("huggingface:microsoft/")
     assert "cannot be reached at" in refused(ModelError, lambda: pull("a/b", tmp_path / "other"))
@@ -169,7 +184,7 @@ def test_the_embedded_model_refuses_a_hub_and_a_revision() -> None:
 @both
 def test_progress_starts_at_zero_and_reaches_the_total(place: str, server: HubServer, tmp_path: Path) -> None:
     reports: list[tuple[int, int]] = []
-    pull(REPO, tmp_path / "model", place, progress=lambda *report: reports.append(report))
+    pull(REPO, tmp_path / "model", place, on_progress=lambda *report: reports.append(report))
     total = sum(
         len(server.repositories[REPO].files[n])
         for n in json.loads((tmp_path / "model" / hub.MANIFEST).read_text())["files"]

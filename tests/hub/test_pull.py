@@ -144,7 +144,7 @@ def test_pulling_again_verifies_and_needs_no_network(
     stamps = {p: p.stat().st_mtime_ns for p in target.iterdir()}
     monkeypatch.setattr(embedded, "_fetch", lambda *_: pytest.fail("used the network"))
     messages: list[str] = []
-    assert pull("tiny", tmp_path / "model", say=messages.append) == target
+    assert pull("tiny", tmp_path / "model", log=messages.append) == target
     assert messages == [f"{target}: already complete, nothing to download"]
     assert {p: p.stat().st_mtime_ns for p in target.iterdir()} == stamps
 
@@ -156,7 +156,7 @@ def test_a_damaged_directory_is_downloaded_again(name: str, offline_index: hub.W
     raw[-5] ^= 1
     (target / name).write_bytes(raw)
     messages: list[str] = []
-    pull("tiny", tmp_path / "model", say=messages.append)
+    pull("tiny", tmp_path / "model", log=messages.append)
     assert "is damaged, downloading it again" in messages[0]
     assert hub.verify(target, offline_index) == "whole"
     assert leftovers(tmp_path) == []

@@ -302,7 +302,7 @@ def test_the_reason_why_a_model_is_not_supported_is_reported(tokenizer: Tokenize
     assert "not Gemma2DecoderLayer" in str(unsuitable(model, layers))
     messages: list[str] = []
     config = TrainConfig(max_steps=1)
-    loop.train(model, layers, examples(tokenizer, 2), config, loop.Session(notify=messages.append))
+    loop.train(model, layers, examples(tokenizer, 2), config, loop.Session(log=messages.append))
     assert len(messages) == 1 and "training is slower" in messages[0]
     with pytest.raises(ConfigError, match=r"train\.fused: they support the layers of"):
         loop.train(model, layers, examples(tokenizer, 2), config.model_copy(update={"fused": True}))
@@ -316,7 +316,7 @@ def test_training_continues_without_a_compiler(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(Unsuitable, match="no C\\+\\+ compiler"):
         compiled_model(model, layers, DropoutState(), False).__enter__()
     messages: list[str] = []
-    loop.train(model, layers, examples(tokenizer, 2), TrainConfig(max_steps=1), loop.Session(notify=messages.append))
+    loop.train(model, layers, examples(tokenizer, 2), TrainConfig(max_steps=1), loop.Session(log=messages.append))
     assert len(messages) == 1 and "g++" in messages[0]
 
 
@@ -332,6 +332,6 @@ def test_the_first_compilation_is_reported(
         with_adapter(model),
         examples(tokenizer, 2),
         TrainConfig(max_steps=1),
-        loop.Session(notify=messages.append),
+        loop.Session(log=messages.append),
     )
     assert messages == ["compiling the training step for this processor, once (about 10 s)"]

@@ -201,7 +201,7 @@ def test_old_checkpoints_are_deleted_and_a_damaged_one_is_skipped(model: Path, w
     raw[-1] ^= 1
     tensors.write_bytes(raw)
     messages: list[str] = []
-    luthier.train(run_config, say=messages.append)
+    luthier.train(run_config, log=messages.append)
     assert any("step-00000011: is damaged" in s for s in messages)
     assert any("resuming after step 9" in s for s in messages)
     assert adapter(run) == adapter(whole)
@@ -242,7 +242,7 @@ def test_a_run_with_damaged_checkpoints_only_starts_again_and_warns(model: Path,
     for path in checkpoint.steps(run / "checkpoints"):
         (path / checkpoint.STATE).write_text("[]")
     messages: list[str] = []
-    luthier.train(run_config, say=messages.append)
+    luthier.train(run_config, log=messages.append)
     assert sum("is damaged" in s for s in messages) == 2
     assert any("no usable checkpoint, so the run starts again at its first step" in s for s in messages)
     assert adapter(run) == adapter(whole)
@@ -274,15 +274,15 @@ def test_resuming_on_another_machine_is_reported(model: Path, tmp_path: Path, mo
     assert {"luthier", "torch", "transformers", "tokenizers", "numpy", "cpu", "threads"} <= here.keys()
     monkeypatch.setattr(checkpoint, "machine", lambda: {**here, "threads": 64})
     messages: list[str] = []
-    luthier.train(run_config, say=messages.append)
+    luthier.train(run_config, log=messages.append)
     assert any(
         f"may differ in the last bits from an uninterrupted run (threads: {here['threads']} -> 64)" in s
         for s in messages
     )
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(model: Path, whole: Path, tmp_path: Path) -> None:
-    """A limit on the size of files replaces a full disk; without the limit, the run resumes."""
+def test_a_write_that_fails_leaves_the_last_good_checkpoint(model: Path, whole: Path, tmp_path: Path) -> None:
+    """A limit on the size of files makes the write fail, as a full disk does; without it, the run resumes."""
     run = tmp_path / "run"
     run_config = config(model, run)
     with pytest.raises(Stopped):
@@ -299,8 +299,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(model: Path, whole: Path, t
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "there is not enough disk space (File too large)" in done.stdout
-    assert "free some disk space, then run the same command again" in done.stdout
+    assert "the file would exceed the file size limit (File too large); no partial file was left" in done.stdout
+    assert "raise the limit (ulimit -f unlimited)" in done.stdout
     assert [p.name for p in (run / "checkpoints").iterdir()][-1:] != []
     assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
     luthier.train(run_config)

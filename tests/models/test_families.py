@@ -328,8 +328,8 @@ def test_every_tensor_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> Non
 
 def test_buffers_that_the_model_computes_are_ignored_and_reported(tmp_path: Path) -> None:
     messages: list[str] = []
-    load_weights(published.deepseek(tmp_path / "d", inv_freq=True), torch.float32, say=messages.append)
-    load_weights(published.glm4(tmp_path / "g"), torch.float32, say=messages.append)
+    load_weights(published.deepseek(tmp_path / "d", inv_freq=True), torch.float32, log=messages.append)
+    load_weights(published.glm4(tmp_path / "g"), torch.float32, log=messages.append)
     names = [m.partition("ignored, because the model computes them itself: ")[2] for m in messages]
     assert names == ["model.layers.0-1.self_attn.rotary_emb.inv_freq", "transformer.rotary_pos_emb.inv_freq"]
 

@@ -54,8 +54,8 @@ def run_config(model: Path, run: Path, **values: Any) -> configs.RunConfig:
     return configs.build(base)
 
 
-def load(model: Path, say: Callable[[str], None] = lambda _: None, options: QuantisedOptions = NF4) -> Any:
-    return load_quantised(model, torch.float32, torch.device("cpu"), read_config(model), options, say)
+def load(model: Path, log: Callable[[str], None] = lambda _: None, options: QuantisedOptions = NF4) -> Any:
+    return load_quantised(model, torch.float32, torch.device("cpu"), read_config(model), options, log)
 
 
 def test_train_resume_chat_and_merge_in_four_bits(model: Path, luthier: Run, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_eight_bit_optimizer_learns_and_resumes_bit_for_bit(model: Path, tmp_pat
 def test_a_paged_optimizer_is_replaced_with_a_note(model: Path, tmp_path: Path) -> None:
     messages: list[str] = []
     values = {"train": {"optim": "paged_adamw_32bit", "max_steps": 2}}
-    library.train(run_config(model, tmp_path / "paged", **values), say=messages.append)
+    library.train(run_config(model, tmp_path / "paged", **values), log=messages.append)
     assert any("adamw_torch is used instead" in m for m in messages)
     library.train(run_config(model, tmp_path / "plain", train={"max_steps": 2}))
     digests = [files.sha256(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("paged", "plain")]

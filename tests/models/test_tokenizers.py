@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from luthier.errors import ModelError
 from luthier.models.tokenizer import sentencepiece, tiktoken
 from luthier.models.tokenizer import tokenizer as loading
-from luthier.models.tokenizer.sentencepiece import Kind, Spacing, from_pieces
+from luthier.models.tokenizer.sentencepiece import PieceType, Spacing, from_pieces
 from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import TOKENIZER
 from tests.helpers import trained
@@ -94,7 +94,7 @@ def yi(path: Path, **options: Any) -> Path:
     }
     fast = sentencepiece.from_proto(proto, special)
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    ids = {i: p.piece for i, p in enumerate(proto.pieces) if p.type in (Kind.CONTROL, Kind.USER_DEFINED)}
+    ids = {i: p.piece for i, p in enumerate(proto.pieces) if p.type in (PieceType.CONTROL, PieceType.USER_DEFINED)}
     return directory(
         path,
         "llama",
@@ -274,7 +274,7 @@ def test_damaged_sentencepiece_files_are_refused(baichuan: Path, tmp_path: Path)
 
 def test_a_vocabulary_that_merges_cannot_express_is_refused() -> None:
     """Two pieces of equal score overlap: SentencePiece forms the leftmost."""
-    pieces, kinds = ["<unk>", "a", "b", "ab", "ba"], [Kind.UNKNOWN, *[Kind.NORMAL] * 4]
+    pieces, kinds = ["<unk>", "a", "b", "ab", "ba"], [PieceType.UNKNOWN, *[PieceType.NORMAL] * 4]
     spacing = Spacing(False, False, False)
     message = refused(lambda: from_pieces(pieces, [0.0, -1.0, -2.0, -3.0, -3.0], kinds, spacing, source="m"))
     assert "m: cannot be reproduced exactly ('ab' and 'ba' have the same score)" in message

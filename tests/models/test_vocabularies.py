@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from luthier.errors import ModelError
 from luthier.models.tokenizer import sentencepiece, tiktoken
 from luthier.models.tokenizer.merges import merges_of
-from luthier.models.tokenizer.sentencepiece import Kind, Spacing
+from luthier.models.tokenizer.sentencepiece import PieceType, Spacing
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from tests.helpers import trained
 from tests.helpers.trained import CASES, TEXT, train
@@ -40,7 +40,7 @@ def test_a_trained_sentencepiece_model_gives_its_own_ids(name: str) -> None:
     ours = sentencepiece.from_proto(proto, {})
     assert ours.get_vocab_size() == theirs.get_piece_size() == len(proto.pieces)
     assert [ours.id_to_token(i) for i in range(len(proto.pieces))] == [p.piece for p in proto.pieces]
-    symbols = [p.piece for p in proto.pieces if p.type == Kind.USER_DEFINED]
+    symbols = [p.piece for p in proto.pieces if p.type == PieceType.USER_DEFINED]
 
     def check(text: str) -> None:
         if "<unk>" in text or (proto.normalizer_spec.add_dummy_prefix and text.strip(" ") in symbols):
@@ -82,7 +82,7 @@ def as_proto(pieces: list[str], scores: list[float], types: list[int], spacing: 
     for piece, score, kind in zip(pieces, scores, types, strict=True):
         proto.pieces.add(piece=piece, score=score, type=kind)
     proto.trainer_spec.model_type = pb.TrainerSpec.BPE
-    proto.trainer_spec.byte_fallback = Kind.BYTE in types
+    proto.trainer_spec.byte_fallback = PieceType.BYTE in types
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.add_dummy_prefix = spacing.add_dummy_prefix
     proto.normalizer_spec.remove_extra_whitespaces = spacing.remove_extra_whitespaces
@@ -100,7 +100,7 @@ def test_published_sentencepiece_vocabularies_give_the_reference_ids(vocabs: Pat
     path = vocabs / f"ggml-vocab-{name}.gguf"
     pieces, scores, types = gguf(path, "tokens", "scores", "token_type")
     if name == "baichuan":  # the file does not mark its first 393 pieces as user-defined, and has no reference ids
-        types = [Kind.USER_DEFINED if t == Kind.NORMAL and i < 393 else t for i, t in enumerate(types)]
+        types = [PieceType.USER_DEFINED if t == PieceType.NORMAL and i < 393 else t for i, t in enumerate(types)]
     else:
         ours = sentencepiece.from_pieces(pieces, scores, types, Spacing(remove_extra_whitespaces=False))
         samples = references(path)

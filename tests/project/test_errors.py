@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -294,8 +296,31 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pyte
         assert refused(DataError, lambda: read_head(path, 1)).endswith("cannot be read (Permission denied)")
     (tmp_path / "summary.json").write_text("{")
     assert "summary.json: cannot be read (Expecting" in refused(UserError, RunDir(tmp_path).summary)
-    no_space = files.user_error_of(path, OSError(28, "No space left on device"))
-    assert "there is not enough disk space" in no_space.message
+
+
+@pytest.mark.parametrize(
+    ("number", "reason", "fix"),
+    [
+        (errno.ENOSPC, "there is not enough disk space (No space left on device)", "free some disk space"),
+        (errno.EDQUOT, "your disk quota is exhausted (Disk quota exceeded)", "a larger quota"),
+        (errno.EFBIG, "the file would exceed the file size limit (File too large)", "ulimit -f unlimited"),
+        (errno.EROFS, "Read-only file system", "choose a path that can be written"),
+        (errno.EACCES, "Permission denied", "choose a path that can be written"),
+    ],
+)
+def test_a_failed_write_is_reported_with_its_own_reason(
+    number: int, reason: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "a.json"
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    with pytest.raises(UserError) as e:
+        files.write_json(path, {})
+    assert e.value.message.removeprefix(f"{path}: ").removesuffix("; no partial file was left") == reason
+    assert fix in e.value.fix
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_number_that_is_too_long_for_python_is_refused(tmp_path: Path) -> None:

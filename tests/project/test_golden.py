@@ -96,7 +96,7 @@ def test_a_checkpoint_written_by_an_earlier_version_is_resumed(old_run: Path) ->
     """If the format of checkpoints changes, this must expect an error instead."""
     shutil.rmtree(old_run / "adapter")
     messages: list[str] = []
-    summary = luthier.train(luthier.load(old_run / "run.yaml"), say=messages.append)
+    summary = luthier.train(luthier.load(old_run / "run.yaml"), log=messages.append)
     expected = json.loads((OLD / "expected.json").read_text(encoding="utf-8"))
     assert "resuming after step 2" in messages
     assert summary["losses"] == pytest.approx(expected["losses"], abs=1e-4)

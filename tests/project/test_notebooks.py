@@ -210,8 +210,8 @@ def test_a_missing_model_is_pulled_by_its_name(name: str, aside: Path, monkeypat
     for _ in range(2):  # the second time it exists
         exec(f"{cells['parameters']}\n{cells['download']}", names)
     assert asked == [(names["MODEL"].name, names["MODEL"])]
-    assert asked[0][0] in hub.FAMILIES
-    inspect.signature(pull).bind(asked[0][0], to=asked[0][1], say=print)
+    assert asked[0][0] in hub.REPOSITORIES
+    inspect.signature(pull).bind(asked[0][0], to=asked[0][1], log=print)
 
 
 def test_a_mistake_in_the_data_stops_the_notebook(checkpoint: Callable[[str], Path], aside: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_notebook_runs_in_a_real_kernel_and_shows_its_plots(checkpoint: Callab
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(aside)}}).execute()
     outputs = {c.id: c.outputs for c in notebook.cells if c.cell_type == "code"}
     pictures = {name: [o for o in out if "image/png" in o.get("data", {})] for name, out in outputs.items()}
-    assert {name for name, found in pictures.items() if len(found) == 1} == {"encode", "train"}
+    assert {name for name, images in pictures.items() if len(images) == 1} == {"encode", "train"}
     assert any("font-weight: bold" in o["data"].get("text/html", "") for o in outputs["encode"] if "data" in o)
     assert not [o for out in outputs.values() for o in out if o.output_type in ("execute_result", "error")]
     assert "你是谁？\n  base   " in outputs["talk"][-1]["text"]

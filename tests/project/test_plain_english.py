@@ -52,7 +52,7 @@ def expressions(text: str) -> list[str]:
     """The forbidden expressions in a text, each with what to write instead; code in backticks is left out."""
     prose = " ".join(re.sub(r"`+[^`]*`+", "`code`", text).split())
     return [
-        f"{found[0]!r}: write {better}" for pattern, better in PATTERNS.items() for found in pattern.finditer(prose)
+        f"{match[0]!r}: write {better}" for pattern, better in PATTERNS.items() for match in pattern.finditer(prose)
     ]
 
 
@@ -70,13 +70,13 @@ def test_pages_are_in_plain_english(path: Path) -> None:
 
 
 def test_docstrings_messages_and_help_texts_are_in_plain_english() -> None:
-    found = [
+    faults = [
         f"{path.relative_to(ROOT)}:{line} {expression}"
         for path in SOURCES
         for line, text in texts(path)
         for expression in expressions(text)
     ]
-    assert not found, "\n".join(found)
+    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize(

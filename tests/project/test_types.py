@@ -28,15 +28,15 @@ def public_signatures(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionD
 
 def faults(tree: ast.Module) -> list[str]:
     """List public functions with ``Any`` in an annotation, as name:line."""
-    found = []
+    locations = []
     for function in public_signatures(tree):
         arguments = function.args
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
         annotations = [a.annotation for a in every if a and a.annotation]
         annotations += [function.returns] if function.returns else []
         if any(uses_of_any(annotation) for annotation in annotations):
-            found.append(f"{function.name}:{function.lineno}")
-    return found
+            locations.append(f"{function.name}:{function.lineno}")
+    return locations
 
 
 def test_any_is_rare() -> None:
@@ -45,8 +45,10 @@ def test_any_is_rare() -> None:
 
 
 def test_no_public_signature_has_any() -> None:
-    found = {str(p.relative_to(SOURCE)): faults(ast.parse(p.read_text(encoding="utf-8"))) for p in SOURCE.rglob("*.py")}
-    assert {name: lines for name, lines in found.items() if lines} == {}
+    faulty = {
+        str(p.relative_to(SOURCE)): faults(ast.parse(p.read_text(encoding="utf-8"))) for p in SOURCE.rglob("*.py")
+    }
+    assert {name: lines for name, lines in faulty.items() if lines} == {}
 
 
 def test_few_lines_are_exempt_from_the_type_checker() -> None:

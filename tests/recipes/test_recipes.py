@@ -16,7 +16,7 @@ from transformers.generation import NoRepeatNGramLogitsProcessor, RepetitionPena
 import luthier as library
 from luthier import config as configs
 from luthier import personas, recipes
-from luthier.cli.common import Recipe
+from luthier.cli.common import RecipeOption
 from luthier.errors import ConfigError
 from luthier.inference.generation import Sampling
 from luthier.types import Message
@@ -161,7 +161,7 @@ def test_recipes_are_in_the_package_the_help_and_the_readmes() -> None:
 
     facts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "recipes/*.yaml" in facts["tool"]["setuptools"]["package-data"]["luthier"]
-    text = Recipe.__metadata__[0].help  # type: ignore[attr-defined]
+    text = RecipeOption.__metadata__[0].help  # type: ignore[attr-defined]
     readmes = [(ROOT / r).read_text(encoding="utf-8") for r in ("README.md", "README.zh-CN.md")]
     for name in recipes.names():
         assert name in text

@@ -58,7 +58,7 @@ def test_what_autograd_saves_is_counted_to_the_byte(
 ) -> None:
     """A forward pass with values on the CPU saves as many bytes as counted on the meta device."""
     path = model_dir(arch)
-    rows = [memory_model._row(40, 12), memory_model._row(25, 20)]
+    rows = [memory_model._synthetic_row(40, 12), memory_model._synthetic_row(25, 20)]
     model = load_weights(path, torch.float32)
     attach(model, LoraConfig(), resolve(model, None), seed=0)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -89,7 +89,7 @@ def test_the_extrapolation_from_three_layers_is_exact(recompute: bool, model_dir
     config.num_hidden_layers = 7
     model: Any = empty_model(config)
     attach(model, LoraConfig(), resolve(model, None), seed=0)
-    rows = [memory_model._row(40, 12), memory_model._row(25, 20)]
+    rows = [memory_model._synthetic_row(40, 12), memory_model._synthetic_row(25, 20)]
     extrapolated = memory_model._count(model, rows, recompute, "padded")
     assert len(model.get_decoder().layers) == 7
     assert extrapolated == memory_model._counted(model, rows, recompute, "padded")
@@ -204,7 +204,7 @@ def test_force_starts_a_run_that_does_not_fit(
     with pytest.raises(UserError):
         library.train(run_config(model_dir("llama"), tmp_path / "run"))
     messages: list[str] = []
-    summary = library.train(run_config(model_dir("llama"), tmp_path / "run"), say=messages.append, force=True)
+    summary = library.train(run_config(model_dir("llama"), tmp_path / "run"), log=messages.append, force=True)
     assert summary["steps"] == 1
     assert any("gradient checkpointing is on to save memory" in s for s in messages)
 

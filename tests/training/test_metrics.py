@@ -143,15 +143,8 @@ def model(model_dir: Callable[[str], Path]) -> Path:
     return model_dir("llama")
 
 
-@pytest.fixture(scope="module")
-def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("metrics") / "run"
-    library.train(config(model, path, {"eval_fraction": 0.1}))
-    return path
-
-
-def test_eval_reports_the_scores_of_its_samples(run: Path, luthier: Run) -> None:
-    done = luthier("eval", run, "--json", "--samples", 5, "--max-new-tokens", 40)
+def test_eval_reports_the_scores_of_its_samples(teahouse_run: Path, luthier: Run) -> None:
+    done = luthier("eval", teahouse_run, "--json", "--samples", 5, "--max-new-tokens", 40)
     assert (done.code, done.err) == (0, "")
     report = json.loads(done.out)
     samples = report["samples"]
@@ -163,7 +156,7 @@ def test_eval_reports_the_scores_of_its_samples(run: Path, luthier: Run) -> None
         assert {k: report[side][k] for k in expected} == expected
         assert None not in expected.values()
     assert report["tuned"]["chrf"] > report["base"]["chrf"]
-    table = luthier("eval", run, "--samples", 5, "--max-new-tokens", 40).out
+    table = luthier("eval", teahouse_run, "--samples", 5, "--max-new-tokens", 40).out
     assert "5 answered" in table
     for name, key, form in (("BLEU", "bleu", ".2f"), ("chrF", "chrf", ".2f"), ("ROUGE-L", "rouge_l", ".4f")):
         line = next(x for x in table.splitlines() if name in x)
@@ -171,20 +164,20 @@ def test_eval_reports_the_scores_of_its_samples(run: Path, luthier: Run) -> None
             assert format(report[side][key], form) in line
 
 
-def test_without_samples_the_losses_are_still_reported(run: Path, luthier: Run) -> None:
-    report = json.loads(luthier("eval", run, "--json", "--samples", 0).out)
+def test_without_samples_the_losses_are_still_reported(teahouse_run: Path, luthier: Run) -> None:
+    report = json.loads(luthier("eval", teahouse_run, "--json", "--samples", 0).out)
     assert report["samples"] == []
     assert report["tuned"]["stop_rate"] is report["tuned"]["bleu"] is None
     assert report["tuned"]["loss"] < report["base"]["loss"]
-    table = luthier("eval", run, "--samples", 0).out
+    table = luthier("eval", teahouse_run, "--samples", 0).out
     assert "perplexity" in table
     assert "BLEU" not in table
     assert "end by themselves" not in table
 
 
-def test_a_finished_run_has_scores_and_its_report_shows_them(run: Path) -> None:
-    stored = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    page = (run / "report.html").read_text(encoding="utf-8")
+def test_a_finished_run_has_scores_and_its_report_shows_them(teahouse_run: Path) -> None:
+    stored = json.loads((teahouse_run / "evaluation.json").read_text(encoding="utf-8"))
+    page = (teahouse_run / "report.html").read_text(encoding="utf-8")
     for side in ("base", "tuned"):
         count = stored[side]["replies"]
         assert count > 0
@@ -198,17 +191,17 @@ def test_a_finished_run_has_scores_and_its_report_shows_them(run: Path) -> None:
 
 @pytest.mark.parametrize("package", ["sacrebleu", "rouge_score", "jieba"])
 def test_a_missing_package_is_reported_and_the_other_scores_remain(
-    package: str, run: Path, luthier: Run, monkeypatch: pytest.MonkeyPatch
+    package: str, teahouse_run: Path, luthier: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    done = luthier("eval", run, "--json", "--samples", 2, "--max-new-tokens", 8)
+    done = luthier("eval", teahouse_run, "--json", "--samples", 2, "--max-new-tokens", 8)
     tuned = json.loads(done.out)["tuned"]
     assert tuned["bleu"] is tuned["chrf"] is tuned["rouge_l"] is None
     assert tuned["perplexity"] > 1
     assert tuned["length_ratio"] > 0
     assert 0 <= tuned["stop_rate"] <= 1
     assert f"need {package.replace('_', '-')}: {install_command('eval')}" in done.err
-    assert "BLEU" not in luthier("eval", run, "--samples", 2, "--max-new-tokens", 8).out
+    assert "BLEU" not in luthier("eval", teahouse_run, "--samples", 2, "--max-new-tokens", 8).out
 
 
 def test_a_finished_run_names_the_package_to_install(
@@ -216,7 +209,7 @@ def test_a_finished_run_names_the_package_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     messages: list[str] = []
-    library.train(config(model, tmp_path / "run", {"eval_fraction": 0.1}, max_steps=2), say=messages.append)
+    library.train(config(model, tmp_path / "run", {"eval_fraction": 0.1}, max_steps=2), log=messages.append)
     assert any(f"need sacrebleu: {install_command('eval')}" in s for s in messages)
     assert "BLEU" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
@@ -235,11 +228,11 @@ def test_a_prompt_longer_than_the_context_is_skipped(model: Path, tmp_path: Path
     short = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
     rows.write_text("\n".join(map(json.dumps, [long, short])))
     settings, examples = config(model, tmp_path, {"train": rows}).data, ExampleStore()
-    account = read_held_out([rows], settings, library.chat(model).generator.chat_format.encoder(settings), examples)
-    assert len(account.conversations) == len(examples) == 2
+    report = read_held_out([rows], settings, library.chat(model).generator.chat_format.encoder(settings), examples)
+    assert len(report.conversations) == len(examples) == 2
     generator = library.chat(model).generator
-    assert with_fitting_prompts(generator, account.conversations, 24) == list(account.conversations[1:])
-    scores = score(generator, examples, account.conversations, max_new_tokens=4)
+    assert with_fitting_prompts(generator, report.conversations, 24) == list(report.conversations[1:])
+    scores = score(generator, examples, report.conversations, max_new_tokens=4)
     assert scores.complete
     assert len(scores.replies) == 1
     assert scores.text == measure([scores.replies[0].text], ["hi"])

@@ -135,7 +135,7 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(config: R
     first = luthier.train(config)
     stamps = {p: p.stat().st_mtime_ns for p in config.output_dir.rglob("*")}
     messages: list[str] = []
-    assert luthier.train(config, say=messages.append) == first
+    assert luthier.train(config, log=messages.append) == first
     assert "finished already" in messages[0]
     assert {p: p.stat().st_mtime_ns for p in config.output_dir.rglob("*")} == stamps
     other = config.model_copy(update={"train": config.train.model_copy(update={"seed": 7})})

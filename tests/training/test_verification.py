@@ -123,10 +123,10 @@ def test_a_faulty_dropout_kernel_is_replaced_by_the_definition(dtype: torch.dtyp
     dropout._kernel.cache_clear()
     try:
         with faulty("dropout", "out", dtype):
-            found = dropout.dropout(x, 0.4, 3)
+            out = dropout.dropout(x, 0.4, 3)
     finally:
         dropout._kernel.cache_clear()
-    assert torch.allclose(found.float(), expected.float(), rtol=0.01)
+    assert torch.allclose(out.float(), expected.float(), rtol=0.01)
 
 
 def test_the_fault_of_one_layer_is_refused(tokenizer: Tokenizer) -> None:
@@ -156,7 +156,7 @@ def test_training_continues_without_refused_kernels(tokenizer: Tokenizer) -> Non
     expected_message = r"relative error of 0\.0.* \(rounding explains .*luthier doctor"
     with faulty("swiglu_forward", "out", torch.float32):
         model, messages = make_model("llama"), list[str]()
-        session = loop.Session(notify=messages.append)
+        session = loop.Session(log=messages.append)
         losses = loop.train(model, with_adapter(model), rows, TrainConfig(**config), session).losses
         assert len(messages) == 1 and re.search(expected_message, messages[0]) and "training is slower" in messages[0]
         model = make_model("llama")

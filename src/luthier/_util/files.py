@@ -14,16 +14,29 @@ from pathlib import Path
 
 from luthier.errors import UserError
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LIMITS = {  # limits that a write can reach, and what lifts them
+    errno.ENOSPC: ("there is not enough disk space", "free some disk space"),
+    errno.EDQUOT: ("your disk quota is exhausted", "delete files of yours on this disk, or ask for a larger quota"),
+    errno.EFBIG: (
+        "the file would exceed the file size limit",
+        "raise the limit (ulimit -f unlimited), or use a disk whose file system allows larger files",
+    ),
+}
+
+
+def reached_limit(error: OSError) -> tuple[str, str] | None:
+    """Return the limit that a write has reached and the fix, or None if the error has another reason."""
+    if error.errno not in _LIMITS:
+        return None
+    limit, fix = _LIMITS[error.errno]
+    return f"{limit} ({error.strerror})", f"{fix}, then run the same command again"
 
 
 def user_error_of(path: Path, error: OSError) -> UserError:
     """Return the UserError that explains an operating system's error on ``path``."""
-    if error.errno in DISK_FULL_ERRNOS:
-        return UserError(
-            f"{path}: there is not enough disk space ({error.strerror}); no partial file was left",
-            "free some disk space, then run the same command again",
-        )
+    if reached := reached_limit(error):
+        limit, fix = reached
+        return UserError(f"{path}: {limit}; no partial file was left", fix)
     return UserError(f"{path}: {error.strerror or error}", "choose a path that can be written")
 
 

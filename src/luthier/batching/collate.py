@@ -194,17 +194,17 @@ class Segments:
     def lengths(self) -> tuple[int, ...]:
         return tuple(b - a for a, b in pairwise(self.offsets))
 
-    def above(self, segment: int) -> tuple[int, ...]:
+    def ancestors(self, segment: int) -> tuple[int, ...]:
         """Return the ancestors of a segment, from the root: the other segments that it attends to."""
-        ancestors: list[int] = []
+        path: list[int] = []
         parent = self.parents[segment]
         while parent >= 0:
-            ancestors.append(parent)
+            path.append(parent)
             parent = self.parents[parent]
-        return tuple(ancestors[::-1])
+        return tuple(path[::-1])
 
-    def before(self) -> tuple[int, ...]:
-        """Return for each segment the number of tokens in its ancestors."""
+    def prefix_lengths(self) -> tuple[int, ...]:
+        """Return for each segment the number of tokens in its ancestors, which precede it in its row."""
         sizes = self.lengths
         counts: list[int] = []
         for parent in self.parents:
@@ -215,7 +215,7 @@ class Segments:
     def varlen(self) -> Varlen:
         """The index arrays of variable-length attention, computed once per batch and used by every layer."""
         device, query_lengths = self.query_index.device, self.lengths
-        key_lengths = [before + size for before, size in zip(self.before(), query_lengths, strict=True)]
+        key_lengths = [prefix + own for prefix, own in zip(self.prefix_lengths(), query_lengths, strict=True)]
 
         def starts(sizes: Sequence[int]) -> Tensor:
             return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True)

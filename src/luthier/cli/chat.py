@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.common import Adapter, Checkpoint, Json, Model, importing
-from luthier.cli.conversation import Conversation, ask, ask_both
+from luthier.cli.common import AdapterOption, CheckpointOption, JsonOption, ModelOption, importing
+from luthier.cli.conversation import InteractiveChat, ask, ask_both
 from luthier.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,13 +53,13 @@ def run(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="auto (fp32 on CPU), float32, bfloat16 or float16.")
     ] = "auto",
-    model: Model = None,
-    adapter: Adapter = None,
-    checkpoint: Checkpoint = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    checkpoint: CheckpointOption = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Show the replies of the base model and the tuned model side by side.")
     ] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Chat with a run, an adapter or a base model in the prompt format of its training.
 
@@ -87,7 +87,7 @@ def run(
     chat = open_chat(path, system, dtype, model, adapter, checkpoint, sampling, with_adapter=compare)
     base = chat.base_chat() if compare else None
     if prompt is None:
-        Conversation(chat, base).run()
+        InteractiveChat(chat, base).run()
     elif as_json:
         _print_json(chat, base, prompt)
     else:

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.common import Data, File, Json, Model, Recipe, Rename, Set, config, fail, importing
+from luthier.cli.common import (
+    DataOption,
+    FileArgument,
+    JsonOption,
+    ModelOption,
+    RecipeOption,
+    RenameOption,
+    SetOption,
+    config,
+    fail,
+    importing,
+)
 from luthier.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,14 +32,14 @@ if TYPE_CHECKING:
 
 
 def run(
-    file: File = None,
-    model: Model = None,
-    data: Data = None,
-    settings: Set = None,
-    rename: Rename = None,
-    recipe: Recipe = None,
+    file: FileArgument = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    settings: SetOption = None,
+    rename: RenameOption = None,
+    recipe: RecipeOption = None,
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print N rows token by token.")] = 0,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check data, template, stop tokens and target modules before training. Reads no weights."""
     try:
@@ -65,7 +76,7 @@ def _print(inspection: Inspection, show: int) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    report, tokens = inspection.rows.account.report, inspection.rows.train.stats()
+    report, tokens = inspection.rows.report.data_report, inspection.rows.train.stats()
     rows, chat_format = report.rows(), inspection.chat_format
     for file, fmt in report.formats.items():
         console.print(f"{file}: {fmt} rows", markup=False)
@@ -92,7 +103,7 @@ def _print(inspection: Inspection, show: int) -> None:
     for note, count in report.notes.items():
         console.print(f"  note: {note} ({count} rows)", markup=False)
     if chat_format and show:
-        _show(inspection.rows.account.first, chat_format, console)
+        _show(inspection.rows.report.first, chat_format, console)
     if not inspection.error:
         console.print(
             "ready    every prompt is a prefix of its row, every reply ends with a stop token "

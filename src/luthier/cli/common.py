@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from luthier.config import RunConfig
     from luthier.training.metrics import StepRecord
 
-File = Annotated[Path | None, typer.Argument(metavar="FILE", help="A run.yaml, as written by luthier init.")]
-Model = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="Directory of the base model.")]
-Data = Annotated[
+FileArgument = Annotated[Path | None, typer.Argument(metavar="FILE", help="A run.yaml, as written by luthier init.")]
+ModelOption = Annotated[Path | None, typer.Option("--model", metavar="DIR", help="Directory of the base model.")]
+DataOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--data",
@@ -31,12 +31,12 @@ Data = Annotated[
         help="A data file (JSON, JSONL, CSV or Parquet) or a pattern such as *.jsonl; may be repeated.",
     ),
 ]
-OutputDir = Annotated[Path | None, typer.Option("--output-dir", metavar="RUN", help="The run's directory.")]
-Set = Annotated[
+OutputDirOption = Annotated[Path | None, typer.Option("--output-dir", metavar="RUN", help="The run's directory.")]
+SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as train.learning_rate=1e-4."),
 ]
-Recipe = Annotated[
+RecipeOption = Annotated[
     str | None,
     typer.Option(
         "--recipe",
@@ -45,16 +45,16 @@ Recipe = Annotated[
         "phi-3-mini-4k-instruct or yi-6b-chat.",
     ),
 ]
-Rename = Annotated[
+RenameOption = Annotated[
     list[str] | None, typer.Option("--rename", metavar="OLD=NEW", help="Read the key OLD of the rows as NEW.")
 ]
-Adapter = Annotated[
+AdapterOption = Annotated[
     Path | None, typer.Option("--adapter", metavar="DIR", help="Adapter for --model, written by luthier or PEFT.")
 ]
-Checkpoint = Annotated[
+CheckpointOption = Annotated[
     int | None, typer.Option("--checkpoint", metavar="N", help="Use the run's checkpoint of step N.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def config(
@@ -101,7 +101,7 @@ def fail(error: UserError) -> None:
     print(f"  fix: {error.fix}", file=sys.stderr)
 
 
-def say(text: str) -> None:
+def print_stderr(text: str) -> None:
     """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
@@ -128,7 +128,7 @@ class StepLines:
         now = time.monotonic()
         if r.step in (1, r.steps) or now - self._last > 5:
             self._last = now
-            say(f"step {r.step}/{r.steps}  loss {r.loss:.4f}  {r.tokens_per_s:.0f} tokens/s")
+            print_stderr(f"step {r.step}/{r.steps}  loss {r.loss:.4f}  {r.tokens_per_s:.0f} tokens/s")
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
         nonlocal asked
         asked = True
         signal.signal(signal.SIGINT, before)
-        say("\nstopping after this step (press Ctrl-C again to stop at once) ...")
+        print_stderr("\nstopping after this step (press Ctrl-C again to stop at once) ...")
 
     before = signal.signal(signal.SIGINT, ask)
     try:
@@ -153,7 +153,8 @@ def stopping() -> Iterator[Callable[[], bool]]:
 def step_progress() -> Iterator[Callable[[StepRecord], None]]:
     """Yield a function that shows every ``StepRecord``: a bar with loss, tokens/s and the time left, or lines."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as ProgressBar
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -167,10 +168,10 @@ def step_progress() -> Iterator[Callable[[StepRecord], None]]:
         TextColumn("{task.fields[rate]:.0f} tokens/s"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=None, loss=float("nan"), rate=0.0)
+    with ProgressBar(*columns, console=console) as bar:
+        task = bar.add_task("training", total=None, loss=float("nan"), rate=0.0)
 
         def show(r: StepRecord) -> None:
-            progress.update(task, total=r.steps, completed=r.step, loss=r.loss, rate=r.tokens_per_s)
+            bar.update(task, total=r.steps, completed=r.step, loss=r.loss, rate=r.tokens_per_s)
 
         yield show

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.cli.common import fail, say
+from luthier.cli.common import fail, print_stderr
 from luthier.errors import ConfigError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class _Quit(Exception):
 
 
 @dataclass(slots=True)
-class Conversation:
+class InteractiveChat:
     """Send messages to ``chat``, and to ``base`` too if both models are compared (see ``Chat.base_chat``)."""
 
     chat: Chat
@@ -42,7 +42,7 @@ class Conversation:
 
     def run(self) -> None:
         """Read and answer lines until the user ends the conversation."""
-        say("Type a message; /help lists the commands, /quit or Ctrl-D ends.")
+        print_stderr("Type a message; /help lists the commands, /quit or Ctrl-D ends.")
         while True:
             try:
                 text = input("base> " if self.chat.base else "> ").strip()
@@ -50,7 +50,7 @@ class Conversation:
                 print()
                 return
             try:
-                self.handle(text)
+                self.process_line(text)
             except _Quit:
                 return
             except UserError as e:
@@ -58,7 +58,7 @@ class Conversation:
             except KeyboardInterrupt:
                 print()
 
-    def handle(self, text: str) -> None:
+    def process_line(self, text: str) -> None:
         """Run a command or send a message; an empty line does nothing. Raises UserError."""
         if command := re.match(r"(/[\w-]*)(?:\s+(.*)|$)", text, re.DOTALL):
             self._run(command[1].lower(), command[2] or "")
@@ -95,13 +95,13 @@ class Conversation:
         shown = (
             f"system prompt: {current}" if current else "no system prompt, except the template's default if it has one"
         )
-        say(f"({'a new conversation, ' if text else ''}{shown})")
+        print_stderr(f"({'a new conversation, ' if text else ''}{shown})")
 
     def _base(self, _: str) -> None:
         if self.base:
             raise ConfigError("both models answer here, so there is nothing to switch", "start without --compare")
         self.chat.toggle_adapter()
-        say(f"(the {'base model' if self.chat.base else 'tuned model'} answers)")
+        print_stderr(f"(the {'base model' if self.chat.base else 'tuned model'} answers)")
 
     def _save(self, name: str) -> None:
         if not name:
@@ -111,17 +111,19 @@ class Conversation:
         self.chat.save(path, over=overwrite)
         self.saved.add(path)
         side = ", the tuned model's replies" if self.base else ""
-        say(f"({'saved, replacing the earlier save of this conversation' if overwrite else 'saved'}{side}: {path})")
+        print_stderr(
+            f"({'saved, replacing the earlier save of this conversation' if overwrite else 'saved'}{side}: {path})"
+        )
 
     def _reset(self, _: str) -> None:
         for chat in self._chats():
             chat.reset()
         self.saved.clear()
-        say("(a new conversation)")
+        print_stderr("(a new conversation)")
 
     def _help(self, _: str) -> None:
         for name, description in HELP.items():
-            say(f"  {name:8} {description}")
+            print_stderr(f"  {name:8} {description}")
 
     def _quit(self, _: str) -> None:
         raise _Quit
@@ -175,4 +177,4 @@ def _columns(console: Console, base: Reply, tuned: Reply) -> None:
 
 def _warn_if_cut(reply: Reply, name: str) -> None:
     if not reply.stopped:
-        say(f"({name}cut at {reply.reply_tokens} tokens; --max-new-tokens allows more)")
+        print_stderr(f"({name}cut at {reply.reply_tokens} tokens; --max-new-tokens allows more)")

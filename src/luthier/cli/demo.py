@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.common import importing, say, step_progress, stopping
+from luthier.cli.common import importing, print_stderr, step_progress, stopping
 
 if TYPE_CHECKING:
     from luthier.verbs.demo import DemoResult
@@ -27,9 +27,9 @@ def run(
 
     try:
         with stopping() as stop, step_progress() as on_step:
-            result = demo(output_dir, on_step, say, stop)
+            result = demo(output_dir, on_step, print_stderr, stop)
     except Stopped as e:
-        say(f"{e}\n  to resume: run the same command again")
+        print_stderr(f"{e}\n  to resume: run the same command again")
         raise typer.Exit(130) from None
     _print(result, output_dir)
 

@@ -7,10 +7,10 @@ import json
 import typer
 
 from luthier._util.installation import install_command
-from luthier.cli.common import Json
+from luthier.cli.common import JsonOption
 
 
-def run(as_json: Json = False) -> None:
+def run(as_json: JsonOption = False) -> None:
     """Show versions, devices and extras, and try one training step of a tiny model."""
     from luthier.verbs.doctor import doctor
 

@@ -8,22 +8,32 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import Data, File, Json, Model, Recipe, Rename, Set, config, importing
+from luthier.cli.common import (
+    DataOption,
+    FileArgument,
+    JsonOption,
+    ModelOption,
+    RecipeOption,
+    RenameOption,
+    SetOption,
+    config,
+    importing,
+)
 
 _NO_ROWS = Path("rows.jsonl")  # a placeholder, never read
 
 
 def run(
-    file: File = None,
-    model: Model = None,
-    data: Data = None,
-    settings: Set = None,
-    rename: Rename = None,
-    recipe: Recipe = None,
+    file: FileArgument = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    settings: SetOption = None,
+    rename: RenameOption = None,
+    recipe: RecipeOption = None,
     length: Annotated[
         int | None, typer.Option("--length", metavar="N", min=2, help="Tokens per row, if --data is not given.")
     ] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Estimate memory and time of a run at every precision, before it starts. Reads no weights."""
     with_rows = bool(data or file)
@@ -41,7 +51,7 @@ def run(
         f"{result.parameters:,} parameters, {result.trainable:,} of them trainable; "
         f"{result.available / 1e9:.1f} GB of memory available"
     )
-    print("\n".join(table(result.rows)))
+    print("\n".join(table(result.by_precision)))
     print(result.line())
     for fix in result.fixes:
         print(f"to make it fit: {fix}")

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.common import Adapter, Checkpoint, Data, Json, Model, importing, say
+from luthier.cli.common import (
+    AdapterOption,
+    CheckpointOption,
+    DataOption,
+    JsonOption,
+    ModelOption,
+    importing,
+    print_stderr,
+)
 
 if TYPE_CHECKING:
     from luthier.evaluation.scoring import Comparison
@@ -17,10 +25,10 @@ if TYPE_CHECKING:
 
 def run(
     path: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run or an adapter directory.")] = None,
-    data: Data = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    checkpoint: Checkpoint = None,
+    data: DataOption = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    checkpoint: CheckpointOption = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="auto (fp32 on CPU), float32, bfloat16 or float16.")
     ] = "auto",
@@ -30,7 +38,7 @@ def run(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest reply in tokens.")
     ] = 200,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare base and tuned model on held-out rows: those of the run, or those of --data.
 
@@ -48,7 +56,7 @@ def run(
     else:
         _print(result)
     if note := text_metrics.note():
-        say(f"note: {note}")
+        print_stderr(f"note: {note}")
 
 
 def _print(result: Comparison) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import Adapter, Json, Model, say
+from luthier.cli.common import AdapterOption, JsonOption, ModelOption, print_stderr
 
 
 def run(
@@ -30,14 +30,14 @@ def run(
             help="For peft and hf: native, or original (the names of the base model's checkpoint).",
         ),
     ] = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    as_json: Json = False,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the tuned model in another tool's format and verify the result before reporting success."""
     from luthier.verbs.export import export
 
-    exported = export(path, to, output_dir, layout, model, adapter, quantization, say)
+    exported = export(path, to, output_dir, layout, model, adapter, quantization, print_stderr)
     if as_json:
         print(json.dumps(exported.as_dict(), ensure_ascii=False))
         return

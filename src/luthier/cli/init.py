@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import Data, Model, OutputDir, Recipe
+from luthier.cli.common import DataOption, ModelOption, OutputDirOption, RecipeOption
 
 
 def run(
-    model: Model = None,
-    data: Data = None,
-    output_dir: OutputDir = None,
-    recipe: Recipe = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    output_dir: OutputDirOption = None,
+    recipe: RecipeOption = None,
     to: Annotated[Path, typer.Option("--to", metavar="FILE", help="The file to write.")] = Path("run.yaml"),
 ) -> None:
     """Write a run.yaml with every setting explained, for luthier train FILE."""

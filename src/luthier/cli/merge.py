@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import Adapter, Model, say
+from luthier.cli.common import AdapterOption, ModelOption, print_stderr
 
 
 def run(
@@ -23,13 +23,13 @@ def run(
             help="Tensor names and files: native, or original (as the base model was published).",
         ),
     ] = "native",
-    model: Model = None,
-    adapter: Adapter = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Merge the adapter into the base model, for stock transformers and other tools, and verify the logits."""
     from luthier.verbs.merge import merge
 
-    merged = merge(path, output_dir, model, adapter, say, layout)
+    merged = merge(path, output_dir, model, adapter, print_stderr, layout)
     print(f"{merged.path}: {merged.tensors} tensors, {merged.changed} of them changed by the adapter")
     print(f"verified: {merged.closeness.summary()}")
     print(f"chat with it: luthier chat {merged.path}")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import say
+from luthier.cli.common import print_stderr
 
 
 def run(
@@ -40,10 +40,10 @@ def run(
     from luthier.verbs.pull import pull
 
     try:
-        with byte_progress() as progress:
-            directory = pull(model, to, hub, revision, say, progress)
+        with byte_progress() as on_progress:
+            directory = pull(model, to, hub, revision, print_stderr, on_progress)
     except KeyboardInterrupt:
-        say("stopped; the downloaded part is kept\n  to resume: run the same command again")
+        print_stderr("stopped; the downloaded part is kept\n  to resume: run the same command again")
         raise typer.Exit(130) from None
     print(directory)
 
@@ -54,7 +54,8 @@ def byte_progress() -> Iterator[Callable[[int, int], None] | None]:
     import sys
 
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as ProgressBar
 
     console = Console(
         file=sys.stderr
@@ -63,7 +64,7 @@ def byte_progress() -> Iterator[Callable[[int, int], None] | None]:
         yield None
         return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with ProgressBar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None, visible=False)
 
         def show(downloaded: int, total: int) -> None:

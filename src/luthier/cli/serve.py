@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import Adapter, Model, importing, say
+from luthier.cli.common import AdapterOption, ModelOption, importing, print_stderr
 from luthier.errors import ConfigError
 
 
@@ -40,8 +40,8 @@ def run(
         str, typer.Option("--engine", metavar="NAME", help="luthier, or vllm to start an installed vLLM instead.")
     ] = "luthier",
     only_print: Annotated[bool, typer.Option("--print", help="Print the vLLM command and exit.")] = False,
-    model: Model = None,
-    adapter: Adapter = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Serve runs and the base model that they share to clients of OpenAI's API.
 
@@ -57,9 +57,9 @@ def run(
     if engine == "vllm":
         from luthier.serving.vllm import hand_over
 
-        hand_over(paths or [], host, port, api_key, dtype, model, adapter, only_print, say)
+        hand_over(paths or [], host, port, api_key, dtype, model, adapter, only_print, print_stderr)
         return
     with importing():
         from luthier.verbs.serve import serve
 
-    serve(paths or [], host, port, api_key, dtype, model, adapter, max_batch, max_queue, say)
+    serve(paths or [], host, port, api_key, dtype, model, adapter, max_batch, max_queue, print_stderr)

@@ -8,29 +8,29 @@ from typing import Annotated
 import typer
 
 from luthier.cli.common import (
-    Data,
-    File,
-    Model,
-    OutputDir,
-    Recipe,
-    Rename,
-    Set,
+    DataOption,
+    FileArgument,
+    ModelOption,
+    OutputDirOption,
+    RecipeOption,
+    RenameOption,
+    SetOption,
     config,
     importing,
-    say,
+    print_stderr,
     step_progress,
     stopping,
 )
 
 
 def run(
-    file: File = None,
-    model: Model = None,
-    data: Data = None,
-    output_dir: OutputDir = None,
-    settings: Set = None,
-    rename: Rename = None,
-    recipe: Recipe = None,
+    file: FileArgument = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    output_dir: OutputDirOption = None,
+    settings: SetOption = None,
+    rename: RenameOption = None,
+    recipe: RecipeOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Start even if the estimate exceeds available memory.")
     ] = False,
@@ -48,13 +48,13 @@ def run(
         with ExitStack() as stack:
             stop, on_step = stack.enter_context(stopping()), stack.enter_context(step_progress())
             if profile and run_config.output_dir:
-                on_step = stack.enter_context(traced(run_config.output_dir / "trace.json", on_step, say))
-            summary = train(run_config, on_step, say, stop, force)
+                on_step = stack.enter_context(traced(run_config.output_dir / "trace.json", on_step, print_stderr))
+            summary = train(run_config, on_step, print_stderr, stop, force)
     except Stopped as e:
-        say(f"{e}\n  to resume: run the same command again")
+        print_stderr(f"{e}\n  to resume: run the same command again")
         raise typer.Exit(130) from None
     except KeyboardInterrupt:
-        say("stopped at once; earlier checkpoints are kept\n  to resume: run the same command again")
+        print_stderr("stopped at once; earlier checkpoints are kept\n  to resume: run the same command again")
         raise typer.Exit(130) from None
     losses, peak, folder = summary["losses"], summary["peak_rss_bytes"], run_config.output_dir
     assert isinstance(losses, list) and isinstance(peak, int) and folder

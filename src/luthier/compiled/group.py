@@ -120,7 +120,7 @@ PAD = 32  # columns of a bf16 tile
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class AdapterSlice:
     """One adapter of a group: its columns of the output, its columns of z, its index among the model's adapters."""
 
     layer: LoraLinear
@@ -149,13 +149,13 @@ class Group:
         self.k = int(self.bases[0].in_features)
         self.n = sum(int(b.out_features) for b in self.bases)
         self._kernels, self._arena, self._dropout_state = kernels, arena, state
-        self.parts: list[Part] = []
+        self.parts: list[AdapterSlice] = []
         row = rank = 0
         for layer, base in zip(layers, self.bases, strict=True):
             rows = slice(row, row + base.out_features)
             if isinstance(layer, LoraLinear):
                 r = layer.lora_A.shape[0]
-                self.parts.append(Part(layer, rows, slice(rank, rank + r), index[id(layer)]))
+                self.parts.append(AdapterSlice(layer, rows, slice(rank, rank + r), index[id(layer)]))
                 rank += r
             row = rows.stop
         self.rank = rank

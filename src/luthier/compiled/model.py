@@ -40,7 +40,7 @@ class Unsuitable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class MicroBatchState:
     """One micro-batch between its forward and its backward pass. grad [U, H]: of the last layer's output.
 
     saved: tensors of each layer, from the first trained layer on; with recomputation only its input [T, H].
@@ -123,7 +123,7 @@ class CompiledModel:
         loss: Tensor = _Loss.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
 
-    def forward(self, batch: DeviceBatch) -> tuple[Tensor, State]:
+    def forward(self, batch: DeviceBatch) -> tuple[Tensor, MicroBatchState]:
         """Compute the loss and the state for ``backward``, which includes the gradient of the last layer's output."""
         x, stream = self.embedded(batch)
         saved: list[Saved | Tensor] = []
@@ -135,7 +135,7 @@ class CompiledModel:
             if i >= self.first:
                 saved.append(below if self.recompute else layer_saved)
         loss, grad = self.head_loss(x, stream, batch)
-        return loss, State(stream, saved, grad, self._arena.generation)
+        return loss, MicroBatchState(stream, saved, grad, self._arena.generation)
 
     def embedded(self, batch: DeviceBatch) -> tuple[Tensor, Stream]:
         """Begin a micro-batch with the adapters' current values; return its embeddings [T, H] and index tensors."""
@@ -221,7 +221,7 @@ class CompiledModel:
         total: Tensor = sum(parts[1:], parts[0])
         return total
 
-    def backward(self, state: State, scale: Tensor) -> list[Tensor | None]:
+    def backward(self, state: MicroBatchState, scale: Tensor) -> list[Tensor | None]:
         """Compute the gradients of every adapter's A and B, in the order of ``parameters``."""
         stream, saved, grad = state.stream, state.saved, state.grad
         assert state.generation == self._arena.generation, "another micro-batch has been computed since"
@@ -325,8 +325,8 @@ def _suited(model: CausalLM, layers: Mapping[str, LoraLinear]) -> Decoder:
 
 
 def _linears(block: nn.Module) -> dict[str, Any]:
-    found = {n.rpartition(".")[2]: m for n, m in block.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
-    return {n: m for n, m in found.items() if n != "base"} | {
+    linears = {n.rpartition(".")[2]: m for n, m in block.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
+    return {n: m for n, m in linears.items() if n != "base"} | {
         n.rpartition(".")[2]: m.base for n, m in block.named_modules() if isinstance(m, LoraLinear)
     }
 

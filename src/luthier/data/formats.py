@@ -24,7 +24,7 @@ class RowProblem(Exception):
 
 
 @dataclass(slots=True)
-class Row:
+class ParsedRow:
     """A parsed row: its messages, what was changed in them, and remarks that changed nothing."""
 
     messages: list[Message]
@@ -32,7 +32,7 @@ class Row:
     notes: list[str] = field(default_factory=list)
 
 
-def text(value: object, name: str, row: Row) -> str:
+def text(value: object, name: str, row: ParsedRow) -> str:
     """Return a value as text.
 
     Numbers and booleans are converted (a change), null is the empty text. Raises RowProblem for anything else.
@@ -60,7 +60,7 @@ class Keys:
     required: tuple[str, ...]
 
 
-def check_keys(keys: Iterable[str], expected: Keys, row: Row) -> None:
+def check_keys(keys: Iterable[str], expected: Keys, row: ParsedRow) -> None:
     """Note unknown keys in ``row``. Raises RowProblem if a required key is missing; a misspelt one refuses the file."""
     outcome = _compare_keys(tuple(keys), expected.known, expected.required)
     if isinstance(outcome, RowProblem):
@@ -109,7 +109,7 @@ def as_role(name: object) -> Role:
     raise RowProblem(f"role {name!r} is not system, user or assistant" + (f"; did you mean {guess}?" if guess else ""))
 
 
-def finish(row: Row) -> Row:
+def finish(row: ParsedRow) -> ParsedRow:
     """Cut the turns after the last reply, and check that user and assistant alternate after an optional system message.
 
     Raises RowProblem.
@@ -153,9 +153,9 @@ def _check_encodable(value: str, name: str) -> None:
 _MESSAGES = Keys(known=("messages",), required=("messages",))
 
 
-def parse_messages(value: Mapping[str, object]) -> Row:
+def parse_messages(value: Mapping[str, object]) -> ParsedRow:
     """Parse ``{"messages": [{"role", "content"}, ...]}``. Raises RowProblem."""
-    row = Row([])
+    row = ParsedRow([])
     check_keys(value, _MESSAGES, row)
     turns = value["messages"]
     if not isinstance(turns, list) or not turns:
@@ -188,9 +188,9 @@ _SHAREGPT = Keys(known=("conversations", "system"), required=("conversations",))
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
 
-def parse_sharegpt(value: Mapping[str, object]) -> Row:
+def parse_sharegpt(value: Mapping[str, object]) -> ParsedRow:
     """Parse ``{"conversations": [{"from", "value"}, ...]}``, optionally ``system``. Raises RowProblem."""
-    row = Row([])
+    row = ParsedRow([])
     check_keys(value, _SHAREGPT, row)
     system = text(value.get("system"), "system", row)
     if system:
@@ -216,9 +216,9 @@ def parse_sharegpt(value: Mapping[str, object]) -> Row:
 _ALPACA = Keys(known=("instruction", "input", "output", "system", "history"), required=("instruction", "output"))
 
 
-def parse_alpaca(value: Mapping[str, object]) -> Row:
+def parse_alpaca(value: Mapping[str, object]) -> ParsedRow:
     """Parse ``{"instruction", "input", "output"}``, optionally ``system`` and ``history``. Raises RowProblem."""
-    row = Row([])
+    row = ParsedRow([])
     check_keys(value, _ALPACA, row)
     system = text(value.get("system"), "system", row)
     if system:
@@ -254,9 +254,9 @@ def _pairs(history: object) -> list[tuple[object, object]]:
 _PROMPT_COMPLETION = Keys(known=("prompt", "completion", "system"), required=("prompt", "completion"))
 
 
-def parse_prompt_completion(value: Mapping[str, object]) -> Row:
+def parse_prompt_completion(value: Mapping[str, object]) -> ParsedRow:
     """Parse ``{"prompt", "completion"}``, optionally ``system``. Raises RowProblem."""
-    row = Row([])
+    row = ParsedRow([])
     check_keys(value, _PROMPT_COMPLETION, row)
     system = text(value.get("system"), "system", row)
     prompt = text(value["prompt"], "prompt", row)
@@ -278,7 +278,7 @@ class Format:
     """A row format. Any key of ``keys.required`` identifies it; ``parse`` raises RowProblem."""
 
     keys: Keys
-    parse: Callable[[Mapping[str, object]], Row]
+    parse: Callable[[Mapping[str, object]], ParsedRow]
 
 
 FORMATS = {

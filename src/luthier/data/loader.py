@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from luthier.data.formats import FORMATS, Row, RowProblem, mapping, recognise
+from luthier.data.formats import FORMATS, ParsedRow, RowProblem, mapping, recognise
 from luthier.data.source import BadRow, expand, read_rows
 from luthier.errors import DataError
 from luthier.types import Conversation, Message, RowRef
@@ -170,7 +170,7 @@ class Loader:
             raise RowProblem(f"already has a key '{conflicts[0]}', so no other key can be renamed to it")
         return {self._rename.get(k, k): v for k, v in row.items()}
 
-    def _conversation(self, row: Row, source: RowRef) -> Conversation:
+    def _conversation(self, row: ParsedRow, source: RowRef) -> Conversation:
         messages = tuple(row.messages)
         if self._system and messages[0].role != "system":
             messages = (Message("system", self._system), *messages)

@@ -21,8 +21,8 @@ from luthier.templates import RefusedConversation
 from luthier.types import ChatTokenizer, Conversation, Example, Span, Template, TooLong, TrainOn
 
 _CHUNK = 512  # rows that are tokenised together
-_Place = tuple[int | None, int]  # a reply's first token (None if its prompt is not a prefix), and its stop token
-_Encoded = tuple[NDArray[np.int32], list[_Place]]
+_ReplyTokens = tuple[int | None, int]  # a reply's first token (None if its prompt is not a prefix), and its stop token
+_Encoded = tuple[NDArray[np.int32], list[_ReplyTokens]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Encoder:
         for _, spans in rendered:
             row = next(encodings)
             ends = [end for _, end in row.offsets]
-            replies: list[_Place] = []
+            replies: list[_ReplyTokens] = []
             end = 0
             for span in spans:
                 end += len(span.text)
@@ -117,7 +117,7 @@ class Encoder:
         encoded = iter(self.tokenizer.encode_ids(texts))
         for _, spans in rendered:
             row = next(encoded)
-            replies: list[_Place] = []
+            replies: list[_ReplyTokens] = []
             for span in spans:
                 if span.written:
                     prompt, before_stop = next(encoded), next(encoded)
@@ -152,12 +152,12 @@ class Encoder:
         conversation: Conversation,
         spans: Sequence[Span],
         ids: NDArray[np.int32],
-        places: Sequence[_Place],
+        reply_tokens: Sequence[_ReplyTokens],
         report: DataReport,
     ) -> Example | None:
         source = conversation.source
         replies: list[tuple[int, int]] = []  # token ranges, each ending with its stop token
-        for span, (start, stop) in zip((s for s in spans if s.written), places, strict=True):
+        for span, (start, stop) in zip((s for s in spans if s.written), reply_tokens, strict=True):
             if start is None:
                 report.add(
                     source,

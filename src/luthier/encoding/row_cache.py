@@ -31,15 +31,15 @@ from luthier.encoding.rows import EncodedRows, RowsReport, read_into
 from luthier.encoding.store import CacheWriteError, ExampleStore, StoreWriter
 from luthier.errors import UserError
 from luthier.templates import digest
-from luthier.types import Conversation, Message, Role, RowRef, Say
+from luthier.types import Conversation, Log, Message, Role, RowRef
 
 FORMAT = 1  # increase it if the same rows are encoded or stored differently
-_ACCOUNT, _DIGESTS = "account.json", "sha256.json"
+_REPORT, _DIGESTS = "account.json", "sha256.json"
 _MAX_BYTES = 2 << 30  # of all entries together; the least recently used ones are deleted
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CacheEntry:
     """A directory of the cache. sources: path, bytes and modification time (ns) of the data files when it was named."""
 
     path: Path
@@ -51,7 +51,7 @@ def root() -> Path:
     return files.cache_root() / "rows"
 
 
-def cached_rows(config: RunConfig, encoder: Encoder, say: Say) -> EncodedRows | None:
+def cached_rows(config: RunConfig, encoder: Encoder, log: Log) -> EncodedRows | None:
     """Open the rows that an earlier start cached, or read, encode and cache them.
 
     Returns None if a data file cannot be opened; reading it then reports the reason. Raises CacheWriteError if the rows
@@ -60,18 +60,18 @@ def cached_rows(config: RunConfig, encoder: Encoder, say: Say) -> EncodedRows | 
     cache_entry = entry(config, encoder)
     if cache_entry is None:
         return None
-    if rows := load(cache_entry, say):
+    if rows := load(cache_entry, log):
         return rows
-    account = _write(cache_entry, config, encoder)
-    if account.error:
-        return EncodedRows(account)
-    rows = load(cache_entry, say)
+    report = _write(cache_entry, config, encoder)
+    if report.error:
+        return EncodedRows(report)
+    rows = load(cache_entry, log)
     if rows is None:
         raise CacheWriteError(f"{cache_entry.path} cannot be read back")
     return rows
 
 
-def entry(config: RunConfig, encoder: Encoder) -> Entry | None:
+def entry(config: RunConfig, encoder: Encoder) -> CacheEntry | None:
     """Return the cache entry for the rows of this run, or None if a data file cannot be read."""
     try:
         paths = [p for pattern in (*config.data.train, *config.data.eval) for p in expand(pattern)]
@@ -89,10 +89,10 @@ def entry(config: RunConfig, encoder: Encoder) -> Entry | None:
     except (OSError, UserError):
         return None
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return Entry(root() / key[:20], sources)
+    return CacheEntry(root() / key[:20], sources)
 
 
-def load(cache_entry: Entry, say: Say) -> EncodedRows | None:
+def load(cache_entry: CacheEntry, log: Log) -> EncodedRows | None:
     """Open the rows of an entry, which are read from the disk when accessed. None if it is missing or damaged."""
     folder = cache_entry.path
     if not folder.is_dir():
@@ -102,17 +102,17 @@ def load(cache_entry: Entry, say: Say) -> EncodedRows | None:
         for name, recorded in digests.items():
             if files.sha256(folder / name) != recorded:
                 raise ValueError(f"{name} has changed since it was written")
-        record: _Account = json.loads((folder / _ACCOUNT).read_text(encoding="utf-8"))
+        record: _RowsReportRecord = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
         train, held_out = (ExampleStore.map(folder, name, record["files"][name]) for name in ("train", "held_out"))
-        account = _account_of(record)
+        report = _rows_report_of(record)
         os.utime(folder)  # marks the entry as just used
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        say(f"note: {folder}: is damaged ({' '.join(str(e).split())[:160]}), so the rows are encoded again")
+        log(f"note: {folder}: is damaged ({' '.join(str(e).split())[:160]}), so the rows are encoded again")
         return None
-    return EncodedRows(account, train, held_out)
+    return EncodedRows(report, train, held_out)
 
 
-def _write(cache_entry: Entry, config: RunConfig, encoder: Encoder) -> RowsReport:
+def _write(cache_entry: CacheEntry, config: RunConfig, encoder: Encoder) -> RowsReport:
     """Read and encode all rows into the entry's directory, which is created only if they can be trained on."""
     stack = ExitStack()
     with _raising_not_kept():
@@ -120,9 +120,9 @@ def _write(cache_entry: Entry, config: RunConfig, encoder: Encoder) -> RowsRepor
         train, held_out = StoreWriter(folder, "train"), StoreWriter(folder, "held_out")
     complete = False
     try:
-        account = read_into(train, held_out, config.data, config.train.seed, encoder)
-        if account.error:
-            return account
+        report = read_into(train, held_out, config.data, config.train.seed, encoder)
+        if report.error:
+            return report
         train.finish()
         held_out.finish()
         complete = True
@@ -135,12 +135,12 @@ def _write(cache_entry: Entry, config: RunConfig, encoder: Encoder) -> RowsRepor
     with _raising_not_kept(), stack:
         if _state([Path(p) for p, *_ in cache_entry.sources]) != cache_entry.sources:
             raise OSError("a data file was changed while it was read")
-        record = _account_record(account, {"train": train.files, "held_out": held_out.files})
-        (folder / _ACCOUNT).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        record = _rows_report_record(report, {"train": train.files, "held_out": held_out.files})
+        (folder / _REPORT).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
         digests = {file.name: files.sha256(file) for file in sorted(folder.iterdir())}
         (folder / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
     _trim(cache_entry.path)
-    return account
+    return report
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def _state(paths: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
     return tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths)
 
 
-# --- the account as JSON --------------------------------------------------------------------------------------------
+# --- the rows report as JSON ----------------------------------------------------------------------------------------
 
 
 # tuples are lists once they have been read back from JSON
@@ -176,49 +176,49 @@ _Problem = tuple[str, int, str, Outcome, str]
 _Chat = tuple[str, int, list[tuple[Role, str]]]
 
 
-class _Report(TypedDict):
+class _DataReportRecord(TypedDict):
     read: int
     problems: list[_Problem]
     notes: dict[str, int]
     formats: dict[str, str]
 
 
-class _Account(TypedDict):
-    report: _Report
-    eval_report: _Report | None
+class _RowsReportRecord(TypedDict):
+    report: _DataReportRecord
+    eval_report: _DataReportRecord | None
     conversations: list[_Chat]
     samples: list[_Chat]
     fingerprint: str
     files: dict[str, list[str]]
 
 
-def _account_record(account: RowsReport, data_files: dict[str, list[str]]) -> _Account:
+def _rows_report_record(report: RowsReport, data_files: dict[str, list[str]]) -> _RowsReportRecord:
     return {
-        "report": _report_record(account.report),
-        "eval_report": _report_record(account.eval_report) if account.eval_report else None,
-        "conversations": [_chat_record(c) for c in account.conversations],
-        "samples": [_chat_record(c) for c in account.samples],
-        "fingerprint": account.fingerprint,
+        "report": _data_report_record(report.data_report),
+        "eval_report": _data_report_record(report.eval_report) if report.eval_report else None,
+        "conversations": [_chat_record(c) for c in report.conversations],
+        "samples": [_chat_record(c) for c in report.samples],
+        "fingerprint": report.fingerprint,
         "files": data_files,
     }
 
 
-def _account_of(record: _Account) -> RowsReport:
+def _rows_report_of(record: _RowsReportRecord) -> RowsReport:
     return RowsReport(
-        _report_of(record["report"]),
-        _report_of(record["eval_report"]) if record["eval_report"] else None,
+        _data_report_of(record["report"]),
+        _data_report_of(record["eval_report"]) if record["eval_report"] else None,
         tuple(_chat_of(c) for c in record["conversations"]),
         tuple(_chat_of(c) for c in record["samples"]),
         fingerprint=record["fingerprint"],
     )
 
 
-def _report_record(report: DataReport) -> _Report:
+def _data_report_record(report: DataReport) -> _DataReportRecord:
     problems: list[_Problem] = [(p.source.file, p.source.row, p.reason, p.outcome, p.fix) for p in report.problems]
     return {"read": report.read, "problems": problems, "notes": dict(report.notes), "formats": report.formats}
 
 
-def _report_of(record: _Report) -> DataReport:
+def _data_report_of(record: _DataReportRecord) -> DataReport:
     report = DataReport(record["read"], formats=record["formats"])
     report.notes.update(record["notes"])
     for file, row, reason, outcome, fix in record["problems"]:

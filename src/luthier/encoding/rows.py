@@ -27,13 +27,14 @@ SAMPLES = 4  # training prompts that are answered after a run without held-out r
 class RowsReport:
     """The outcome of every input row, besides the token ids.
 
+    data_report:   the report on the files of ``data.train``.
     eval_report:   the report on the files of ``data.eval``, if there are any.
     conversations: the held-out ones. samples: the first few training ones. first: the first few encoded rows.
     fingerprint:   hex SHA-256 over every conversation that was read.
     error:         why the rows cannot be trained on; the counts are complete in either case.
     """
 
-    report: DataReport
+    data_report: DataReport
     eval_report: DataReport | None = None
     conversations: tuple[Conversation, ...] = ()
     samples: tuple[Conversation, ...] = ()
@@ -46,7 +47,7 @@ class RowsReport:
 class EncodedRows:
     """The encoded rows of a run, and the report on how they were read."""
 
-    account: RowsReport
+    report: RowsReport
     train: ExampleStore = field(default_factory=ExampleStore)
     held_out: ExampleStore = field(default_factory=ExampleStore)
 
@@ -104,7 +105,7 @@ def read_into(
         _check_split(config, loader, train, held_out)
         if config.eval:
             evaluated = read_held_out(config.eval, config, encoder, held_out)
-            eval_report, conversations = evaluated.report, list(evaluated.conversations)
+            eval_report, conversations = evaluated.data_report, list(evaluated.conversations)
             fingerprint += evaluated.fingerprint
             if evaluated.error:
                 raise evaluated.error

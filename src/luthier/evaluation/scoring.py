@@ -15,10 +15,10 @@ from luthier.batching.collate import collate, to_device
 from luthier.evaluation import text_metrics
 from luthier.evaluation.text_metrics import TextMetrics, measure
 from luthier.inference.generation import Generator, Reply, Sampling
-from luthier.lora.layers import LoraLinear, frozen_dtype, plain
+from luthier.lora.layers import LoraLinear, disable_adapter, frozen_dtype
 from luthier.models.protocols import CausalLM
 from luthier.training.forward import segment_attention, token_losses
-from luthier.types import Conversation, Example, Message, Say
+from luthier.types import Conversation, Example, Log, Message
 
 REPLIES, NEW_TOKENS = 24, 200  # held-out prompts that are answered, and the maximum length of a reply
 HELD_OUT, RESULTS = "held-out.jsonl", "evaluation.json"  # files in a run directory
@@ -182,7 +182,7 @@ def compare(
     asked = with_fitting_prompts(generator, chats, most_replies)
     after = score(generator, examples, asked, most_replies, max_new_tokens, half)
     scored = asked[: len(after.replies)]
-    with plain(layers):
+    with disable_adapter(layers):
         before = score(generator, examples[: after.held_out.rows], scored, most_replies, max_new_tokens, half)
     return Comparison(
         data=str(data),
@@ -207,22 +207,22 @@ def evaluate_run(
     examples: Sequence[Example],
     conversations: Sequence[Conversation],
     seconds: float,
-    say: Say,
+    log: Log,
 ) -> Comparison:
     """Compare both models on a run's held-out rows, write ``evaluation.json`` and report the result.
 
-    seconds: time limit. say: called with the result and with notes.
+    seconds: time limit. log: called with the result and with notes.
     """
     result = compare(generator, layers, examples, conversations, run / HELD_OUT, seconds)
     files.write_json(run / RESULTS, result.as_dict())
-    say(
+    log(
         f"held-out loss: {result.base.held_out.loss:.3f} before, {result.tuned.held_out.loss:.3f} after "
         f"({result.tuned.held_out.rows} of {len(examples)} rows)"
     )
     if note := text_metrics.note():
-        say(f"note: {note}")
+        log(f"note: {note}")
     if not (result.tuned.complete and result.base.complete):
-        say(f"evaluation stopped at its time limit ({seconds:.1f} s); luthier eval {run} has no time limit")
+        log(f"evaluation stopped at its time limit ({seconds:.1f} s); luthier eval {run} has no time limit")
     return result
 
 
@@ -232,16 +232,16 @@ def write_sample_replies(
     layers: dict[str, LoraLinear],
     conversations: Sequence[Conversation],
     seconds: float,
-    say: Say,
+    log: Log,
 ) -> None:
     """Write replies of both models to a few training prompts for the report, if there are no held-out rows."""
     asked = with_fitting_prompts(generator, conversations, len(conversations))
     prompts = [c.messages[:-1] for c in asked]
     after = answers(generator, prompts, NEW_TOKENS, time.monotonic() + seconds / 2)
-    with plain(layers):
+    with disable_adapter(layers):
         before = answers(generator, prompts[: len(after)], NEW_TOKENS, time.monotonic() + seconds / 2)
     if len(before) < len(asked):
-        say(f"replies for the report stopped at their time limit ({seconds:.1f} s): {len(before)} of {len(asked)} done")
+        log(f"replies for the report stopped at their time limit ({seconds:.1f} s): {len(before)} of {len(asked)} done")
     rows = zip(asked, before, after, strict=False)
     samples = [
         {

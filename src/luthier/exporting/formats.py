@@ -24,7 +24,7 @@ from luthier.exporting.gguf import llamacpp, verify, writer
 from luthier.exporting.gguf.architectures import notes
 from luthier.exporting.merge import free, pending_updates, write_merged
 from luthier.models.chat_format import ChatFormat
-from luthier.types import Say
+from luthier.types import Log
 
 FORMATS = ("peft", "hf", "gguf", "gguf-lora", "ollama")
 
@@ -53,7 +53,7 @@ class Exported:
 
 
 def write_export(
-    tuned: TunedModel, to: str, path: Path, layout: str | None, quantization: str | None, say: Say = lambda _: None
+    tuned: TunedModel, to: str, path: Path, layout: str | None, quantization: str | None, log: Log = lambda _: None
 ) -> Exported:
     """Write the directory ``path`` in the format ``to``. Raises UserError and leaves nothing at ``path`` then."""
     if to not in FORMATS:
@@ -68,50 +68,50 @@ def write_export(
         peft.write(tuned, path, layout or "native")
         return Exported(path, to, _files(path), ["every update reads back equal, up to fp32 rounding"])
     if to == "hf":
-        merged = write_merged(tuned, path, say, layout or "native", system=tuned.system)
+        merged = write_merged(tuned, path, log, layout or "native", system=tuned.system)
         return Exported(path, to, _files(path), [merged.closeness.summary()])
     if to == "gguf-lora":
-        return _lora(tuned, path, say)
-    return _model(tuned, to, path, quantization or "f16", say)
+        return _lora(tuned, path, log)
+    return _model(tuned, to, path, quantization or "f16", log)
 
 
-def _model(tuned: TunedModel, to: str, path: Path, quantization: str, say: Say) -> Exported:
+def _model(tuned: TunedModel, to: str, path: Path, quantization: str, log: Log) -> Exported:
     """Write the merged model as GGUF, with a Modelfile for Ollama."""
-    writer.kind_of(quantization)
+    writer.file_type_of(quantization)
     chat_format, name = tuned.chat_format(), _name(tuned)
     pending = pending_updates(tuned, chat_format)
     file = f"{name}-{quantization}.gguf"
     text = ollama.modelfile(file, chat_format.template, tuned.system, _generation(tuned)) if to == "ollama" else None
     with files.new_dir(path) as temp:
-        say(f"writing {file}")
+        log(f"writing {file}")
         writer.write_model(tuned, chat_format, pending, temp / file, quantization, name)
         if text is not None:
             files.write_text(temp / "Modelfile", text)
-        verified = _verify(lambda: verify.verify_model(tuned, chat_format, temp / file, quantization, say))
+        verified = _verify(lambda: verify.verify_model(tuned, chat_format, temp / file, quantization, log))
     warnings = notes(chat_format.config) + (ollama.notes(_generation(tuned)) if to == "ollama" else [])
     return Exported(path, to, _files(path), verified, warnings, None if verified else _not_verified())
 
 
-def _lora(tuned: TunedModel, path: Path, say: Say) -> Exported:
+def _lora(tuned: TunedModel, path: Path, log: Log) -> Exported:
     """Write only the adapter as GGUF."""
     chat_format, name = tuned.chat_format(), _name(tuned)
     pending = pending_updates(tuned, chat_format)
     file = f"{name}-lora.gguf"
     with files.new_dir(path) as temp:
-        say(f"writing {file}")
+        log(f"writing {file}")
         writer.write_lora(chat_format.config, pending, temp / file, name)
-        verified = _verify(lambda: _verify_over_base(tuned, chat_format, temp, file, say))
+        verified = _verify(lambda: _verify_over_base(tuned, chat_format, temp, file, log))
     warnings = [*notes(chat_format.config), *([_SYSTEM] if tuned.system else [])]
     return Exported(path, "gguf-lora", _files(path), verified, warnings, None if verified else _not_verified())
 
 
-def _verify_over_base(tuned: TunedModel, chat_format: ChatFormat, temp: Path, file: str, say: Say) -> list[str]:
+def _verify_over_base(tuned: TunedModel, chat_format: ChatFormat, temp: Path, file: str, log: Log) -> list[str]:
     """Verify an adapter file over a GGUF of the base model, which is deleted afterwards."""
     base = temp / "base-f16.gguf"
-    say("writing the base model as GGUF, to verify the adapter over it")
+    log("writing the base model as GGUF, to verify the adapter over it")
     writer.write_model(tuned, chat_format, {}, base, "f16", _name(tuned))
     try:
-        return verify.verify_lora(tuned, chat_format, base, temp / file, say)
+        return verify.verify_lora(tuned, chat_format, base, temp / file, log)
     finally:
         base.unlink()
 

@@ -29,8 +29,8 @@ from luthier.models.checkpoint_reader import read_json
 from luthier.models.families import Rule
 from luthier.models.native_model import empty_model, published_tensors
 from luthier.models.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer
-from luthier.templates.exported import Own, chat_template
-from luthier.types import Say
+from luthier.templates.exported import OwnTemplate, chat_template
+from luthier.types import Log
 
 SHARD = 5_000_000_000  # bytes per file, as usual on the hubs
 LAYOUTS = ("native", "original")
@@ -49,7 +49,7 @@ class Merged:
 def write_merged(
     tuned: TunedModel,
     to: Path,
-    say: Say = lambda _: None,
+    log: Log = lambda _: None,
     layout: str = "native",
     system: str | None = None,
     shard_bytes: int = SHARD,
@@ -66,11 +66,11 @@ def write_merged(
     pending = pending_updates(tuned, chat_format)
     with files.new_dir(to) as temp:
         tensors = merged_tensors(tuned, chat_format, pending, layout)
-        dtypes = _write(temp, tensors, shard_bytes, say)
+        dtypes = _write(temp, tensors, shard_bytes, log)
         (_original_files if layout == "original" else _native_files)(temp, tuned.base, chat_format)
         if system or (layout == "native" and chat_format.tokenizer.chat_template is None):
             files.write_text(temp / "chat_template.jinja", template_text(chat_format, system))
-        say("verifying the merged model")
+        log("verifying the merged model")
         coarsest = max(set(dtypes.values()), key=lambda d: torch.finfo(d).eps)
         closeness = compare_merged(tuned, chat_format, temp, coarsest)
         _check_closeness(closeness, torch.finfo(coarsest).eps, to)
@@ -160,7 +160,7 @@ def _with_updates(
     return whole.to(tensor.dtype)
 
 
-def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int, say: Say) -> dict[str, torch.dtype]:
+def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int, log: Log) -> dict[str, torch.dtype]:
     """Write shards of at most ``shard_bytes`` and their index; return the dtype of each tensor."""
     shards: list[list[str]] = []
     dtypes: dict[str, torch.dtype] = {}
@@ -169,7 +169,7 @@ def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
 
     def flush() -> None:
         save_file(shard, folder / _temporary(len(shards)), metadata={"format": "pt"})
-        say(f"merged {len(shard)} tensors ({size / 1e9:.2f} GB)")
+        log(f"merged {len(shard)} tensors ({size / 1e9:.2f} GB)")
         shards.append(list(shard))
         shard.clear()
 
@@ -214,7 +214,9 @@ def _native_files(folder: Path, base: Path, chat_format: ChatFormat) -> None:
 def template_text(chat_format: ChatFormat, system: str | None) -> str:
     """Build the chat template for other tools, with ``system`` as the default system prompt."""
     source = chat_format.tokenizer.chat_template
-    return chat_template(chat_format.template, Own(chat_format.tokenizer.render, source) if source else None, system)
+    return chat_template(
+        chat_format.template, OwnTemplate(chat_format.tokenizer.render, source) if source else None, system
+    )
 
 
 _OWN_CODE_KEYS = ("user_token_id", "assistant_token_id", "transformers_version")  # of other code

@@ -17,7 +17,7 @@ from luthier.adapters import directory as adapters
 from luthier.adapters.directory import updates
 from luthier.adapters.locate import TunedModel
 from luthier.adapters.original_names import to_native
-from luthier.lora.layers import LoraLinear, plain
+from luthier.lora.layers import LoraLinear, disable_adapter
 from luthier.models.chat_format import ChatFormat
 from luthier.models.directory import read_config
 from luthier.models.protocols import CausalLM
@@ -126,7 +126,7 @@ def summed(layers: Mapping[str, LoraLinear], dtype: torch.dtype) -> Iterator[Non
     with ExitStack() as stack:
         for layer in layers.values():
             stack.callback(layer.base.register_forward_pre_hook(add(layer)).remove)
-        stack.enter_context(plain(layers))
+        stack.enter_context(disable_adapter(layers))
         yield
 
 
@@ -138,7 +138,7 @@ def compare_merged(tuned: TunedModel, chat_format: ChatFormat, merged: Path, dty
     rows = [chat_format.prompt_ids(chat) for chat in chats(tuned.system)[:_FOR_LOGITS]]
     model, layers = tuned_model(tuned, chat_format)
     expected = logits(model, rows)
-    with plain(layers):
+    with disable_adapter(layers):
         base = logits(model, rows)
     with summed(layers, dtype):
         rounded = logits(model, rows)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from luthier.hub.catalogue import FAMILIES, HUBS
+from luthier.hub.catalogue import HUBS, REPOSITORIES
 from luthier.hub.directory import MANIFEST, default_dir
 from luthier.hub.embedded import WHEELS, Wheel, verify
 
-__all__ = ["FAMILIES", "HUBS", "MANIFEST", "WHEELS", "Wheel", "default_dir", "verify"]
+__all__ = ["HUBS", "MANIFEST", "REPOSITORIES", "WHEELS", "Wheel", "default_dir", "verify"]

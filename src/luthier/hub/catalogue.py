@@ -30,7 +30,7 @@ class Source:
 
 
 # the repositories that the tutorials of these model families use
-FAMILIES: dict[str, tuple[Source, Source]] = {
+REPOSITORIES: dict[str, tuple[Source, Source]] = {
     "yi-6b-chat": (Source("modelscope", "01ai/Yi-6B-Chat"), Source("huggingface", "01-ai/Yi-6B-Chat")),
     "phi-3-mini-4k-instruct": (
         Source("modelscope", "LLM-Research/Phi-3-mini-4k-instruct"),
@@ -56,8 +56,8 @@ def sources(name: str, hub: str | None, revision: str | None, embedded: Sequence
     """Return the name under which a model is stored, and its sources in order of preference.
 
     If no hub is named, ModelScope is preferred when its client is installed, since whoever installed that extra wants
-    it; otherwise Hugging Face. A model of ``FAMILIES`` falls back to the other hub if the first cannot be reached. Any
-    other repository does not: the same id may belong to someone else there.
+    it; otherwise Hugging Face. A model of ``REPOSITORIES`` falls back to the other hub if the first cannot be reached.
+    Any other repository does not: the same id may belong to someone else there.
 
     Raises ConfigError if the hub is unknown, ModelError if the name is.
     """
@@ -66,17 +66,19 @@ def sources(name: str, hub: str | None, revision: str | None, embedded: Sequence
             f"hub '{hub}' is unknown; known: {', '.join(HUBS)}", f"--from {nearest(hub, HUBS) or HUBS[0]}"
         )
     usable = HUBS if importlib.util.find_spec("modelscope_hub") else HUBS[1:]
-    family = next((f for f, both in FAMILIES.items() if name.lower() in (f, *(s.repository.lower() for s in both))), "")
+    family = next(
+        (f for f, both in REPOSITORIES.items() if name.lower() in (f, *(s.repository.lower() for s in both))), ""
+    )
     if family:
-        named = [s for s in FAMILIES[family] if s.repository.lower() == name.lower()]
+        named = [s for s in REPOSITORIES[family] if s.repository.lower() == name.lower()]
         first = hub or (named[0].hub if len(named) == 1 else usable[0])
-        order = sorted(FAMILIES[family], key=lambda s: s.hub != first)
+        order = sorted(REPOSITORIES[family], key=lambda s: s.hub != first)
         if revision is not None:
             return family, [Source(first, order[0].repository, revision)]
         return family, [s for s in order if s.hub == first or (hub is None and s.hub in usable)]
     if _REPOSITORY.fullmatch(name):
         return name, [Source(hub or usable[0], name, revision)]
-    known = [*embedded, *FAMILIES]
+    known = [*embedded, *REPOSITORIES]
     raise ModelError(
         f"model '{name}' is unknown; known: {', '.join(known)}, and OWNER/NAME of any repository",
         f"luthier pull {nearest(name.lower(), known) or known[0]}",
@@ -118,7 +120,10 @@ class Hub(Protocol):
     retries: int  # consecutive retries without progress, in addition to the client's own
 
     def list(self, source: Source) -> tuple[str, list[RemoteFile]]:
-        """Return the resolved revision (a commit, if the hub reports one) and every file at that revision."""
+        """Return the resolved revision and every file at that revision.
+
+        The resolved revision is a commit if the hub's client reports one, otherwise a branch or tag.
+        """
         ...
 
     def fetch(self, source: Source, revision: str, file: RemoteFile, folder: Path) -> None:

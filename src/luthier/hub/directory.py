@@ -12,7 +12,7 @@ from luthier._util import files
 from luthier.errors import ModelError
 
 MANIFEST = "luthier-model.json"
-State = Literal["absent", "whole", "damaged", "foreign"]
+DirectoryState = Literal["absent", "whole", "damaged", "foreign"]
 
 
 def default_dir(name: str) -> Path:
@@ -21,34 +21,34 @@ def default_dir(name: str) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
+class DirectoryInspection:
     """The state of a model directory.
 
     state: ``damaged``: written by luthier and changed since; ``foreign``: not written by luthier, or damaged and with
     files that luthier did not write.
     """
 
-    state: State
+    state: DirectoryState
     manifest: Mapping[str, object] = field(default_factory=dict)
     extra: bool = False  # it also holds files that luthier did not write
 
 
-def inspect_dir(target: Path) -> Inspection:
+def inspect_dir(target: Path) -> DirectoryInspection:
     """Determine the state of ``target``. Reads every file, since an unchanged size does not mean unchanged content."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return Inspection("absent")
+        return DirectoryInspection("absent")
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
         digests = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        return Inspection("foreign")
+        return DirectoryInspection("foreign")
     extra = bool({p.name for p in target.iterdir()} - {*digests, MANIFEST})
     if digests and all((target / n).is_file() and files.sha256(target / n) == digest for n, digest in digests.items()):
-        return Inspection("whole", manifest, extra)
-    return Inspection("foreign" if extra else "damaged", manifest, extra)
+        return DirectoryInspection("whole", manifest, extra)
+    return DirectoryInspection("foreign" if extra else "damaged", manifest, extra)
 
 
-def check_owner(target: Path, inspection: Inspection, name: str) -> None:
+def check_owner(target: Path, inspection: DirectoryInspection, name: str) -> None:
     """Raise ModelError if pulling ``name`` into ``target`` would overwrite another model or other files."""
     if inspection.state == "foreign":
         raise ModelError(
@@ -59,7 +59,7 @@ def check_owner(target: Path, inspection: Inspection, name: str) -> None:
         raise holds_another(target, inspection)
 
 
-def holds_another(target: Path, inspection: Inspection) -> ModelError:
+def holds_another(target: Path, inspection: DirectoryInspection) -> ModelError:
     """Return the error for a directory that holds another model, or the same model from another source or revision."""
     manifest = inspection.manifest
     revision = f" at revision {manifest['revision']}" if manifest.get("revision") else ""
@@ -72,7 +72,9 @@ def holds_another(target: Path, inspection: Inspection) -> ModelError:
 def write_manifest(folder: Path, name: str, source: str, digests: Mapping[str, str], **facts: object) -> None:
     """Write the manifest, always as the last file: it marks the directory as complete.
 
-    digests: SHA-256 by file name. facts: further entries of the manifest.
+    digests: SHA-256 by file name. facts: further entries of the manifest. Those of a hub are ``revision``, as
+    requested; ``resolved_revision``, as the hub resolved it; and ``commit``, the same if it is a commit, else null.
+    (Before ``resolved_revision`` existed, ``commit`` could be the name of a branch.)
     """
     content = {"name": name, "source": source, **facts, "files": dict(sorted(digests.items()))}
     files.write_json(folder / MANIFEST, content)

@@ -7,6 +7,7 @@ directory is renamed to the target.
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import threading
 import time
@@ -22,34 +23,36 @@ from luthier.hub.catalogue import PART, Hub, RemoteFile, Source, UnreachableErro
 from luthier.hub.directory import check_owner, holds_another, inspect_dir, write_manifest
 from luthier.hub.huggingface import HuggingFace, offline
 from luthier.hub.modelscope import ModelScope
-from luthier.types import Say
+from luthier.types import Log
 
 OnProgress = Callable[[int, int], None]  # called with (bytes downloaded, bytes in total)
 _HUBS: dict[str, type[Hub]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
+_COMMIT = re.compile(r"[0-9a-f]{40}")  # git's id of a commit
 _PROGRESS_INTERVAL = 0.3  # seconds between two progress reports
 
 
 def pull(
     name: str,
-    places: Sequence[Source],
+    sources: Sequence[Source],
     target: Path,
     hub: str | None,
     revision: str | None,
-    say: Say,
-    progress: OnProgress | None,
+    log: Log,
+    on_progress: OnProgress | None,
 ) -> Path:
     """Download the model from the first source that can be reached; returns ``target``.
 
-    places: the sources, in order of preference. hub, revision: what the user asked for, None for any. Raises UserError.
+    sources: in order of preference. hub, revision: what the user asked for, None for any. Raises UserError.
     """
     inspection = inspect_dir(target)
     check_owner(target, inspection, name)
     if inspection.state == "whole":
         manifest = inspection.manifest
-        same_revision = revision in (None, manifest.get("revision"), manifest.get("commit"))
+        recorded = [manifest.get(key) for key in ("revision", "resolved_revision", "commit")]
+        same_revision = revision is None or revision in recorded
         if not same_revision or not str(manifest["source"]).startswith(f"{hub}:" if hub else ""):
             raise holds_another(target, inspection)
-        say(f"{target}: already complete, nothing to download")
+        log(f"{target}: already complete, nothing to download")
         return target
     if hub != "modelscope" and offline():
         raise ModelError(
@@ -61,26 +64,26 @@ def pull(
     with _locked(target):
         files.sweep(target)
         if inspection.state == "damaged":
-            say(f"{target}: is damaged, downloading the damaged files again")
+            log(f"{target}: is damaged, downloading the damaged files again")
             if not partial.exists():
                 target.rename(partial)  # its intact files need not be downloaded again
-        for place in places:
+        for source in sources:
             try:
-                _download(name, place, target, partial, say, progress)
+                _download(name, source, target, partial, log, on_progress)
                 break
             except UnreachableError as e:
-                if place is places[-1]:
+                if source is sources[-1]:
                     raise
-                say(f"{e.message}; trying {_HUBS[places[-1].hub].title}")
-    say(f"{target}: ready")
+                log(f"{e.message}; trying {_HUBS[sources[-1].hub].title}")
+    log(f"{target}: ready")
     return target
 
 
-def _download(name: str, place: Source, target: Path, partial: Path, say: Say, progress: OnProgress | None) -> None:
+def _download(name: str, source: Source, target: Path, partial: Path, log: Log, on_progress: OnProgress | None) -> None:
     """Download a model's files to ``partial``, write its manifest, and rename it to ``target``."""
-    hub = _HUBS[place.hub]()
-    revision, listed = hub.list(place)
-    wanted = model_files(place, listed)
+    hub = _HUBS[source.hub]()
+    revision, listed = hub.list(source)
+    wanted = model_files(source, listed)
     total = sum(f.size for f in wanted)
     partial.mkdir(exist_ok=True)
     _tidy(partial, wanted)
@@ -88,8 +91,8 @@ def _download(name: str, place: Source, target: Path, partial: Path, say: Say, p
     for file in missing:
         (partial / file.path).unlink(missing_ok=True)
     downloaded = _bytes_in(partial)
-    say(
-        f"{place.repository} from {hub.title}: {len(wanted)} files, {human(total)}"
+    log(
+        f"{source.repository} from {hub.title}: {len(wanted)} files, {human(total)}"
         + (f", {human(downloaded)} of it already downloaded" if downloaded else "")
     )
     free = shutil.disk_usage(partial).free
@@ -98,21 +101,24 @@ def _download(name: str, place: Source, target: Path, partial: Path, say: Say, p
             f"{target}: needs {human(total - downloaded)} more, but the disk has only {human(free)} free",
             "free some disk space, or choose a directory on another disk with --to DIR",
         )
-    with _reporting(partial, total, progress):
+    with _reporting(partial, total, on_progress):
         for file in missing:
-            _fetch(hub, place, revision, file, partial, say)
-            say(f"{file.path}: complete, {human(file.size)}")
+            _fetch(hub, source, revision, file, partial, log)
+            log(f"{file.path}: complete, {human(file.size)}")
     digests = {f.path: f.sha256 or files.sha256(partial / f.path) for f in wanted}
-    write_manifest(partial, name, str(place), digests, revision=place.revision, commit=revision)
+    commit = revision if _COMMIT.fullmatch(revision) else None
+    write_manifest(
+        partial, name, str(source), digests, revision=source.revision, resolved_revision=revision, commit=commit
+    )
     files.sync_dir(partial)
     files.replace_dir(partial, target)
 
 
-def _fetch(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Path, say: Say) -> None:
+def _fetch(hub: Hub, source: Source, revision: str, file: RemoteFile, folder: Path, log: Log) -> None:
     """Download one file; if it does not match the listing, download it once more. Raises ModelError."""
     path = folder / file.path
     for _ in range(2):
-        _fetch_with_retries(hub, place, revision, file, folder, say)
+        _fetch_with_retries(hub, source, revision, file, folder, log)
         if file.matches(path):
             files.sync_file(path)
             return
@@ -120,27 +126,26 @@ def _fetch(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Pat
     raise corrupt(hub.title, file)
 
 
-def _fetch_with_retries(hub: Hub, place: Source, revision: str, file: RemoteFile, folder: Path, say: Say) -> None:
+def _fetch_with_retries(hub: Hub, source: Source, revision: str, file: RemoteFile, folder: Path, log: Log) -> None:
     """Retry as long as bytes arrive, and up to ``hub.retries`` times in a row without any."""
     tries = 0
     while True:
         before = _bytes_in(folder)
         try:
-            hub.fetch(place, revision, file, folder)
+            hub.fetch(source, revision, file, folder)
             return
         except UnreachableError as e:
             tries = 0 if _bytes_in(folder) > before else tries + 1
             if tries > hub.retries:
                 raise UnreachableError(f"{file.path}: {e.message}; the downloaded part is kept", e.fix) from None
-            say(f"{file.path}: the connection was lost, resuming")
+            log(f"{file.path}: the connection was lost, resuming")
             time.sleep(tries)
         except OSError as e:
-            if e.errno not in files.DISK_FULL_ERRNOS:
+            reached = files.reached_limit(e)
+            if reached is None:
                 raise
-            raise UserError(
-                f"{file.path}: no disk space left for it ({e.strerror}); the downloaded part is kept",
-                "free some disk space, then run the same command again",
-            ) from None
+            limit, fix = reached
+            raise UserError(f"{file.path}: {limit}; the downloaded part is kept", fix) from None
 
 
 def human(size: int) -> str:
@@ -193,23 +198,23 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reporting(folder: Path, total: int, progress: OnProgress | None) -> Iterator[None]:
-    """Call ``progress(bytes downloaded, total)`` at intervals from a thread, independently of the client library."""
-    if progress is None:
+def _reporting(folder: Path, total: int, on_progress: OnProgress | None) -> Iterator[None]:
+    """Call ``on_progress(bytes downloaded, total)`` at intervals from a thread, independently of the client library."""
+    if on_progress is None:
         yield
         return
     ended = threading.Event()
 
     def report() -> None:
         while not ended.wait(_PROGRESS_INTERVAL):
-            progress(min(_bytes_in(folder), total), total)
+            on_progress(min(_bytes_in(folder), total), total)
 
     thread = threading.Thread(target=report, daemon=True)
-    progress(min(_bytes_in(folder), total), total)
+    on_progress(min(_bytes_in(folder), total), total)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        progress(min(_bytes_in(folder), total), total)
+        on_progress(min(_bytes_in(folder), total), total)

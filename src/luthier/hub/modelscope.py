@@ -39,6 +39,7 @@ class ModelScope:
     def list(self, source: Source) -> tuple[str, list[RemoteFile]]:
         with self._api(source) as api:
             listed = api.list_repo_files(source.repository, "model", revision=source.revision)
+        # the client's listing has no commit, so the revision stays the name of a branch or tag
         return source.revision or "master", [RemoteFile(f.path, f.size, f.sha256) for f in listed if f.type != "tree"]
 
     def fetch(self, source: Source, revision: str, file: RemoteFile, folder: Path) -> None:

@@ -12,7 +12,7 @@ from luthier.config import RunConfig
 from luthier.data.formats import RowProblem, parse_messages
 from luthier.errors import ConfigError, DataError
 from luthier.inference.generation import Generator, Reply, Sampling
-from luthier.lora.layers import LoraLinear, plain
+from luthier.lora.layers import LoraLinear, disable_adapter
 from luthier.models.chat_format import ChatFormat
 from luthier.types import Message
 
@@ -46,7 +46,7 @@ class Chat:
         self.generator.chat_format.check_text(text, "the message")
         self.history.append(Message("user", text))
         try:
-            with plain(self.layers if self.base else {}):
+            with disable_adapter(self.layers if self.base else {}):
                 reply = self.generator.reply(self.messages(), sampling or self.sampling, on_text)
         except BaseException:
             self.history.pop()

@@ -43,7 +43,7 @@ def padded(
     """Compute ``reference.attention`` with padded rows; the query heads of a group share one product."""
     _, heads, _, dim = query.shape
     kv, count = key.shape[1], len(segments.parents)
-    groups, before = heads // kv, segments.before()
+    groups, prefix_lengths = heads // kv, segments.prefix_lengths()
     longest, keys = len(segments.query_index) // count, len(segments.key_index) // count
 
     def rows(x: Tensor, per_kv: int, index: Tensor) -> Tensor:  # [1, kv * per_kv, T, D] -> [count * kv, per_kv * L, D]
@@ -54,8 +54,8 @@ def padded(
     scores = torch.bmm(rows(query, groups, segments.query_index), wide[0].transpose(1, 2)).float() * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    masks = {n: _causal(longest, keys, n, sliding_window, query.device) for n in set(before)}
-    mask = masks[0] if len(masks) == 1 else torch.stack([masks[n] for n in before])[:, None, None]
+    masks = {n: _causal(longest, keys, n, sliding_window, query.device) for n in set(prefix_lengths)}
+    mask = masks[0] if len(masks) == 1 else torch.stack([masks[n] for n in prefix_lengths])[:, None, None]
     scores = scores.view(count, kv, groups, longest, keys) + mask
     weights = torch.softmax(scores, -1).to(query.dtype)
     if dropout:
@@ -81,12 +81,13 @@ def looped(
     groups = query.shape[1] // key.shape[1]
     k, v = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     outputs = []
-    for segment, before in enumerate(segments.before()):
+    for segment, prefix_length in enumerate(segments.prefix_lengths()):
         own = slice(segments.offsets[segment], segments.offsets[segment + 1])
-        seen = [slice(segments.offsets[s], segments.offsets[s + 1]) for s in segments.above(segment)] + [own]
+        seen = [slice(segments.offsets[s], segments.offsets[s + 1]) for s in segments.ancestors(segment)] + [own]
         length = own.stop - own.start
-        plain = not before and (sliding_window is None or length <= sliding_window)
-        mask = None if plain else _causal(length, before + length, before, sliding_window, query.device).to(query.dtype)
+        is_causal = prefix_length == 0 and (sliding_window is None or length <= sliding_window)
+        keys = prefix_length + length
+        mask = None if is_causal else _causal(length, keys, prefix_length, sliding_window, query.device).to(query.dtype)
         outputs.append(
             F.scaled_dot_product_attention(
                 query[:, :, own],
@@ -94,7 +95,7 @@ def looped(
                 torch.cat([v[:, :, s] for s in seen], 2),
                 attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=plain,
+                is_causal=is_causal,
                 scale=scaling,
             )
         )
@@ -172,10 +173,11 @@ def auto(
     return kernel(query, key, value, segments, *options, **more)
 
 
-def _causal(queries: int, keys: int, before: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """Build a mask [queries, keys] fp32: 0 if visible, else -inf; the first query follows ``before`` keys."""
-    place = torch.arange(before, before + queries, device=device).clamp_max(keys - 1)  # padding must see a key too
-    distance = place[:, None] - torch.arange(keys, device=device)[None]
+def _causal(queries: int, keys: int, prefix_length: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """Build a mask [queries, keys] fp32: 0 if visible, else -inf; the first query follows ``prefix_length`` keys."""
+    positions = torch.arange(prefix_length, prefix_length + queries, device=device)
+    positions = positions.clamp_max(keys - 1)  # padding must see a key too
+    distance = positions[:, None] - torch.arange(keys, device=device)[None]
     visible = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
     return torch.zeros(queries, keys, device=device).masked_fill(~visible, float("-inf"))
 

@@ -35,8 +35,8 @@ def attention(
         scores = torch.tanh(scores / softcap) * softcap
     visible = torch.zeros(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device)
     for segment, own in enumerate(segments.lengths):
-        seen = [*segments.above(segment), segment]
-        rows, columns = _places(segments, [segment]), _places(segments, seen)
+        seen = [*segments.ancestors(segment), segment]
+        rows, columns = _positions(segments, [segment]), _positions(segments, seen)
         distance = torch.arange(len(columns) - own, len(columns))[:, None] - torch.arange(len(columns))[None]
         inside = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
         visible[rows[:, None], columns[None]] = inside.to(query.device)
@@ -45,6 +45,6 @@ def attention(
     return (F.dropout(weights, dropout) @ v).transpose(1, 2)
 
 
-def _places(segments: Segments, which: Sequence[int]) -> Tensor:
+def _positions(segments: Segments, which: Sequence[int]) -> Tensor:
     """Return the positions in the stream of these segments' tokens."""
     return torch.cat([torch.arange(segments.offsets[s], segments.offsets[s + 1]) for s in which])

@@ -52,8 +52,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
-            plain: Tensor = self.base(x)
-            return plain
+            base_out: Tensor = self.base(x)
+            return base_out
         dropped = self.dropout and self.training
         u = dropout(x, self.dropout, self.dropout_state.key(self.dropout_group)) if dropped else x
         inner = F.linear(u, self.lora_A.to(x.dtype)) * self.scaling
@@ -173,8 +173,8 @@ def share_dropout_state(layers: Mapping[str, LoraLinear]) -> DropoutState:
 
 
 @contextmanager
-def plain(layers: Mapping[str, LoraLinear]) -> Iterator[None]:
-    """Disable every adapter within the block, so that the model computes as its base."""
+def disable_adapter(layers: Mapping[str, LoraLinear]) -> Iterator[None]:
+    """Disable the adapter within the block, so that the model computes as its base."""
     before = [layer.enabled for layer in layers.values()]
     for layer in layers.values():
         layer.enabled = False

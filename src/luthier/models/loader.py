@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from luthier.models.protocols import CausalLM, HfTokenizer
 from luthier.models.quantization import Quantisation
 from luthier.models.quantized_loader import QuantisedOptions, load_quantised
 from luthier.models.tokenizer.tokenizer import has_tokenizer, load_tokenizer
-from luthier.types import Say
+from luthier.types import Log
 
 
 def load_weights(
@@ -27,7 +27,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     config: PretrainedConfig | None = None,
-    say: Say = lambda _: None,
+    log: Log = lambda _: None,
 ) -> CausalLM:
     """Load the whole model in ``dtype`` on ``device``, reading one published tensor at a time.
 
@@ -43,7 +43,7 @@ def load_weights(
         # transformers may convert other published names itself
         return _load_with_transformers(path, config, dtype, fit.problems).to(device).eval()
     if fit.ignored:
-        say(f"{path}: ignored, because the model computes them itself: {', '.join(collapse(fit.ignored))}")
+        log(f"{path}: ignored, because the model computes them itself: {', '.join(collapse(fit.ignored))}")
     for name, tensor in native_tensors(shards, fit, dtype):
         put(model, name, tensor.to(device))
     return finish(model, path, fit, device)
@@ -104,7 +104,7 @@ def open_base(
     dtype: torch.dtype,
     device: torch.device,
     config: PretrainedConfig,
-    say: Callable[[str], None] = lambda _: None,
+    log: Log = lambda _: None,
 ) -> CausalLM:
     """Load the base model as the run's settings ask for, quantised or not. Raises ModelError.
 
@@ -112,10 +112,10 @@ def open_base(
     """
     how = quantisation(settings)
     if how is None:
-        return load_weights(settings.path, dtype, device, config, say)
+        return load_weights(settings.path, dtype, device, config, log)
     compute = DTYPES.get(settings.bnb_4bit_compute_dtype, dtype)
     return load_quantised(
-        settings.path, dtype, device, config, QuantisedOptions(how, compute, settings.quantised_cache), say
+        settings.path, dtype, device, config, QuantisedOptions(how, compute, settings.quantised_cache), log
     )
 
 

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from luthier.errors import ModelError
-from luthier.models.checkpoint_reader import Shards
+from luthier.models.checkpoint_reader import Shape, Shards
 from luthier.models.directory import family_of
 from luthier.models.families import Rule
 from luthier.models.protocols import CausalLM
 
-Shape = tuple[int, ...]
 # tables stored in older checkpoints that every native class computes itself
 _BUFFERS = re.compile(r"(.*\.)?(inv_freq|rotary_emb\.\w+_cached|masked_bias|rotary_pos_emb\.\w+)")
 

@@ -26,14 +26,14 @@ from luthier._util.installation import install_command
 from luthier.errors import MissingPackageError
 
 BLOCK, NESTED_BLOCK = 64, 256
-Kind = Literal["nf4", "fp4", "int8"]
+QuantisationKind = Literal["nf4", "fp4", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
     """The storage format of frozen linear layers. double: the 4-bit scales are quantised too."""
 
-    kind: Kind
+    kind: QuantisationKind
     double: bool = True
 
     @property

@@ -33,10 +33,11 @@ from luthier.models.directory import family_of, fingerprint
 from luthier.models.native_model import Fit, empty_with_buffers, finish, match, native_tensors, put, widened
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation, QuantLinear, quantise
-from luthier.types import Say
+from luthier.types import Log
 
 FORMAT = 1
-_GROUP = 256_000_000  # bytes per cache file
+_FILE_BYTES = 256_000_000  # per file of the copy on disk
+_TRIM_BYTES = 256_000_000  # loaded between two calls of trim_freed_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def load_quantised(
     device: torch.device,
     config: PretrainedConfig,
     options: QuantisedOptions,
-    say: Say = lambda _: None,
+    log: Log = lambda _: None,
 ) -> CausalLM:
     """Load a model with every linear layer of its decoder quantised and the rest in ``dtype``. Raises ModelError."""
     shards = Shards.open(path)
@@ -70,20 +71,20 @@ def load_quantised(
     cached = cache_dir(path, config, options, dtype) if options.cache else None
     tensors: Iterator[tuple[str, Tensor]]
     if cached and cached.is_dir():
-        say(f"base: loading the quantised copy from {cached}")
+        log(f"base: loading the quantised copy from {cached}")
         source = Shards.open(cached)
         tensors = ((n, source.read(n)) for n in source.in_file_order() if n != embedding)
     else:
         tensors = _quantised(
-            native_tensors(shards, fit, dtype, [n for n in (embedding, head) if n]), weights, options.how, say
+            native_tensors(shards, fit, dtype, [n for n in (embedding, head) if n]), weights, options.how, log
         )
-        tensors = _also_write(tensors, cached, say) if cached else tensors
+        tensors = _also_write(tensors, cached, log) if cached else tensors
     loaded_bytes = 0
     for name, tensor in tensors:
         if name != embedding:
             put(model, name, tensor.to(device))
         loaded_bytes += tensor.numel() * tensor.element_size()
-        if loaded_bytes > _GROUP:
+        if loaded_bytes > _TRIM_BYTES:
             trim_freed_memory()
             loaded_bytes = 0
     if head:
@@ -109,7 +110,7 @@ def _replace_linear_layers(model: CausalLM, options: QuantisedOptions) -> set[st
 
 
 def _quantised(
-    tensors: Iterator[tuple[str, Tensor]], weights: set[str], how: Quantisation, say: Say
+    tensors: Iterator[tuple[str, Tensor]], weights: set[str], how: Quantisation, log: Log
 ) -> Iterator[tuple[str, Tensor]]:
     """Replace the weights of linear layers by their quantised parts, on several threads, in order."""
     workers = max(1, min(4, os.cpu_count() or 1))
@@ -124,13 +125,13 @@ def _quantised(
                 return
             yield from ((f"{name.removesuffix('weight')}{part}", t) for part, t in job.result().items())
 
-        say(f"base: quantising {len(weights)} linear layers to {how.kind}")
+        log(f"base: quantising {len(weights)} linear layers to {how.kind}")
         for name, tensor in tensors:
             pending.append((name, pool.submit(quantise, tensor, how) if name in weights else tensor))
             done += name in weights
             if done * 10 // max(1, len(weights)) > tenths:
                 tenths = done * 10 // len(weights)
-                say(f"base: {done} of {len(weights)} layers quantised")
+                log(f"base: {done} of {len(weights)} layers quantised")
             if len(pending) > workers:
                 yield from next_parts()
         while pending:
@@ -155,9 +156,9 @@ def cache_dir(path: Path, config: PretrainedConfig, options: QuantisedOptions, d
     return files.cache_root() / "quantised" / digest[:20]
 
 
-def _also_write(tensors: Iterator[tuple[str, Tensor]], to: Path, say: Say) -> Iterator[tuple[str, Tensor]]:
+def _also_write(tensors: Iterator[tuple[str, Tensor]], to: Path, log: Log) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors and write them to disk too; if that fails, warn and continue."""
-    writer = _Writer(to, say)
+    writer = _Writer(to, log)
     try:
         for name, tensor in tensors:
             writer.add(name, tensor)
@@ -170,8 +171,8 @@ def _also_write(tensors: Iterator[tuple[str, Tensor]], to: Path, say: Say) -> It
 class _Writer:
     """Write groups of tensors as safetensors files in a directory that appears only when it is complete."""
 
-    def __init__(self, to: Path, say: Say) -> None:
-        self._say, self._to = say, to
+    def __init__(self, to: Path, log: Log) -> None:
+        self._log, self._to = log, to
         self._stack = ExitStack()
         self._pending: dict[str, Tensor] = {}
         self._file_of: dict[str, str] = {}
@@ -183,7 +184,7 @@ class _Writer:
         if self._folder is None:
             return
         self._pending[name] = tensor.cpu().contiguous()
-        if sum(t.numel() * t.element_size() for t in self._pending.values()) > _GROUP:
+        if sum(t.numel() * t.element_size() for t in self._pending.values()) > _FILE_BYTES:
             self._flush()
 
     def finish(self) -> None:
@@ -193,7 +194,7 @@ class _Writer:
                 index = {"metadata": {}, "weight_map": self._file_of}
                 files.write_json(self._folder / "model.safetensors.index.json", index)
                 self._stack.close()
-                self._say(f"base: saved the quantised copy in {self._to} for later runs")
+                self._log(f"base: saved the quantised copy in {self._to} for later runs")
 
     def close(self) -> None:
         """Delete everything written unless ``finish`` was called."""
@@ -217,7 +218,7 @@ class _Writer:
             yield
         except (OSError, UserError) as e:
             reason = e.message if isinstance(e, UserError) else str(e)
-            self._say(f"note: the quantised copy of the base cannot be saved ({' '.join(reason.split())[:200]})")
+            self._log(f"note: the quantised copy of the base cannot be saved ({' '.join(reason.split())[:200]})")
             self.close()
             self._folder = None
 

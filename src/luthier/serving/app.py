@@ -15,11 +15,19 @@ from luthier.serving.engine import Engine, Token
 from luthier.serving.metrics import TYPE, Metrics
 from luthier.serving.models import Served
 from luthier.serving.protocol import ChatRequest, CompletionRequest, RequestError, error_body, parse, status_of
-from luthier.serving.replies import ChatShape, CompletionShape, Entries, Shape, entries, usage
+from luthier.serving.replies import (
+    ChatReplyBuilder,
+    CompletionReplyBuilder,
+    ReplyBuilder,
+    TokenLogprobs,
+    token_logprobs,
+    usage,
+)
 from luthier.serving.session import ReplySession
 
 try:
-    from fastapi import Depends, FastAPI, Request
+    from fastapi import Depends, FastAPI
+    from fastapi import Request as HttpRequest
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
 
@@ -44,7 +52,7 @@ def create(models: Sequence[Served], engine: Engine, api_key: str) -> FastAPI:
     app = FastAPI(title="luthier", docs_url=None, redoc_url=None, openapi_url=None)
     service = Service(models, engine)
 
-    def authorised(request: Request) -> None:
+    def authorised(request: HttpRequest) -> None:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secrets.compare_digest(token.strip().encode(), api_key.encode()):
             raise RequestError("the API key is missing or wrong", "send Authorization: Bearer KEY", status=401)
@@ -68,24 +76,24 @@ def create(models: Sequence[Served], engine: Engine, api_key: str) -> FastAPI:
         return service.describe(service.find(name))
 
     @app.post("/v1/chat/completions", dependencies=guard)
-    async def chat(request: Request) -> Response:
+    async def chat(request: HttpRequest) -> Response:
         return await service.answer(request, ChatRequest)
 
     @app.post("/v1/completions", dependencies=guard)
-    async def completions(request: Request) -> Response:
+    async def completions(request: HttpRequest) -> Response:
         return await service.answer(request, CompletionRequest)
 
     @app.exception_handler(UserError)
-    async def refused(_: Request, error: UserError) -> Response:
+    async def refused(_: HttpRequest, error: UserError) -> Response:
         return service.refusal(error)
 
     @app.exception_handler(HTTPException)
-    async def no_route(request: Request, error: HTTPException) -> Response:
+    async def no_route(request: HttpRequest, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return service.refusal(RequestError(message, "see /v1/models", error.status_code))
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:
+    async def failed(_: HttpRequest, error: Exception) -> Response:
         return service.refusal(error)
 
     return app
@@ -128,7 +136,7 @@ class Service:
         self.metrics.request(model, status)
         return JSONResponse(error_body(error), status, headers={"Retry-After": "1"} if status == 429 else None)
 
-    async def answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+    async def answer(self, request: HttpRequest, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         """Parse a request, submit it to the engine, and return its reply, complete or as a stream."""
         asked = parse(kind, await _body(request))
         served = self.find(asked.model)
@@ -142,17 +150,17 @@ class Service:
         except Exception as e:
             return self.refusal(e, served.name)
         if isinstance(asked, CompletionRequest):
-            shape: Shape = CompletionShape(served.name, len(asked.text or ""))
+            builder: ReplyBuilder = CompletionReplyBuilder(served.name, len(asked.text or ""))
         else:
-            shape = ChatShape(served.name)
-        reply = _Reply(served, session, shape)
+            builder = ChatReplyBuilder(served.name)
+        reply = _Reply(served, session, builder)
         if asked.stream:
             lines = self._lines(reply, asked.usage_wanted)
             first = await anext(lines)  # start the generator, so that it is closed even if the client never reads
             return StreamingResponse(_chained(first, lines), media_type="text/event-stream")
         return await self._whole(request, reply)
 
-    async def _whole(self, request: Request, reply: _Reply) -> Response:
+    async def _whole(self, request: HttpRequest, reply: _Reply) -> Response:
         session = reply.session
         whole, disconnected = asyncio.ensure_future(session.whole()), asyncio.ensure_future(_disconnect(request))
         try:
@@ -171,19 +179,19 @@ class Service:
             return self.refusal(error, name)
         text, tokens = whole.result()
         self.metrics.request(name, 200, session.first_token_s)
-        content = reply.shape.whole(text, reply.entries(tokens), session.finish)
+        content = reply.builder.whole(text, reply.logprobs(tokens), session.finish)
         return JSONResponse({**content, "usage": reply.usage()})
 
     async def _lines(self, reply: _Reply, with_usage: bool) -> AsyncGenerator[str, None]:
         """Yield server-sent events. If closed early because the client disconnected, generation stops."""
-        session, shape, status = reply.session, reply.shape, _DISCONNECTED
+        session, builder, status = reply.session, reply.builder, _DISCONNECTED
         try:
-            yield _event(shape.opening())
+            yield _event(builder.opening())
             async for text, tokens in session.pieces():
-                yield _event(shape.piece(text, reply.entries(tokens)))
-            yield _event(shape.piece("", None, session.finish))
+                yield _event(builder.piece(text, reply.logprobs(tokens)))
+            yield _event(builder.piece("", None, session.finish))
             if with_usage:
-                yield _event(shape.usage_piece(reply.usage()))
+                yield _event(builder.usage_piece(reply.usage()))
             yield "data: [DONE]\n\n"
             status = 200
         except Exception as e:  # the status line has been sent; the client reads the error from the stream
@@ -197,19 +205,19 @@ class Service:
 
 
 class _Reply:
-    """The session of one request, and the shape of its JSON."""
+    """The session of one request, and the builder of its JSON."""
 
-    def __init__(self, served: Served, session: ReplySession, shape: Shape) -> None:
-        self.served, self.session, self.shape = served, session, shape
+    def __init__(self, served: Served, session: ReplySession, builder: ReplyBuilder) -> None:
+        self.served, self.session, self.builder = served, session, builder
         self._before: int | None = None
 
-    def entries(self, tokens: Sequence[Token]) -> Entries:
+    def logprobs(self, tokens: Sequence[Token]) -> TokenLogprobs:
         if self.session.request.logprobs is None:
             return None
-        result = entries(self.served.generator.tokenizer, tokens, self._before)
+        logprobs = token_logprobs(self.served.generator.tokenizer, tokens, self._before)
         if tokens:
             self._before = tokens[-1].id
-        return result
+        return logprobs
 
     def usage(self) -> dict[str, object]:
         request = self.session.request
@@ -252,7 +260,7 @@ def _raw_prompt(asked: CompletionRequest, generator: Generator) -> list[int]:
     return ids
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: HttpRequest) -> bytes:
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -261,7 +269,7 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _disconnect(request: Request) -> None:
+async def _disconnect(request: HttpRequest) -> None:
     """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -67,7 +67,7 @@ class Request:
 
 
 @dataclass(slots=True, eq=False)
-class _Row:
+class _BatchRow:
     request: Request
     sampler: Sampler
     room: int  # tokens that may still be generated
@@ -109,7 +109,7 @@ class Engine:
         self.max_batch, self.max_queue = max_batch, max_queue
         self._routes = routes or Routes()
         self._waiting: deque[Request] = deque()
-        self._rows: list[_Row] = []
+        self._rows: list[_BatchRow] = []
         self._cache = BatchCache()
         self._prefixes = Prefixes(prefix_bytes)
         self._wake = threading.Condition()
@@ -194,7 +194,7 @@ class Engine:
         if self.limit:
             room = min(room, self.limit - len(request.ids))
         device = self.model.device
-        row = _Row(request, Sampler(request.sampling, device), room, list(request.ids))
+        row = _BatchRow(request, Sampler(request.sampling, device), room, list(request.ids))
         logits, layers, request.reused = self._prefill(request.adapter, request.ids)
         self.counts.prompt_tokens += len(request.ids)
         self.counts.reused_tokens += request.reused
@@ -265,7 +265,7 @@ class Engine:
             return {kind: within(window) for kind, window in self._windows.items()}
         return within(self._windows)
 
-    def _next_tokens(self, rows: list[_Row], logits: Tensor) -> list[_Row]:
+    def _next_tokens(self, rows: list[_BatchRow], logits: Tensor) -> list[_BatchRow]:
         """Choose each row's next token and pass it to ``on_token``; returns the rows that are not finished."""
         best, ids = logits.max(-1)
         most_likely, is_nan = ids.tolist(), best.isnan().tolist()
@@ -293,7 +293,7 @@ class Engine:
                 unfinished.append(row)
         return unfinished
 
-    def _remove(self, row: _Row) -> None:
+    def _remove(self, row: _BatchRow) -> None:
         """Remove a row from the batch and cache its prompt and reply, which the next prompt may start with."""
         i = self._rows.index(row)
         self._prefixes.keep(row.request.adapter, row.ids[: self._cache.lengths[i]], self._cache.layers_of(i))

@@ -65,9 +65,9 @@ def resolve_models(
     paths: run, adapter or model directories. model, adapter: a base model and a PEFT adapter for it.
     Raises UserError if a directory is not a model, or if they do not share a base model.
     """
-    models = [_place(p, locate(p)) for p in paths]
+    models = [_named_model(p, locate(p)) for p in paths]
     if model is not None or adapter is not None:
-        models.append(_place(adapter or "", locate(None, model, adapter)))
+        models.append(_named_model(adapter or "", locate(None, model, adapter)))
     if not models:
         raise ConfigError("no directory was given", "give a run or model directory, or --model BASE --adapter DIR")
     tuned = [m for m in models if m.tuned]
@@ -127,7 +127,7 @@ def _base_chat_format(base: NamedModel, first: NamedModel) -> ChatFormat:
         return first.tuned.chat_format()
 
 
-def _place(path: Path | str, source: ModelSource) -> NamedModel:
+def _named_model(path: Path | str, source: ModelSource) -> NamedModel:
     if source.tuned is None:
         return NamedModel(_name(source.base), source.base)
     path = Path(path)

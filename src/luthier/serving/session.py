@@ -54,11 +54,11 @@ class ReplySession:
         engine.submit(self.request)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        while not isinstance(item := await self._pieces.get(), str):
-            if isinstance(item, Exception):
-                raise item
-            yield item
-        self.finish = item
+        while not isinstance(event := await self._pieces.get(), str):
+            if isinstance(event, Exception):
+                raise event
+            yield event
+        self.finish = event
 
     async def whole(self) -> Piece:
         tokens = [t async for _, part in self.pieces() for t in part]
@@ -98,8 +98,8 @@ class ReplySession:
         self._open = self._open[len(covered) :]
         return covered
 
-    def _put(self, item: Piece | str | Exception) -> None:
+    def _put(self, event: Piece | str | Exception) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, event)
         except RuntimeError:  # the event loop has been closed
             self.cancel()

@@ -18,7 +18,7 @@ from luthier.models.directory import family_of
 from luthier.models.loader import quantisation
 from luthier.serving.models import NamedModel, resolve_models
 from luthier.templates import Turns
-from luthier.types import Say
+from luthier.types import Log
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
 _KEY = "VLLM_API_KEY"
@@ -33,7 +33,7 @@ def hand_over(
     model: Path | str | None,
     adapter: Path | str | None,
     only_print: bool,
-    say: Say,
+    log: Log,
 ) -> None:
     """Report vLLM's command, and replace this process with it; with ``only_print``, print it and return.
 
@@ -42,18 +42,18 @@ def hand_over(
     models = resolve_models(paths, model, adapter)
     argv = command(models, host, port, dtype)
     for note in notes(models):
-        say(f"note: {note}")
+        log(f"note: {note}")
     command_line = shlex.join(argv)
     if only_print:
         print(f"{_KEY}={shlex.quote(api_key) if api_key else 'KEY'} {command_line}")
         return
-    say(command_line)
+    log(command_line)
     program = shutil.which("vllm")
     if program is None:
         raise MissingPackageError("the program vllm is not installed", "pip install vllm, or leave --engine vllm out")
     key = api_key or secrets.token_urlsafe(24)
     if api_key is None:
-        say(f"API key: {key}")
+        log(f"API key: {key}")
     os.execve(program, argv, {**os.environ, _KEY: key})  # noqa: S606 - on purpose without a shell
 
 

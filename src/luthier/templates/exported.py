@@ -11,14 +11,14 @@ from luthier.types import Template
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class OwnTemplate:
     """The tokenizer's own chat template: a function that runs it, and its text."""
 
     render: Render
     source: str
 
 
-def chat_template(template: Template, own: Own | None, system: str | None) -> str:
+def chat_template(template: Template, own: OwnTemplate | None, system: str | None) -> str:
     """Return a jinja template that writes what ``template`` writes; ``system`` is the default system message.
 
     If the tokenizer's own template writes the same text it is used, since it may support more (such as tools).

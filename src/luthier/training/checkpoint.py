@@ -29,7 +29,7 @@ from luthier.lora.layers import LoraLinear
 from luthier.models.checkpoint_reader import write_safetensors
 from luthier.training.metrics import Progress
 from luthier.training.optimizer import Optimizer
-from luthier.types import Say
+from luthier.types import Log
 
 TENSORS, STATE = "state.safetensors", "state.json"
 _PARTS = ("lora_A", "lora_B")
@@ -90,7 +90,7 @@ def steps(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
 
 
-def latest(folder: Path, say: Say = lambda _: None) -> Checkpoint | None:
+def latest(folder: Path, log: Log = lambda _: None) -> Checkpoint | None:
     """Read the newest undamaged checkpoint; report and skip damaged ones, delete half-written ones.
 
     None if there is no undamaged checkpoint: the run then starts at its first step, with a message if any was damaged.
@@ -102,9 +102,9 @@ def latest(folder: Path, say: Say = lambda _: None) -> Checkpoint | None:
         try:
             return read(path)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-            say(f"{path}: is damaged ({e}), so it is skipped")
+            log(f"{path}: is damaged ({e}), so it is skipped")
     if steps(folder):
-        say(f"{folder}: no usable checkpoint, so the run starts again at its first step")
+        log(f"{folder}: no usable checkpoint, so the run starts again at its first step")
     return None
 
 

@@ -36,7 +36,7 @@ from luthier.training.checkpoint import Checkpoint, restore
 from luthier.training.forward import checkpointing, loss_sum, segment_attention, verify_compiled
 from luthier.training.metrics import Progress, StepRecord
 from luthier.training.optimizer import Optimizer, learning_rate
-from luthier.types import Batch, Example
+from luthier.types import Batch, Example, Log
 
 LossOf = Callable[[DeviceBatch], Tensor]
 
@@ -49,14 +49,14 @@ class Session:
     save:    called with the optimizer and the progress every ``save_steps`` steps, at the end, and when stopped.
     stop:    called after every step; true ends the session.
     attention: ``model.attn_implementation``.
-    notify:  called with messages for the user, such as why training is slower than it could be.
+    log:     called with lines of text for the user, such as why training is slower than it could be.
     """
 
     on_step: Callable[[StepRecord], None] = lambda _: None
     save: Callable[[Optimizer, Progress], None] = lambda *_: None
     stop: Callable[[], bool] = lambda: False
     attention: str = "auto"
-    notify: Callable[[str], None] = lambda _: None
+    log: Log = lambda _: None
 
 
 def train(
@@ -128,7 +128,7 @@ def losses(
     with ExitStack() as stack:
         if config.fused and session.attention == "auto":
             if native.needs_compilation() and not unsuitable(model, layers):
-                session.notify("compiling the training step for this processor, once (about 10 s)")
+                session.log("compiling the training step for this processor, once (about 10 s)")
             try:
                 with ExitStack() as tried:
                     compiled = tried.enter_context(compiled_model(model, layers, dropout, recompute))
@@ -137,7 +137,7 @@ def losses(
             except Unsuitable as e:
                 if config.fused is True:
                     raise ConfigError(f"train.fused: {e}", "--set train.fused=auto") from None
-                session.notify(f"note: luthier's compiled layers are not used ({e}); training is slower without them")
+                session.log(f"note: luthier's compiled layers are not used ({e}); training is slower without them")
             else:
                 yield compiled.loss_sum
                 return

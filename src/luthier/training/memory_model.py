@@ -183,13 +183,13 @@ def _heaviest(rows: RowLengths, train: TrainConfig) -> list[Example]:
                 most, best = tokens, micro
         if seen > _BATCHES:
             break
-    examples = [_row(int(rows.lengths[i]), int(rows.supervised[i]), common, i + 1) for i in best]
+    examples = [_synthetic_row(int(rows.lengths[i]), int(rows.supervised[i]), common, i + 1) for i in best]
     if not packing.tokens:
         return examples
     return max(packing.cut(examples), key=lambda micro: len(collate(micro, packing.share).input_ids))
 
 
-def _row(length: int, supervised: int, common: int = 0, token: int = 0) -> Example:
+def _synthetic_row(length: int, supervised: int, common: int = 0, token: int = 0) -> Example:
     """Make a row of ``length`` tokens: ``common`` zeros, then ``token``; the last ``supervised`` are trained."""
     length = max(2, length)
     trained = np.arange(length) >= length - max(1, min(supervised, length - 1))

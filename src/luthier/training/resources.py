@@ -32,7 +32,7 @@ _MICRO_BATCH_KEYS = ("micro_batch_tokens", "per_device_train_batch_size", "gradi
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PrecisionEstimate:
     """The estimate for one precision. seconds: approximate time of one epoch."""
 
     precision: str
@@ -55,15 +55,15 @@ class Row:
 class Estimate:
     """The estimate of a run. Memory in bytes.
 
-    chosen: the run with its configured precision. rows: the run at every precision. fixes: ``--set`` options that make
-    it fit; empty if it fits already.
+    chosen: the run with its configured precision. by_precision: the run at every precision. fixes: ``--set`` options
+    that make it fit; empty if it fits already.
     """
 
     parameters: int
     trainable: int
     available: float
-    chosen: Row
-    rows: tuple[Row, ...]
+    chosen: PrecisionEstimate
+    by_precision: tuple[PrecisionEstimate, ...]
     fixes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
@@ -72,7 +72,7 @@ class Estimate:
             "trainable_parameters": self.trainable,
             "available_bytes": int(self.available),
             "chosen": self.chosen.as_dict(),
-            "rows": [r.as_dict() for r in self.rows],
+            "rows": [e.as_dict() for e in self.by_precision],
             "fixes": list(self.fixes),
         }
 
@@ -105,11 +105,12 @@ class Requirements:
 def estimate_run(wanted: Requirements, every_precision: bool = True) -> Estimate:
     """Estimate the run as configured and at every precision, and find settings that make it fit."""
     config, free = wanted.config, available()
-    chosen = _row(wanted, _precision(config), config.train, free)
-    rows = tuple(_row(wanted, p, config.train, free) for p in _precisions(config)) if every_precision else ()
+    chosen = _estimate_at(wanted, _precision(config), config.train, free)
+    precisions = _precisions(config) if every_precision else ()
+    by_precision = tuple(_estimate_at(wanted, precision, config.train, free) for precision in precisions)
     trainable = int(chosen.memory.adapter / 4)
     fixes = () if chosen.fits else tuple(_fixes(wanted, free))
-    return Estimate(base_parameters(wanted.native) + trainable, trainable, free, chosen, rows, fixes)
+    return Estimate(base_parameters(wanted.native) + trainable, trainable, free, chosen, by_precision, fixes)
 
 
 def require_memory(expected: Estimate) -> None:
@@ -145,13 +146,15 @@ def _memory(wanted: Requirements, precision: Precision, train: TrainConfig, reco
     return estimate(wanted.native, wanted.targets, config.lora, train, wanted.rows, precision, recompute, kernel)
 
 
-def _row(wanted: Requirements, precision: Precision, train: TrainConfig, free: float) -> Row:
+def _estimate_at(wanted: Requirements, precision: Precision, train: TrainConfig, free: float) -> PrecisionEstimate:
     auto = train.gradient_checkpointing == "auto"
     recompute = not auto and bool(train.gradient_checkpointing)
     memory = _memory(wanted, precision, train, recompute)
     if auto and memory.peak > 0.8 * free:
         recompute, memory = True, _memory(wanted, precision, train, True)
-    return Row(precision.name, memory, recompute, _seconds(wanted, precision, train, recompute), memory.peak < free)
+    return PrecisionEstimate(
+        precision.name, memory, recompute, _seconds(wanted, precision, train, recompute), memory.peak < free
+    )
 
 
 def _fixes(wanted: Requirements, free: float) -> Iterator[str]:
@@ -174,7 +177,7 @@ def _fixes(wanted: Requirements, free: float) -> Iterator[str]:
                 choices.append(((*changes, *checkpointing, *smaller), precision, one_row))
     count = 0
     for settings, precision, changed in choices:
-        if count < 2 and settings and _row(wanted, precision, changed, free).fits:
+        if count < 2 and settings and _estimate_at(wanted, precision, changed, free).fits:
             count += 1
             yield " ".join(f"--set {setting}" for setting in settings)
 
@@ -256,12 +259,12 @@ def _clock(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(estimates: Sequence[PrecisionEstimate]) -> list[str]:
     """Format the table that ``luthier estimate`` prints: a header and one line per precision, 80 columns."""
     head = ("GB", "base", "adapter", "activations", "libraries", "loading", "peak", "epoch", "")
     lines: list[tuple[str, ...]] = [head]
-    for r in rows:
-        m = r.memory
+    for e in estimates:
+        m = e.memory
         parts = (
             m.base + m.embedding_and_head,
             m.adapter + m.gradients + m.optimizer,
@@ -270,8 +273,8 @@ def table(rows: Sequence[Row]) -> list[str]:
             m.load,
             m.peak,
         )
-        verdict = "fits" if r.fits else "does not fit"
-        lines.append((r.precision, *(f"{b / 1e9:.2f}" for b in parts), _clock(r.seconds), verdict))
+        verdict = "fits" if e.fits else "does not fit"
+        lines.append((e.precision, *(f"{b / 1e9:.2f}" for b in parts), _clock(e.seconds), verdict))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return [
         "  ".join(

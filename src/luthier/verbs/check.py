@@ -16,7 +16,7 @@ from luthier.errors import ConfigError, UserError
 from luthier.lora.layers import Targets, resolve
 from luthier.models.chat_format import ChatFormat, chat_format_of
 from luthier.models.native_model import empty_model
-from luthier.types import Say
+from luthier.types import Log
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +52,16 @@ class Inspection:
 
     def as_dict(self) -> dict[str, object]:
         """The report of ``check --json`` and of ``data-report.json``."""
-        rows, account, fmt = self.rows, self.rows.account, self.chat_format
+        rows, report, fmt = self.rows, self.rows.report, self.chat_format
         return {
             "ok": self.error is None,
-            **account.report.as_dict(),
+            **report.data_report.as_dict(),
             "problems": self._problems(),
             "tokens": rows.train.stats(),
             "held_out": {
                 "rows": len(rows.held_out),
                 "tokens": rows.held_out.stats(),
-                "report": account.eval_report.as_dict() if account.eval_report else None,
+                "report": report.eval_report.as_dict() if report.eval_report else None,
             },
             "template": {"name": fmt.template.name, "stop": list(fmt.template.stop)} if fmt else None,
             "stop_ids": list(fmt.stop_ids) if fmt else [],
@@ -77,9 +77,9 @@ class Inspection:
 
     def _problems(self) -> list[dict[str, object]]:
         """List the problems of rows; if the run is refused for another reason, that reason without a row."""
-        report = self.rows.account.report
-        problems: list[dict[str, object]] = [p.as_dict() for p in report.problems]
-        if self.error and not report.refused and report.kept:
+        data_report = self.rows.report.data_report
+        problems: list[dict[str, object]] = [p.as_dict() for p in data_report.problems]
+        if self.error and not data_report.refused and data_report.kept:
             return [*problems, {"file": None, "row": None, "reason": self.error.message, "outcome": "refused"}]
         if self.error and not problems:
             file = str(self.config.data.train[0])
@@ -95,11 +95,11 @@ def check(config: RunConfig, show: int = 0) -> Inspection:
     return inspect(config, keep=False, show=show)
 
 
-def inspect(config: RunConfig, keep: bool = True, show: int = 0, say: Say = lambda _: None) -> Inspection:
+def inspect(config: RunConfig, keep: bool = True, show: int = 0, log: Log = lambda _: None) -> Inspection:
     """Check a run as ``check`` does, and keep the encoded rows for training.
 
     keep: keep the encoded rows, from the row cache if ``data.cache`` allows; false keeps only their lengths.
-    show: number of rows to keep in ``rows.account.first``.
+    show: number of rows to keep in ``rows.report.first``.
     """
     start = time.perf_counter()
     errors: list[UserError] = []
@@ -109,9 +109,9 @@ def inspect(config: RunConfig, keep: bool = True, show: int = 0, say: Say = lamb
         targets = _targets(config, chat_format)
     except UserError as e:
         errors.append(e)
-    rows = _rows(config, chat_format, keep, show, say)
-    if rows.account.error:
-        errors.append(rows.account.error)
+    rows = _rows(config, chat_format, keep, show, log)
+    if rows.report.error:
+        errors.append(rows.report.error)
     error = _joined(errors) if errors else None
     return Inspection(config, rows, chat_format, targets, time.perf_counter() - start, error)
 
@@ -130,17 +130,17 @@ def _targets(config: RunConfig, chat_format: ChatFormat) -> Targets:
     return targets
 
 
-def _rows(config: RunConfig, chat_format: ChatFormat | None, keep: bool, show: int, say: Say) -> EncodedRows:
+def _rows(config: RunConfig, chat_format: ChatFormat | None, keep: bool, show: int, log: Log) -> EncodedRows:
     """Read every row from the cache if it may be used, else from the data files."""
     if chat_format is None:
         return count_rows(config.data)
     encoder = chat_format.encoder(config.data)
     if keep and not show and config.data.cache:
         try:
-            if rows := row_cache.cached_rows(config, encoder, say):
+            if rows := row_cache.cached_rows(config, encoder, log):
                 return rows
         except CacheWriteError as e:
-            say(f"note: the encoded rows are not kept on disk ({' '.join(str(e).split())[:200]})")
+            log(f"note: the encoded rows are not kept on disk ({' '.join(str(e).split())[:200]})")
     return encode_rows(config.data, config.train.seed, encoder, keep, show)
 
 

@@ -13,7 +13,7 @@ from luthier.evaluation.scoring import HELD_OUT, RESULTS, Comparison, Scores, sc
 from luthier.inference.generation import Reply
 from luthier.personas import config as demo_config
 from luthier.training.metrics import StepRecord
-from luthier.types import Say
+from luthier.types import Log
 from luthier.verbs.chat import chat
 from luthier.verbs.check import inspect
 from luthier.verbs.pull import pull
@@ -61,19 +61,19 @@ class DemoResult:
 def demo(
     output_dir: Path | str,
     on_step: Callable[[StepRecord], None] = lambda _: None,
-    say: Say = lambda _: None,
+    log: Log = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> DemoResult:
     """Pull the embedded model, train it on the shipped persona, and score both models on held-out prompts."""
-    base = pull("smollm2-135m", say=say)
+    base = pull("smollm2-135m", log=log)
     config = demo_config(base, Path(output_dir))
     RunDir(Path(output_dir)).claim(absolute(config))
     rows = inspect(config).prepared().rows
-    conversations = rows.account.conversations
-    say(f"asking the base model {len(conversations)} held-out questions")
+    conversations = rows.report.conversations
+    log(f"asking the base model {len(conversations)} held-out questions")
     before = score(chat(base).generator, rows.held_out, conversations)
-    summary = train(config, on_step, say, stop)
-    say("asking the tuned model the same questions")
+    summary = train(config, on_step, log, stop)
+    log("asking the tuned model the same questions")
     after = score(chat(output_dir).generator, rows.held_out, conversations)
     prompts = [c.messages[-2].content for c in conversations]
     references = tuple(c.messages[-1].content for c in conversations)

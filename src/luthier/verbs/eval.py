@@ -34,15 +34,15 @@ def eval(  # noqa: A001 - the verb's name
     files = list(data) or _held_out_files(run)
     settings = opened.config.data if opened.config else DataConfig.model_validate({"train": files})
     examples = ExampleStore()
-    account = read_held_out(files, settings, opened.generator.chat_format.encoder(settings), examples)
-    if account.error:
-        raise account.error
+    report = read_held_out(files, settings, opened.generator.chat_format.encoder(settings), examples)
+    if report.error:
+        raise report.error
     file = files[0]
-    if len(files) > 1 or not _is_reusable(file, account.report, settings):
+    if len(files) > 1 or not _is_reusable(file, report.data_report, settings):
         file = (run or Path()) / "eval-rows.jsonl"  # one file that any tool can read
-        write_rows(file, account.conversations)
+        write_rows(file, report.conversations)
     generator, layers = opened.generator, opened.layers
-    return compare(generator, layers, examples, account.conversations, file, None, samples, max_new_tokens)
+    return compare(generator, layers, examples, report.conversations, file, None, samples, max_new_tokens)
 
 
 def _held_out_files(run: Path | None) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from luthier.adapters.locate import locate_tuned
 from luthier.exporting.formats import Exported, write_export
-from luthier.types import Say
+from luthier.types import Log
 
 
 def export(
@@ -17,11 +17,11 @@ def export(
     model: Path | str | None = None,
     adapter: Path | str | None = None,
     quantization: str | None = None,
-    say: Say = lambda _: None,
+    log: Log = lambda _: None,
 ) -> Exported:
     """Write the tuned model in another tool's format and verify the result. Raises UserError.
 
     to: peft, hf, gguf, gguf-lora or ollama. layout: native or original, for peft and hf.
     quantization: f16, q8_0 or q4_0, for gguf and ollama.
     """
-    return write_export(locate_tuned(path, model, adapter), to, Path(output_dir), layout, quantization, say)
+    return write_export(locate_tuned(path, model, adapter), to, Path(output_dir), layout, quantization, log)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from luthier.adapters.locate import locate_tuned
 from luthier.exporting.merge import Merged, write_merged
-from luthier.types import Say
+from luthier.types import Log
 
 
 def merge(
@@ -14,11 +14,11 @@ def merge(
     output_dir: Path | str = "merged",
     model: Path | str | None = None,
     adapter: Path | str | None = None,
-    say: Say = lambda _: None,
+    log: Log = lambda _: None,
     layout: str = "native",
 ) -> Merged:
     """Write the tuned model as plain safetensors for stock transformers, and verify its logits.
 
     layout: ``native``, or ``original`` for the tensor names and files of the published base model. Raises UserError.
     """
-    return write_merged(locate_tuned(path, model, adapter), Path(output_dir), say, layout)
+    return write_merged(locate_tuned(path, model, adapter), Path(output_dir), log, layout)

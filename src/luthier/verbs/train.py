@@ -27,7 +27,7 @@ from luthier.training.forward import verify_segments
 from luthier.training.metrics import MetricsFile, Progress, StepRecord
 from luthier.training.optimizer import Optimizer, substitute
 from luthier.training.resources import Requirements
-from luthier.types import Say
+from luthier.types import Log
 from luthier.verbs.check import Prepared, inspect
 
 
@@ -38,7 +38,7 @@ class Stopped(Exception):
 def train(
     config: RunConfig,
     on_step: Callable[[StepRecord], None] = lambda _: None,
-    say: Say = lambda _: None,
+    log: Log = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     force: bool = False,
 ) -> dict[str, object]:
@@ -55,25 +55,25 @@ def train(
     run = RunDir(config.output_dir or Path())
     run.claim(config)
 
-    inspection = inspect(config, say=say)
+    inspection = inspect(config, log=log)
     prepared = inspection.prepared()
     rows, chat_format, targets = prepared.rows, prepared.chat_format, prepared.targets
     base = fingerprint(config.model.path, chat_format.config)
-    identity = {"data": rows.account.fingerprint, "base model": base.weights}
+    identity = {"data": rows.report.fingerprint, "base model": base.weights}
     if run.finished:
         run.same_identity(run.summary().get("identity", {}), identity)
-        say(f"{run.path}: this run is finished already; nothing was changed")
+        log(f"{run.path}: this run is finished already; nothing was changed")
         return dict(run.summary())
-    resume = checkpoint.latest(run.checkpoints, say)
+    resume = checkpoint.latest(run.checkpoints, log)
     if resume:
         run.same_identity(resume.identity, identity)
-    settings = _settings_that_fit(prepared, say, force)
+    settings = _settings_that_fit(prepared, log, force)
     run.start(config, inspection.as_dict())
 
-    model = _open_model(prepared, say)
+    model = _open_model(prepared, log)
     layers = attach(model, config.lora, targets, config.train.seed)
-    _report_parameters(prepared, model, layers, say)
-    _report_resume(resume, say)
+    _report_parameters(prepared, model, layers, log)
+    _report_resume(resume, log)
     with MetricsFile(run.metrics, settings.logging_steps, resume.progress.step if resume else 0) as metrics:
 
         def record(step: StepRecord) -> None:
@@ -83,7 +83,7 @@ def train(
         def save(optimizer: Optimizer, progress: Progress) -> None:
             checkpoint.write(run.checkpoints, layers, optimizer, progress, identity, settings.save_total_limit)
 
-        session = loop.Session(record, save, stop, config.model.attn_implementation, say)
+        session = loop.Session(record, save, stop, config.model.attn_implementation, log)
         progress = loop.train(model, layers, rows.train, settings, session, resume)
     steps = Plan.of(len(rows.train), settings).steps
     if progress.step < steps:
@@ -102,7 +102,7 @@ def train(
     adapters.save(run.adapter, layers, config.lora, targets, facts, config.model.path)
     summary = _summary(prepared, model, layers, progress, identity)
     generator = Generator(model, chat_format)
-    held_out = _evaluate(run, prepared, generator, layers, progress.seconds * settings.eval_time_ratio, say)
+    held_out = _evaluate(run, prepared, generator, layers, progress.seconds * settings.eval_time_ratio, log)
     if held_out:
         summary["held_out"] = held_out
     report.write(run.path, config.model_copy(update={"train": settings}), summary, rows.train.lengths())
@@ -126,23 +126,23 @@ def absolute(config: RunConfig) -> RunConfig:
     )
 
 
-def _settings_that_fit(run: Prepared, say: Say, force: bool) -> TrainConfig:
+def _settings_that_fit(run: Prepared, log: Log, force: bool) -> TrainConfig:
     """Estimate memory, refuse a run that cannot fit, and decide gradient checkpointing if it is auto."""
     requirements = Requirements.of(run.config, run.chat_format.config, run.targets, run.rows.train)
     expected = resources.estimate_run(requirements, every_precision=False)
-    say(expected.line())
+    log(expected.line())
     if not force:
         resources.require_memory(expected)
     recompute, settings = expected.chosen.checkpointing, run.config.train
     if recompute and settings.gradient_checkpointing == "auto":
-        say("gradient checkpointing is on to save memory (--set train.gradient_checkpointing=false turns it off)")
+        log("gradient checkpointing is on to save memory (--set train.gradient_checkpointing=false turns it off)")
     return settings.model_copy(update={"gradient_checkpointing": recompute})
 
 
-def _open_model(run: Prepared, say: Say) -> CausalLM:
+def _open_model(run: Prepared, log: Log) -> CausalLM:
     """Load the base model, and verify that the rows of a flat batch do not influence each other."""
-    config, counts = run.config, run.rows.account.report.rows()
-    say(
+    config, counts = run.config, run.rows.report.data_report.rows()
+    log(
         f"data: {counts['read']} rows read, {counts['kept']} kept, {counts['dropped']} dropped, "
         f"{counts['changed']} changed; template {run.chat_format.template.name}"
     )
@@ -150,19 +150,19 @@ def _open_model(run: Prepared, say: Say) -> CausalLM:
     dtype = training_dtype(config.model, device)
     attention.check(config.model.attn_implementation, device, dtype)
     for note in (*run.chat_format.notes(), *run.targets.notes):
-        say(f"note: {note}")
+        log(f"note: {note}")
     if instead := substitute(config.train.optim, device.type):
-        say(f"note: {config.train.optim} needs a GPU; {instead} is used instead")
-    model = open_base(config.model, dtype, device, run.chat_format.config, say)
+        log(f"note: {config.train.optim} needs a GPU; {instead} is used instead")
+    model = open_base(config.model, dtype, device, run.chat_format.config, log)
     verify_segments(model, run.rows.train, config.model.attn_implementation)
     return model
 
 
-def _report_parameters(run: Prepared, model: CausalLM, layers: dict[str, LoraLinear], say: Say) -> None:
+def _report_parameters(run: Prepared, model: CausalLM, layers: dict[str, LoraLinear], log: Log) -> None:
     """Print the dtype, the device, the target modules and the number of trainable parameters."""
     config, trainable = run.config, trainable_parameters(layers)
     stored, dtype = quantisation(config.model), training_dtype(config.model, model.device)
-    say(
+    log(
         f"model: {run.chat_format.config.model_type} in {stored.kind + ' and ' if stored else ''}"
         f"{str(dtype).removeprefix('torch.')} on {model.device.type}; "
         f"LoRA r={config.lora.r} on {', '.join(run.targets.leaves)}: "
@@ -170,13 +170,13 @@ def _report_parameters(run: Prepared, model: CausalLM, layers: dict[str, LoraLin
     )
 
 
-def _report_resume(resume: Checkpoint | None, say: Say) -> None:
+def _report_resume(resume: Checkpoint | None, log: Log) -> None:
     """Print the step of the checkpoint, and what differs between its machine and this one."""
     if resume is None:
         return
-    say(f"resuming after step {resume.progress.step}")
+    log(f"resuming after step {resume.progress.step}")
     if changed := differences(resume.machine, checkpoint.machine()):
-        say(f"note: results may differ in the last bits from an uninterrupted run ({'; '.join(changed)})")
+        log(f"note: results may differ in the last bits from an uninterrupted run ({'; '.join(changed)})")
 
 
 def _summary(
@@ -186,7 +186,7 @@ def _summary(
     stored = quantisation(config.model)
     return {
         "steps": progress.step,
-        "rows": run.rows.account.report.rows(),
+        "rows": run.rows.report.data_report.rows(),
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised_tokens,
         "train_seconds": round(progress.seconds, 4),
@@ -205,16 +205,18 @@ def _summary(
 
 
 def _evaluate(
-    run_dir: RunDir, run: Prepared, generator: Generator, layers: dict[str, LoraLinear], seconds: float, say: Say
+    run_dir: RunDir, run: Prepared, generator: Generator, layers: dict[str, LoraLinear], seconds: float, log: Log
 ) -> dict[str, dict[str, object]] | None:
     """Score base and tuned model on the held-out rows within ``seconds``; without such rows, only sample replies."""
-    held_out, account = run.rows.held_out, run.rows.account
+    held_out, rows_report = run.rows.held_out, run.rows.report
     if len(held_out):
-        scoring.write_rows(run_dir.path / scoring.HELD_OUT, account.conversations)
+        scoring.write_rows(run_dir.path / scoring.HELD_OUT, rows_report.conversations)
     if not run.config.train.eval_time_ratio:
         return None
     if len(held_out):
-        result = scoring.evaluate_run(run_dir.path, generator, layers, held_out, account.conversations, seconds, say)
+        result = scoring.evaluate_run(
+            run_dir.path, generator, layers, held_out, rows_report.conversations, seconds, log
+        )
         return {"base": result.base.as_dict(), "tuned": result.tuned.as_dict()}
-    scoring.write_sample_replies(run_dir.path, generator, layers, account.samples, seconds, say)
+    scoring.write_sample_replies(run_dir.path, generator, layers, rows_report.samples, seconds, log)
     return None

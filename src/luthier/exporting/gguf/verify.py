@@ -21,7 +21,7 @@ from luthier.exporting.verify import chats, tuned_model
 from luthier.models.chat_format import ChatFormat
 from luthier.models.protocols import CausalLM
 from luthier.models.streamed import streamed
-from luthier.types import Message, Say
+from luthier.types import Log, Message
 
 TOKENS = 32  # of each reply
 NEAR = {
@@ -52,9 +52,9 @@ class Agreement:
         return f"llama.cpp's greedy replies equal {reference} on {share}{ties}"
 
 
-def verify_model(tuned: TunedModel, chat_format: ChatFormat, file: Path, quantization: str, say: Say) -> list[str]:
+def verify_model(tuned: TunedModel, chat_format: ChatFormat, file: Path, quantization: str, log: Log) -> list[str]:
     """Verify the file of a whole model and return the results as lines. Raises ModelError if verification fails."""
-    say("verifying the file with llama.cpp")
+    log("verifying the file with llama.cpp")
     answer = llamacpp.ask(_question(tuned, chat_format, file))
     _check_prompts(tuned, chat_format, file, answer)
     reference = agreement(tuned_model(tuned, chat_format)[0], answer)
@@ -71,9 +71,9 @@ def verify_model(tuned: TunedModel, chat_format: ChatFormat, file: Path, quantiz
     ]
 
 
-def verify_lora(tuned: TunedModel, chat_format: ChatFormat, base: Path, lora: Path, say: Say) -> list[str]:
+def verify_lora(tuned: TunedModel, chat_format: ChatFormat, base: Path, lora: Path, log: Log) -> list[str]:
     """Verify the file of an adapter, loaded over the file of its base model. Raises ModelError if that fails."""
-    say("verifying the adapter with llama.cpp")
+    log("verifying the adapter with llama.cpp")
     answer = llamacpp.ask(_question(tuned, chat_format, base, lora))
     _check_ids(tuned, chat_format, lora, answer)
     reference = agreement(tuned_model(tuned, chat_format)[0], answer)

@@ -50,7 +50,7 @@ _Q8_0 = GGMLQuantizationType.Q8_0
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class FileType:
     """How tensors are stored. ends: the embedding and the head; vectors are always fp32."""
 
     matrices: GGMLQuantizationType
@@ -58,35 +58,35 @@ class Kind:
     number: LlamaFileType
 
 
-KINDS = {
-    "f16": Kind(_F16, _F16, LlamaFileType.MOSTLY_F16),
-    "q8_0": Kind(_Q8_0, _Q8_0, LlamaFileType.MOSTLY_Q8_0),
+FILE_TYPES = {
+    "f16": FileType(_F16, _F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": FileType(_Q8_0, _Q8_0, LlamaFileType.MOSTLY_Q8_0),
     # the embedding and the head lose most from quantisation, so they get 8 bits
-    "q4_0": Kind(GGMLQuantizationType.Q4_0, _Q8_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_0": FileType(GGMLQuantizationType.Q4_0, _Q8_0, LlamaFileType.MOSTLY_Q4_0),
 }
 
 
-def kind_of(name: str) -> Kind:
-    """Return a type by name. Raises ConfigError if the gguf library cannot write it."""
-    if name not in KINDS:
+def file_type_of(name: str) -> FileType:
+    """Return a file type by name. Raises ConfigError if the gguf library cannot write it."""
+    if name not in FILE_TYPES:
         raise ConfigError(
-            f"--quantization {name}: is not a type that can be written; the types are {', '.join(KINDS)}",
+            f"--quantization {name}: is not a type that can be written; the types are {', '.join(FILE_TYPES)}",
             "write --quantization q8_0, or leave it out for f16 and convert the file with llama.cpp's llama-quantize",
         )
-    return KINDS[name]
+    return FILE_TYPES[name]
 
 
 def write_model(
     tuned: TunedModel, chat_format: ChatFormat, pending: Mapping[str, Update], file: Path, quantization: str, name: str
 ) -> None:
     """Write the merged model to one file; without ``pending`` updates, the base model. Raises UserError."""
-    config, kind = chat_format.config, kind_of(quantization)
+    config, file_type = chat_format.config, file_type_of(quantization)
     shapes = {n: tuple(t.shape) for n, t in empty_model(config).state_dict().items()}
     tied = bool(getattr(config, "tie_word_embeddings", False))
     order = [n for n in native_names(tuned.base, config) if not (tied and n == "lm_head.weight")]
     tokens = vocabulary.read(chat_format.tokenizer, config.vocab_size)
     writer = _writer(file, config, GGUFType.MODEL, _model_name(name, tokens.strips))
-    writer.add_file_type(kind.number)
+    writer.add_file_type(file_type.number)
     writer.add_quantization_version(2)
     write_hyperparameters(writer, config)
     vocabulary.write(
@@ -96,7 +96,7 @@ def write_model(
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for native in order:
-        stored = _stored(native, shapes[native], kind)
+        stored = _stored(native, shapes[native], file_type)
         size = _size(shapes[native], stored)
         writer.add_tensor_info(tensor_name(native), shapes[native], np.dtype(np.float32), size, raw_dtype=stored)
     _write_header(writer)
@@ -105,7 +105,7 @@ def write_model(
     for native, tensor in merged_tensors(tuned, chat_format, pending, rounded=False):
         if native in order:
             values = reordered(config, native)(tensor.float()).contiguous().numpy()
-            writer.write_tensor_data(_encoded(native, values, _stored(native, values.shape, kind)))
+            writer.write_tensor_data(_encoded(native, values, _stored(native, values.shape, file_type)))
     writer.close()
 
 
@@ -170,11 +170,11 @@ def _model_name(name: str, strips: bool) -> str:
     return f"{name} (Phi-3)" if strips else plain if plain != name.lower() else name
 
 
-def _stored(native: str, shape: tuple[int, ...], kind: Kind) -> GGMLQuantizationType:
+def _stored(native: str, shape: tuple[int, ...], file_type: FileType) -> GGMLQuantizationType:
     """Return the type that a tensor is stored in; rows that do not divide into blocks of 32 stay in f16."""
     if len(shape) < 2:
         return _F32
-    stored = kind.ends if native in ("model.embed_tokens.weight", "lm_head.weight") else kind.matrices
+    stored = file_type.ends if native in ("model.embed_tokens.weight", "lm_head.weight") else file_type.matrices
     return stored if stored == _F16 or shape[-1] % 32 == 0 else _F16
 
 

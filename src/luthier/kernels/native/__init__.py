@@ -220,7 +220,7 @@ def identity() -> str | None:
 def needs_compilation() -> bool:
     """Whether the kernels are available but not yet compiled on this machine."""
     try:
-        return not _place(_tools()[0]).exists()
+        return not _library_path(_tools()[0]).exists()
     except Unavailable:
         return False
 
@@ -230,7 +230,7 @@ def load() -> ctypes.CDLL:
     """Load the kernels; the first call on a machine compiles them (about 10 s). Raises Unavailable."""
     compiler, runtime = _tools()
     ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # so that torch and the kernels share one thread pool
-    path = _place(compiler)
+    path = _library_path(compiler)
     if not path.exists():
         _build(compiler, path)
     keep_freed_memory()
@@ -240,7 +240,7 @@ def load() -> ctypes.CDLL:
         raise Unavailable(f"{path} cannot be loaded ({e})") from None
 
 
-def _place(compiler: str) -> Path:
+def _library_path(compiler: str) -> Path:
     return files.cache_root() / "kernels" / f"luthier-{_key(compiler)}.so"
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
 
 from luthier.errors import ModelError
 
@@ -28,7 +29,7 @@ def merges_of(pieces: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def add_tokens(tokenizer: Tokenizer, added: Mapping[int, AddedToken], source: object) -> None:
+def add_tokens(tokenizer: FastTokenizer, added: Mapping[int, AddedToken], source: object) -> None:
     """Add tokens at their ids; new ids must follow the vocabulary without a gap, otherwise raises ModelError.
 
     source: the file that the error names.

@@ -21,7 +21,8 @@ from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as pb
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Regex, decoders, normalizers
+from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 from luthier.errors import ModelError
@@ -30,7 +31,7 @@ from luthier.models.tokenizer.merges import add_tokens, merges_of
 _ANOTHER = "use a copy of the model that has a tokenizer.json"
 
 
-class Kind(IntEnum):
+class PieceType(IntEnum):
     """``ModelProto.SentencePiece.Type``."""
 
     NORMAL = 1
@@ -104,7 +105,9 @@ def read(path: Path) -> ModelProto:
     return proto
 
 
-def from_proto(proto: ModelProto, declared: Mapping[int, AddedToken], source: object = "tokenizer.model") -> Tokenizer:
+def from_proto(
+    proto: ModelProto, declared: Mapping[int, AddedToken], source: object = "tokenizer.model"
+) -> FastTokenizer:
     """Build the tokenizer of a ``ModelProto``; see ``from_pieces``."""
     spec = proto.normalizer_spec
     return from_pieces(
@@ -124,50 +127,53 @@ def from_pieces(
     spacing: Spacing,
     declared: Mapping[int, AddedToken] | None = None,
     source: object = "tokenizer.model",
-) -> Tokenizer:
-    """Build the tokenizer of a SentencePiece BPE vocabulary; ``pieces``, ``scores`` and ``types`` (``Kind``) are by id.
+) -> FastTokenizer:
+    """Build the tokenizer of a SentencePiece BPE vocabulary.
 
+    pieces, scores, types (``PieceType``): by id.
     declared: added tokens by id, from the checkpoint's configuration: new ones after the pieces, or names and
         stripping for existing pieces. Control pieces are always added as special tokens.
     source: the file that errors name. Raises ModelError if the ids cannot be reproduced exactly.
     """
     declared = declared or {}
     names = [declared[i].content if i in declared else piece for i, piece in enumerate(pieces)]
-    by_kind: dict[int, list[int]] = {kind: [] for kind in Kind}
-    for i, kind in enumerate(types):
-        by_kind[kind].append(i)
-    if len(set(names)) < len(names) or len(by_kind[Kind.UNKNOWN]) != 1:
+    by_type: dict[int, list[int]] = {piece_type: [] for piece_type in PieceType}
+    for i, piece_type in enumerate(types):
+        by_type[piece_type].append(i)
+    if len(set(names)) < len(names) or len(by_type[PieceType.UNKNOWN]) != 1:
         raise ModelError(
             f"{source}: must have distinct pieces and exactly one for unknown text", "download the model again"
         )
     plain = sorted(
-        (i for i in by_kind[Kind.NORMAL] if i not in declared), key=lambda i: (-scores[i], -len(names[i]), i)
+        (i for i in by_type[PieceType.NORMAL] if i not in declared), key=lambda i: (-scores[i], -len(names[i]), i)
     )
     merges = merges_of([names[i] for i in plain])
     # A symbol of one character needs no split: no merge contains it, so it is never joined.
-    symbols = {i: names[i] for i in by_kind[Kind.USER_DEFINED] if i not in declared and len(names[i]) > 1}
+    symbols = {i: names[i] for i in by_type[PieceType.USER_DEFINED] if i not in declared and len(names[i]) > 1}
     reason = (
-        _part_without_piece([names[i] for i in plain], [names[i] for i in by_kind[Kind.USER_DEFINED]])
-        or _unused_but_formed([names[i] for i in by_kind[Kind.UNUSED] if i not in declared], {names[i] for i in plain})
+        _part_without_piece([names[i] for i in plain], [names[i] for i in by_type[PieceType.USER_DEFINED]])
+        or _unused_but_formed(
+            [names[i] for i in by_type[PieceType.UNUSED] if i not in declared], {names[i] for i in plain}
+        )
         or _equal_scores({names[i]: scores[i] for i in plain}, merges)
         or _removed_symbol(list(symbols.values()), spacing)
     )
     if reason:
         raise ModelError(f"{source}: cannot be reproduced exactly ({reason})", _ANOTHER)
-    unknown = by_kind[Kind.UNKNOWN][0]
+    unknown = by_type[PieceType.UNKNOWN][0]
     vocab = {name: i for i, name in enumerate(names)}
-    fallback = bool(by_kind[Kind.BYTE])
+    fallback = bool(by_type[PieceType.BYTE])
     model = BPE(vocab=vocab, merges=merges, unk_token=names[unknown], fuse_unk=True, byte_fallback=fallback)
-    tokenizer = Tokenizer(model)
+    tokenizer = FastTokenizer(model)
     tokenizer.normalizer = spacing.normalizer(list(symbols.values()))
     tokenizer.decoder = spacing.decoder()
-    special = {i: AddedToken(names[i], special=True, normalized=False) for i in (unknown, *by_kind[Kind.CONTROL])}
+    special = {i: AddedToken(names[i], special=True, normalized=False) for i in (unknown, *by_type[PieceType.CONTROL])}
     split_at = {i: AddedToken(name, special=False, normalized=True) for i, name in symbols.items()}
     add_tokens(tokenizer, {**special, **split_at, **declared}, source)
     return tokenizer
 
 
-def agrees(tokenizer: Tokenizer, proto: ModelProto, markers: Sequence[str]) -> bool:
+def agrees(tokenizer: FastTokenizer, proto: ModelProto, markers: Sequence[str]) -> bool:
     """Return whether ``tokenizer`` gives SentencePiece's ids for text around each special token of ``markers``."""
     reference = SentencePieceProcessor(model_proto=proto.SerializeToString())
     ids = {p.piece: i for i, p in enumerate(proto.pieces)}

@@ -10,7 +10,8 @@ import binascii
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -48,7 +49,7 @@ def read(path: Path) -> dict[bytes, int]:
 
 def from_ranks(
     ranks: Mapping[bytes, int], declared: Mapping[int, AddedToken], source: object = "tokenizer.model"
-) -> Tokenizer:
+) -> FastTokenizer:
     """Build the tokenizer of a tiktoken vocabulary.
 
     ranks:    rank by token; every single byte must be a token.
@@ -58,7 +59,7 @@ def from_ranks(
     letter = bytes_to_unicode()  # the visible character that represents each byte in a byte-level vocabulary
     vocab = {"".join([letter[b] for b in token]): rank for token, rank in ranks.items()}
     merges = merges_of(sorted(vocab, key=vocab.__getitem__))
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer = FastTokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=True))
     split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
