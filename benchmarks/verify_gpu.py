@@ -311,7 +311,7 @@ def _train(
 ) -> dict[str, object]:
     """Train on the shipped rows with few steps; settings override the defaults by key."""
     values = {"model": {"path": model}, "data": {"train": personas.TEAHOUSE}, "output_dir": run}
-    return luthier.train(luthier.build(values, {**DEFAULTS, **(settings or {})}), say=report)
+    return luthier.train(luthier.build(values, {**DEFAULTS, **(settings or {})}), log=report)
 
 
 def _kill_when_saved(model: Path, run: Path) -> bool:

@@ -56,7 +56,7 @@ def verbs_page() -> str:
 
 
 def _usage(argument: Any) -> str:
-    name = f"{argument.human_readable_name}{'...' if argument.nargs == -1 or argument.multiple else ''}"
+    name = argument.metavar or argument.name.upper()
     return name if argument.required else f"[{name}]"
 
 
@@ -64,10 +64,10 @@ def _options(verb: Any) -> Iterator[str]:
     yield "| option | default | |\n|---|---|---|"
     for parameter in verb.params:
         if parameter.param_type_name == "argument":
-            names = parameter.human_readable_name
+            names = parameter.metavar or parameter.name.upper()
         else:
             names = ", ".join((*parameter.opts, *parameter.secondary_opts))
-            names += "" if parameter.is_flag else f" {parameter.metavar or parameter.type.name.upper()}"
+            names += f" {parameter.metavar}" if parameter.metavar else ""
         default = "" if parameter.default in (None, False, ()) else f"`{parameter.default}`"
         text = " ".join((parameter.help or "").split()).replace("|", "\\|")
         yield f"| `{names}` | {'(required)' if parameter.required else default} | {text} |"
