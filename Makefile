@@ -44,7 +44,7 @@ verify-gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/verify_gpu.py
 
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks examples mkdocs_hooks.py

@@ -262,15 +262,12 @@ def _published_shape(folder: Path, family: str, settings: dict[str, Any]) -> dic
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         result[f"dropout {rate}"] = {
             "tokens_per_s": summary["tokens_per_s"],
-            "tokens_per_s_after_the_first_step": round(
-                sum(s["tokens"] for s in steps[1:]) / sum(s["seconds"] for s in steps[1:])
-            ),
+            "last_step_tokens_per_s": round(steps[-1]["tokens"] / steps[-1]["seconds"]),
             "peak_gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
             "peak_rss_gb": round(summary["peak_rss_bytes"] / 1e9, 2),
             "command_seconds": round(time.monotonic() - began),
             "estimate": printed[0] if printed else "",
         }
-        print(result, file=sys.stderr, flush=True)
     return {**result, "failed": []}
 
 

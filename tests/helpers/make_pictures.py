@@ -40,7 +40,8 @@ def terminal(name: str, command: str, folder: Path, lines: int, keys: tuple[str,
     tmux, ended = ["tmux", "-L", "pictures"], folder / ".ended"
     ended.unlink(missing_ok=True)
     path = shlex.quote(str(Path(sys.executable).parent))
-    shell = f"PS1=; clear; printf '\\033[1m$ %s\\033[0m\\n' {shlex.quote(command)}; PATH={path}:$PATH {command}; touch .ended; sleep 9999"
+    title = f"printf '\\033[1m$ %s\\033[0m\\n' {shlex.quote(command)}"
+    shell = f"PS1=; clear; {title}; PATH={path}:$PATH {command}; touch .ended; sleep 9999"
     size = ["-x", str(_WIDTH), "-y", str(lines)]
     subprocess.run([*tmux, "new-session", "-d", "-s", name, *size, "-c", str(folder), "bash", "-c", shell], check=True)
     for text in keys:

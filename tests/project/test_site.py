@@ -105,7 +105,7 @@ def test_commands_are_valid(page: Path) -> None:
         verb = _COMMANDS[words[0]]
         if "--help" not in words:
             verb.make_context(words[0], list(words[1:]))
-        for setting in re.findall(r"--set (\S+?)=", line):
+        for setting in re.findall(r"--set [\"']?([\w.]+)=", line):
             assert setting in configs.all_keys(), line
 
 
@@ -134,3 +134,9 @@ def test_the_navigation_has_every_translation() -> None:
     nav = yaml.safe_load(re.sub(r"!!\S+", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))["nav"]
     chinese = next(section["中文"] for section in nav if "中文" in section)
     assert {Path(path).name for entry in chinese for path in entry.values()} == set(TRANSLATED)
+
+
+def test_lines_of_chinese_paragraphs_are_joined(site: Path) -> None:
+    for page in (site / "zh").glob("*.html"):
+        text = re.sub(r"<pre>.*?</pre>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.search(r"[\u4e00-\u9fff，。；：]\n *[\u4e00-\u9fff]", text), page

@@ -35,8 +35,8 @@ def command_line(words: Sequence[str]) -> str:
 
 def _pip() -> list[str]:
     """``pip`` if that is the one of this process's virtual environment, else this interpreter's by its full path."""
-    found = shutil.which("pip")
-    active = found is not None and Path(found).parent.resolve() == Path(sys.executable).parent.resolve()
+    pip = shutil.which("pip")
+    active = pip is not None and Path(pip).parent.resolve() == Path(sys.executable).parent.resolve()
     return ["pip"] if active and sys.prefix != sys.base_prefix else [sys.executable, "-m", "pip"]
 
 
