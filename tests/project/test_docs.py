@@ -20,7 +20,7 @@ from tests.helpers import make_reference
 READMES = ["README.md", "README.zh-CN.md"]
 # hosts that code and pages may name: sources of what is done here, and the reader's own machine
 HOSTS = (
-    "127.0.0.1", "arxiv.org", "docs.pytorch.org", "docs.python.org", "download.pytorch.org", "github.com",
+    "127.0.0.1", "arxiv.org", "docs.pytorch.org", "docs.python.org", "github.com",
     "huggingface.co", "modelscope.cn", "pytorch.org", "www.modelscope.cn",
 )  # fmt: skip
 GENERATED = {"contributing.md", "changelog.md"}  # pages that the site adds from the top of the tree

@@ -197,7 +197,7 @@ def test_ci_runs_what_contributors_run() -> None:
     """On Linux everything, by the script that also runs elsewhere; without make, what `make test` does."""
     steps = parsed(GITHUB / "workflows" / "ci.yml")["jobs"]["test"]["steps"]
     runs = {
-        system: [s["run"] for s in steps if s.get("if") == f"runner.os == '{system}'"]
+        system: [s["run"] for s in steps if s.get("if", "").startswith(f"runner.os == '{system}'")]
         for system in ("Linux", "macOS", "Windows")
     }
     assert sum(map(len, runs.values())) == len([s for s in steps if "run" in s])
@@ -294,7 +294,7 @@ def test_the_container_runs_luthier_without_root() -> None:
     assert "not built by CI" in lines[0]
     assert lines.index("USER luthier") < lines.index('ENTRYPOINT ["luthier"]')
     assert "VOLUME /models" in lines
-    assert next(line for line in lines if line.startswith("ARG TORCH_INDEX=")).endswith("/cpu")
+    assert 'ARG TORCH_INDEX=""' in lines and any("${TORCH_INDEX:+--index-url" in line for line in lines)
     assert any(re.match(r"ARG PYTHON=(.*)", line) and line.split("=")[1] in PYTHONS for line in lines)
 
 
