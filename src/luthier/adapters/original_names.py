@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,13 +20,16 @@ from torch import Tensor
 from luthier.config import LoraConfig
 from luthier.models.families import Modules
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
     """The low-rank update of one module, ``scaling * B @ A``: A [r, in], B [out, r]."""
 
-    a: Tensor
-    b: Tensor
+    a: Float[Tensor, "rank in"]
+    b: Float[Tensor, "out rank"]
     config: LoraConfig
 
 
