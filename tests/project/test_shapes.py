@@ -164,7 +164,7 @@ def test_fields_of_dataclasses_are_checked() -> None:
     with pytest.raises(ShapeError, match="key_index"):
         replace(segments, key_index=segments.key_index[None])
     with pytest.raises(ShapeError, match="parameter b="):
-        Update(torch.randn(2, 4), torch.randn(6, 3), LoraConfig(r=2))
+        Update(torch.randn(2, 4), torch.randn(6), LoraConfig(r=2))
 
 
 @hooked

@@ -26,10 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """The low-rank update of one module, ``scaling * B @ A``: A [r, in], B [out, r]."""
+    """The low-rank update of one module, ``scaling * B @ A``: A [r, in], B [out, r].
 
-    a: Float[Tensor, "rank in"]
-    b: Float[Tensor, "out rank"]
+    The ranks of A and B from a file may differ; ``adapters.directory.apply`` refuses such an adapter.
+    """
+
+    a: Float[Tensor, "_rank in"]
+    b: Float[Tensor, "out _rank"]
     config: LoraConfig
 
 
