@@ -89,7 +89,8 @@ def facts(_: Path) -> dict[str, Any]:
 def _cuda_seconds(work: Callable[[], object], repeats: int = 20) -> float:
     for _ in range(3):
         work()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
     start.record()
     for _ in range(repeats):
         work()
@@ -116,7 +117,7 @@ def laws(folder: Path) -> dict[str, Any]:
             errors[name] = max(map(_distance, result, expected))
             bad += [name] * (not errors[name] <= limit)
     x, key = torch.randn(64, 256, generator=generator), DropoutState().key(3)
-    mask = keep(key, *x.shape, 0.1)
+    mask = keep(key, 64, 256, 0.1)
     same_mask = all(torch.equal(dropout(x.to(d), 0.1, key).cpu() != 0, mask) for d in (device, torch.device("cpu")))
     codes, values = _nf4_differences(torch.randn(2048, 1024, generator=generator), device)
     return {
@@ -149,7 +150,7 @@ def _loss_and_gradients(
 ) -> list[Tensor]:
     """Return the loss and the gradient of every adapter matrix, with dropout 0.1, as fp32 on the CPU."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).train()
-    layers = attach(model, LoraConfig(r=4, lora_dropout=0.1), resolve(model, None), seed=0)
+    layers = attach(model, LoraConfig.model_validate({"r": 4, "lora_dropout": 0.1}), resolve(model, None), seed=0)
     share_dropout_state(layers)
     generator = torch.Generator().manual_seed(1)
     for layer in layers.values():

@@ -7,6 +7,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+if os.environ.get("LUTHIER_TEST_SHAPES") != "0":
+    from tests.helpers import shapes
+
+    shapes.install()  # before anything of luthier is imported
+
 import shutil
 import socket
 from collections.abc import Callable, Iterator

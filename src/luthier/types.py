@@ -3,16 +3,43 @@
     row -> Conversation -> list[Span] -> Example -> Batch
 
 A ``Span`` marks text that the model *reads* or text that it *writes*; the loss mask is derived only from that mark.
+
+Shapes in annotations, such as ``Float[Tensor, "tokens hidden"]``, are jaxtyping's. They are checked while the tests run
+(``tests/helpers/shapes.py``), at no other time. Within one call, a name has one size, in all arguments and the result:
+
+    tokens             tokens of a flat stream (T), of a row or of a prompt
+    targets            positions whose next token is supervised (N)
+    outputs            positions that a compiled layer outputs (U): all tokens, or in the last layer those it needs
+    segments           segments of a flat stream (S); boundaries: one more
+    rows, columns      rows of a batch, rows and columns of a matrix
+    queries, keys      positions that attend, and positions that are attended to
+    hidden             width of the residual stream (H)
+    heads, kv_heads    heads of the queries; heads of the keys and values
+    head_dim, rotary   features per head, and how many of them rotate with the position
+    vocab              tokens of the vocabulary (V)
+    in, out            input and output width of a linear layer
+    rank               rank of an adapter (r)
+    wide               input width and ranks of a group of compiled linear layers, padded
+    q_width, kv_width  width of the queries of all heads; of the keys and values of all heads; qkv: their sum
+    gate_up            width of an MLP's gate and up projections together
+    blocks             blocks of a quantised weight that have a scale of their own
+    elements           elements of a tensor, counted over all dimensions
+    *batch, *shape     any number of leading dimensions; all dimensions
+    _name              any size: such a name may have several sizes within one call
+    ...                any shape
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
 
 Log = Callable[[str], None]  # called with a line of text for the user
 Role = Literal["system", "user", "assistant"]
@@ -66,8 +93,8 @@ class Example:
     trained: [n] the loss mask: true for tokens that are targets of the loss. ``trained[0]`` is always false.
     """
 
-    ids: Ids
-    trained: Mask
+    ids: Int[Ids, " tokens"]
+    trained: Bool[Mask, " tokens"]
     source: RowRef
 
     def __len__(self) -> int:
@@ -97,15 +124,15 @@ class Batch:
     stream), and stream_index [T] maps the queries' rows back to the stream.
     """
 
-    input_ids: Ids
-    position_ids: Ids
+    input_ids: Int[Ids, " tokens"]
+    position_ids: Int[Ids, " tokens"]
     offsets: tuple[int, ...]
     parents: tuple[int, ...]
-    target_index: Ids
-    target_ids: Ids
-    query_index: Ids
-    key_index: Ids
-    stream_index: Ids
+    target_index: Int[Ids, " targets"]
+    target_ids: Int[Ids, " targets"]
+    query_index: Int[Ids, " queries"]
+    key_index: Int[Ids, " keys"]
+    stream_index: Int[Ids, " tokens"]
     sources: tuple[RowRef, ...]
     tokens: int
 

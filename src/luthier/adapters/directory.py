@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +31,9 @@ from luthier.models.directory import Fingerprint
 from luthier.models.families import Modules
 from luthier.models.protocols import ModuleTree
 from luthier.models.quantization import QuantLinear
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 FORMAT = 1
 WEIGHTS, CONFIG, META = "adapter_model.safetensors", "adapter_config.json", "luthier.json"
@@ -61,7 +64,7 @@ class Adapter:
     path: Path
     lora: LoraConfig
     modules: tuple[str, ...]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Shaped[Tensor, " ..."]]
     facts: Facts | None
     base_path: str
     configs: Mapping[str, LoraConfig] = field(default_factory=dict)
@@ -187,7 +190,7 @@ def _facts(path: Path) -> Facts:
     )
 
 
-def _only_plain_lora(path: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+def _only_plain_lora(path: Path, config: Mapping[str, object], tensors: Mapping[str, Shaped[Tensor, " ..."]]) -> None:
     """Raise AdapterError for features of PEFT that luthier does not support, listing all of them."""
     foreign = [f"{k} {config[k]!r}" for k in _FOREIGN if config.get(k) not in (None, False, "none", {}, [])]
     if config.get("peft_type") != "LORA":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,13 +20,19 @@ from torch import Tensor
 from luthier.config import LoraConfig
 from luthier.models.families import Modules
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """The low-rank update of one module, ``scaling * B @ A``: A [r, in], B [out, r]."""
+    """The low-rank update of one module, ``scaling * B @ A``: A [r, in], B [out, r].
 
-    a: Tensor
-    b: Tensor
+    The ranks of A and B from a file may differ; ``adapters.directory.apply`` refuses such an adapter.
+    """
+
+    a: Float[Tensor, "_rank in"]
+    b: Float[Tensor, "out _rank"]
     config: LoraConfig
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from luthier.encoding.store import common_prefix
 from luthier.types import Batch, Example, Ids, Mask
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 SHORTEST_SHARED = 8  # a shorter shared prefix does not pay for a node of its own
 
@@ -172,9 +176,9 @@ class Varlen:
     keys:    [K] positions of the keys in the stream; None if the keys are the stream itself.
     """
 
-    starts: tuple[Tensor, Tensor]
+    starts: tuple[Int[Tensor, " boundaries"], Int[Tensor, " boundaries"]]
     longest: tuple[int, int]
-    keys: Tensor | None
+    keys: Int[Tensor, " keys"] | None
 
 
 @dataclass(frozen=True)
@@ -186,9 +190,9 @@ class Segments:
 
     offsets: tuple[int, ...]
     parents: tuple[int, ...]
-    query_index: Tensor
-    key_index: Tensor
-    stream_index: Tensor
+    query_index: Int[Tensor, " queries"]
+    key_index: Int[Tensor, " keys"]
+    stream_index: Int[Tensor, " tokens"]
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -231,10 +235,10 @@ class Segments:
 class DeviceBatch:
     """A ``Batch`` as tensors on a device: input_ids and position_ids [1, T], target_index and target_ids [N]."""
 
-    input_ids: Tensor
-    position_ids: Tensor
-    target_index: Tensor
-    target_ids: Tensor
+    input_ids: Int[Tensor, "1 tokens"]
+    position_ids: Int[Tensor, "1 tokens"]
+    target_index: Int[Tensor, " targets"]
+    target_ids: Int[Tensor, " targets"]
     segments: Segments
 
 

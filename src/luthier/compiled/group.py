@@ -15,6 +15,7 @@ import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,15 @@ from luthier.kernels.native import Argument, Kernels
 from luthier.lora.layers import LoraLinear
 from luthier.models.quantization import BLOCK, QuantLinear, absolute_maxima, code_table
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
 _ALIGNED = 64  # bytes: a cache line
 _SPARE = 1.5
 Linear = nn.Linear | QuantLinear
 
 
-def mapped(elements: int, dtype: torch.dtype) -> Tensor:
+def mapped(elements: int, dtype: torch.dtype) -> Shaped[Tensor, " elements"]:
     """Allocate a tensor [elements] in new zero-filled pages."""
     size = max(1, elements) * dtype.itemsize
     return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype)
@@ -55,7 +59,7 @@ class Bump:
             self._block = mapped(0, self._dtype)  # free the old block before allocating the new one
             self._block = mapped(int(elements * _SPARE), self._dtype)
 
-    def take(self, *shape: int) -> Tensor:
+    def take(self, *shape: int) -> Float[Tensor, " ..."]:
         """Allocate an uninitialised tensor of this shape."""
         size = math.prod(shape)
         tensor = self._block[self._used : self._used + size]
@@ -98,7 +102,7 @@ class Arena:
         return int((self.streams.reserved + self.layers.reserved + named) * self.dtype.itemsize)
 
     @contextmanager
-    def scratch(self, name: str, *shape: int) -> Iterator[Tensor]:
+    def scratch(self, name: str, *shape: int) -> Iterator[Float[Tensor, " ..."]]:
         """Lend exclusive memory for the block; its content is undefined at the start and lost at the end."""
         assert name not in self._lent, f"{name} is in use"
         self._lent.add(name)
@@ -107,7 +111,7 @@ class Arena:
         finally:
             self._lent.remove(name)
 
-    def buffer(self, name: str, *shape: int) -> Tensor:
+    def buffer(self, name: str, *shape: int) -> Float[Tensor, " ..."]:
         """Return the memory of this name, which each caller chooses uniquely; it is reused if large enough."""
         size = math.prod(shape)
         if name not in self._named or self._named[name].numel() < size:
@@ -170,7 +174,7 @@ class Group:
         self.bias = self._stacked_bias(arena.dtype)
         self._weight = None if self.quantised else self._resident()
 
-    def _stacked_bias(self, dtype: torch.dtype) -> Tensor | None:
+    def _stacked_bias(self, dtype: torch.dtype) -> Float[Tensor, " out"] | None:
         if all(b.bias is None for b in self.bases):
             return None
         zero = [torch.zeros(b.out_features) if b.bias is None else b.bias.detach() for b in self.bases]
@@ -182,7 +186,7 @@ class Group:
             yield base, slice(row, row + base.out_features)
             row += base.out_features
 
-    def _resident(self) -> Tensor:
+    def _resident(self) -> Float[Tensor, "out wide"]:
         """Move the frozen weights into [W | B]; the layers' weights become views of it."""
         weight = torch.zeros(self.n, self.wide, dtype=self._arena.dtype)
         for base, rows in self._slices():
@@ -208,7 +212,7 @@ class Group:
             self._weight[:, self.k :] = self._b
 
     @contextmanager
-    def weight(self) -> Iterator[Tensor]:
+    def weight(self) -> Iterator[Float[Tensor, "out wide"]]:
         """Yield [W | B], [n, wide]; quantised layers are dequantised for the block."""
         if self._weight is not None:
             yield self._weight
@@ -220,14 +224,14 @@ class Group:
             yield whole
 
     @contextmanager
-    def input_gradient(self, grad: Tensor) -> Iterator[Tensor]:
+    def input_gradient(self, grad: Float[Tensor, "tokens out"]) -> Iterator[Float[Tensor, "tokens wide"]]:
         """Yield [T, wide]: the gradients of the input and of z, side by side. grad [T, n]: of the output."""
         with self._arena.scratch("input gradient", len(grad), self.wide) as wide:
             with self.weight() as weight:
                 torch.mm(grad, weight, out=wide)
             yield wide
 
-    def _floats(self, base: Linear, out: Tensor) -> None:
+    def _floats(self, base: Linear, out: Float[Tensor, "out wide"]) -> None:
         """Write one layer's weight into the first k columns of ``out``."""
         if not isinstance(base, QuantLinear):
             out[:, : self.k] = base.weight.detach()
@@ -240,14 +244,20 @@ class Group:
             scales, table = absolute_maxima(parts, base.how), code_table(base.how.kind, out.device)
             self._kernels.four_bits(len(out), self.k, base.packed, scales, table, out, self.wide)
 
-    def lora(self, places: Tensor | None = None) -> tuple[Argument, ...]:
+    def lora(self, places: Int[Tensor, " outputs"] | None = None) -> tuple[Argument, ...]:
         """Return the arguments that the row kernels share. places: rows of the stream to compute; None: all."""
         if not self.rank or not self.dropout:
             return (self.rank, self.a, self.factor, 0, 0, None)
         key = self._dropout_state.key(self.parts[0].layer.dropout_group)
         return (self.rank, self.a, self.factor, key, threshold(self.dropout), places)
 
-    def gradients(self, grad: Tensor, z: Tensor, grad_a: Tensor, into: list[Tensor | None]) -> None:
+    def gradients(
+        self,
+        grad: Float[Tensor, "tokens out"],
+        z: Float[Tensor, "tokens _rank"],
+        grad_a: Float[Tensor, "rank in"],
+        into: list[Float[Tensor, " ..."] | None],
+    ) -> None:
         """Write the gradients of this group's A and B to ``into``. grad [T, n]: of the output; z [T, rank or more]."""
         for part in self.parts:
             wide = part.rows.stop - part.rows.start

@@ -9,12 +9,16 @@ norms and of SwiGLU are recomputed in the backward pass, a few rows at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from luthier.compiled.group import Arena, Bump, Group
 from luthier.kernels.native import Argument, Kernels
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +29,13 @@ class Stream:
     shared: number of rows at the start of the stream that other segments attend to as well.
     """
 
-    offsets: Tensor
-    parents: Tensor
+    offsets: Int[Tensor, " boundaries"]
+    parents: Int[Tensor, " segments"]
     shared: int
-    cos: Tensor
-    sin: Tensor
-    rows: Tensor
-    row_offsets: Tensor
+    cos: Float[Tensor, "tokens rotary"]
+    sin: Float[Tensor, "tokens rotary"]
+    rows: Int[Tensor, " outputs"]
+    row_offsets: Int[Tensor, " boundaries"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +58,18 @@ class Saved:
     z_*: the adapters' inner values [., rank]. U equals T except in the last layer.
     """
 
-    x: Tensor
-    rstd: Tensor
-    z_qkv: Tensor
-    q: Tensor
-    kv: Tensor
-    attended: Tensor
-    z_o: Tensor
-    x2: Tensor
-    rstd2: Tensor
-    z_gate_up: Tensor
-    gate_up: Tensor
-    z_down: Tensor
+    x: Float[Tensor, "tokens hidden"]
+    rstd: Float[Tensor, " tokens"]
+    z_qkv: Float[Tensor, "tokens _rank"]
+    q: Float[Tensor, "outputs q_width"]
+    kv: Float[Tensor, "tokens kv_width"]
+    attended: Float[Tensor, "outputs wide"]
+    z_o: Float[Tensor, "outputs _rank"]
+    x2: Float[Tensor, "outputs hidden"]
+    rstd2: Float[Tensor, " outputs"]
+    z_gate_up: Float[Tensor, "outputs _rank"]
+    gate_up: Float[Tensor, "outputs gate_up"]
+    z_down: Float[Tensor, "outputs _rank"]
 
 
 @dataclass(slots=True)
@@ -75,8 +79,8 @@ class Layer:
     kernels: Kernels
     arena: Arena
     heads: Heads
-    norm: Tensor
-    norm2: Tensor
+    norm: Float[Tensor, " hidden"]
+    norm2: Float[Tensor, " hidden"]
     eps: float
     eps2: float
     qkv: Group
@@ -92,17 +96,25 @@ class Layer:
         widths = (self.qkv.n, self.o.wide, self.o.n, self.gate_up.n, *(g.rank for g in self.groups()))
         return sum(Bump.rounded(tokens * w, self.arena.dtype) for w in widths) + 64  # q and k v are separate
 
-    def forward(self, x: Tensor, stream: Stream, last: bool) -> tuple[Tensor, Saved]:
+    def forward(
+        self, x: Float[Tensor, "tokens hidden"], stream: Stream, last: bool
+    ) -> tuple[Float[Tensor, "outputs hidden"], Saved]:
         """Compute x [T, H] -> [T, H], in the last layer [U, H] at the stream's ``rows``; save tensors for backward."""
         out = self.arena.streams.take(len(stream.rows) if last else len(x), x.shape[1])
         return out, self._forward(x, stream, last, out)
 
-    def recomputed(self, x: Tensor, stream: Stream, last: bool) -> Saved:
+    def recomputed(self, x: Float[Tensor, "tokens hidden"], stream: Stream, last: bool) -> Saved:
         """Recompute what ``forward`` saved for this input."""
         self.arena.layers.reset()
         return self._forward(x, stream, last, None)
 
-    def _forward(self, x: Tensor, stream: Stream, last: bool, out: Tensor | None) -> Saved:
+    def _forward(
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        stream: Stream,
+        last: bool,
+        out: Float[Tensor, "outputs hidden"] | None,
+    ) -> Saved:
         """Compute the layer into ``out``; None to compute the saved tensors only."""
         keep, places = self.arena.layers.take, stream.rows if last else None
         rstd, z_qkv, q, kv = self._project(x, stream, last)
@@ -126,7 +138,14 @@ class Layer:
                     torch.addmm(x2, act, weight.t(), out=out)
         return Saved(x, rstd, z_qkv, q, kv, attended, z_o, x2, rstd2, z_gate_up, gate_up, z_down)
 
-    def _project(self, x: Tensor, stream: Stream, last: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(
+        self, x: Float[Tensor, "tokens hidden"], stream: Stream, last: bool
+    ) -> tuple[
+        Float[Tensor, " tokens"],
+        Float[Tensor, "tokens rank"],
+        Float[Tensor, "outputs q_width"],
+        Float[Tensor, "tokens kv_width"],
+    ]:
         """Return 1 / rms, z, q and k v [T, .] before rotary positions; in the last layer q only at ``stream.rows``."""
         keep, width, n = self.arena.layers.take, self.heads.query * self.heads.dim, len(x)
         rstd, z = torch.empty(n), keep(n, self.qkv.rank)
@@ -139,13 +158,27 @@ class Layer:
         return rstd, z, both[:, :width], both[:, width:]
 
     def _norm(
-        self, x: Tensor, weight: Tensor, eps: float, group: Group, places: Tensor | None, h: Tensor, z: Tensor,
-        rstd: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        weight: Float[Tensor, " hidden"],
+        eps: float,
+        group: Group,
+        places: Int[Tensor, " tokens"] | None,
+        h: Float[Tensor, "tokens wide"],
+        z: Float[Tensor, "tokens rank"],
+        rstd: Float[Tensor, " tokens"],
+    ) -> None:
         """Normalise rows: fill h [T, wide] with the rows and z, z with a copy of z, and rstd with 1 / rms."""
         self.kernels.norm_forward(len(x), x.shape[1], x, weight, eps, *group.lora(places), h, group.wide, z, rstd)
 
-    def _rotate(self, q: Tensor, kv: Tensor, stream: Stream, last: bool, back: bool = False) -> None:
+    def _rotate(
+        self,
+        q: Float[Tensor, "outputs q_width"],
+        kv: Float[Tensor, "tokens kv_width"],
+        stream: Stream,
+        last: bool,
+        back: bool = False,
+    ) -> None:
         """Add the projections' biases and rotate by position, in place; with ``back``, rotate the gradients back."""
         h, bias = self.heads, None if back else self.qkv.bias
         width = h.query * h.dim
@@ -163,14 +196,22 @@ class Layer:
         segments = (count, stream.offsets, stream.parents, stream.shared)
         return (*segments, *queries, h.query, h.key, h.dim, h.window, h.scale)
 
-    def _attend(self, q: Tensor, kv: Tensor, stream: Stream, last: bool) -> Tensor:
+    def _attend(
+        self, q: Float[Tensor, "outputs q_width"], kv: Float[Tensor, "tokens kv_width"], stream: Stream, last: bool
+    ) -> Float[Tensor, "outputs wide"]:
         out = self.arena.layers.take(len(q), self.o.wide)
         k, v = kv, kv[:, self.heads.key * self.heads.dim :]
         self.kernels.attend_forward(*self._place(stream, last), q, q.stride(0), k, v, kv.stride(0), out, out.stride(0))
         return out
 
     def backward(
-        self, grad: Tensor, saved: Saved, stream: Stream, last: bool, into: list[Tensor | None], below: Tensor | None
+        self,
+        grad: Float[Tensor, "outputs hidden"],
+        saved: Saved,
+        stream: Stream,
+        last: bool,
+        into: list[Float[Tensor, " ..."] | None],
+        below: Float[Tensor, "tokens hidden"] | None,
     ) -> None:
         """Write the adapters' gradients into ``into`` and the input's gradient into ``below`` [T, H].
 
@@ -189,7 +230,12 @@ class Layer:
                 self._qkv_backward(grad_qkv, above, saved, below, into)
 
     def _down_backward(
-        self, grad: Tensor, saved: Saved, places: Tensor | None, out: Tensor, into: list[Tensor | None]
+        self,
+        grad: Float[Tensor, "outputs hidden"],
+        saved: Saved,
+        places: Int[Tensor, " outputs"] | None,
+        out: Float[Tensor, "outputs gate_up"],
+        into: list[Float[Tensor, " ..."] | None],
     ) -> None:
         """Propagate grad [U, H] through down and SwiGLU to out [U, gate and up]."""
         grad_a = torch.empty(self.down.rank, self.down.k)
@@ -200,7 +246,12 @@ class Layer:
         self.down.gradients(grad, saved.z_down, grad_a, into)
 
     def _o_backward(
-        self, grad: Tensor, saved: Saved, places: Tensor | None, out: Tensor, into: list[Tensor | None]
+        self,
+        grad: Float[Tensor, "outputs hidden"],
+        saved: Saved,
+        places: Int[Tensor, " outputs"] | None,
+        out: Float[Tensor, "outputs q_width"],
+        into: list[Float[Tensor, " ..."] | None],
     ) -> None:
         """Propagate grad [U, H] through o to out [U, attention output]."""
         grad_a = torch.empty(self.o.rank, self.o.k)
@@ -211,7 +262,13 @@ class Layer:
         self.o.gradients(grad, saved.z_o, grad_a, into)
 
     def _gate_up_backward(
-        self, grad: Tensor, above: Tensor, saved: Saved, places: Tensor | None, out: Tensor, into: list[Tensor | None]
+        self,
+        grad: Float[Tensor, "outputs gate_up"],
+        above: Float[Tensor, "outputs hidden"],
+        saved: Saved,
+        places: Int[Tensor, " outputs"] | None,
+        out: Float[Tensor, "outputs hidden"],
+        into: list[Float[Tensor, " ..."] | None],
     ) -> None:
         """Propagate grad [U, gate and up] through the projections and the norm to out [U, H], and add ``above``."""
         group, grad_a = self.gate_up, torch.empty(self.gate_up.rank, self.gate_up.k)
@@ -223,7 +280,12 @@ class Layer:
         group.gradients(grad, saved.z_gate_up, grad_a, into)
 
     def _qkv_backward(
-        self, grad: Tensor, above: Tensor, saved: Saved, out: Tensor | None, into: list[Tensor | None]
+        self,
+        grad: Float[Tensor, "tokens qkv"],
+        above: Float[Tensor, "tokens hidden"],
+        saved: Saved,
+        out: Float[Tensor, "tokens hidden"] | None,
+        into: list[Float[Tensor, " ..."] | None],
     ) -> None:
         """Propagate grad [T, q k v] to out [T, H] (None: adapters only), as ``_gate_up_backward``."""
         group, grad_a = self.qkv, torch.empty(self.qkv.rank, self.qkv.k)
@@ -234,7 +296,14 @@ class Layer:
             )  # fmt: skip
         group.gradients(grad, saved.z_qkv, grad_a, into)
 
-    def _attention_backward(self, grad: Tensor, saved: Saved, stream: Stream, last: bool, out: Tensor) -> None:
+    def _attention_backward(
+        self,
+        grad: Float[Tensor, "outputs q_width"],
+        saved: Saved,
+        stream: Stream,
+        last: bool,
+        out: Float[Tensor, "tokens qkv"],
+    ) -> None:
         """Propagate grad [U, attention output] through attention and rotation to out [T, q k v]."""
         h, q, kv = self.heads, saved.q, saved.kv
         width, keys = h.query * h.dim, h.key * h.dim

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype
 from luthier.models.protocols import CausalLM, Decoder
 from luthier.models.quantization import QuantLinear
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 LOGITS = 40_000_000  # elements of logits that exist at the same time
 _BLOCK = 8192  # rows of the head that are converted at the same time if its dtype differs from the model's
@@ -47,8 +50,8 @@ class MicroBatchState:
     """
 
     stream: Stream
-    saved: list[Saved | Tensor]
-    grad: Tensor
+    saved: list[Saved | Float[Tensor, "tokens hidden"]]
+    grad: Float[Tensor, "outputs hidden"]
     generation: int
 
 
@@ -59,9 +62,9 @@ class LayerPass:
     gradients: by index into ``CompiledModel.parameters``.
     """
 
-    out: Tensor
-    below: Tensor | None
-    gradients: dict[int, Tensor]
+    out: Float[Tensor, "outputs hidden"]
+    below: Float[Tensor, "tokens hidden"] | None
+    gradients: dict[int, Float[Tensor, " ..."]]
 
 
 class CompiledModel:
@@ -118,12 +121,12 @@ class CompiledModel:
         """Bytes of the latest micro-batch, logits included."""
         return self._arena.bytes_held()
 
-    def loss_sum(self, batch: DeviceBatch) -> Tensor:
+    def loss_sum(self, batch: DeviceBatch) -> Float[Tensor, ""]:
         """Sum the cross-entropy of the batch's supervised tokens, [] fp32, with gradients for the adapters."""
         loss: Tensor = _Loss.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
 
-    def forward(self, batch: DeviceBatch) -> tuple[Tensor, MicroBatchState]:
+    def forward(self, batch: DeviceBatch) -> tuple[Float[Tensor, ""], MicroBatchState]:
         """Compute the loss and the state for ``backward``, which includes the gradient of the last layer's output."""
         x, stream = self.embedded(batch)
         saved: list[Saved | Tensor] = []
@@ -137,7 +140,7 @@ class CompiledModel:
         loss, grad = self.head_loss(x, stream, batch)
         return loss, MicroBatchState(stream, saved, grad, self._arena.generation)
 
-    def embedded(self, batch: DeviceBatch) -> tuple[Tensor, Stream]:
+    def embedded(self, batch: DeviceBatch) -> tuple[Float[Tensor, "tokens hidden"], Stream]:
         """Begin a micro-batch with the adapters' current values; return its embeddings [T, H] and index tensors."""
         self._begin(batch.input_ids.shape[1])
         for layer in self.layers:
@@ -147,7 +150,9 @@ class CompiledModel:
         cos, sin = self._decoder.rotary_emb(x[None], batch.position_ids)
         return x, _stream(batch, cos[0], sin[0], torch.unique(batch.target_index))
 
-    def one_layer(self, i: int, x: Tensor, stream: Stream, grad: Tensor) -> LayerPass:
+    def one_layer(
+        self, i: int, x: Float[Tensor, "tokens hidden"], stream: Stream, grad: Float[Tensor, "outputs hidden"]
+    ) -> LayerPass:
         """Compute layer ``i`` only, forward and backward, in a micro-batch that ``embedded`` began.
 
         x [T, H]: its input; grad [T, H]: of its output, for the last layer [U, H] at the stream's ``rows``.
@@ -168,7 +173,9 @@ class CompiledModel:
         streams = Bump.rounded(tokens * int(self._decoder.norm.weight.shape[0]), self._arena.dtype)
         self._arena.begin(streams * len(self.layers), max(layers) if self.recompute else sum(layers))
 
-    def head_loss(self, x: Tensor, stream: Stream, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+    def head_loss(
+        self, x: Float[Tensor, "outputs hidden"], stream: Stream, batch: DeviceBatch
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "outputs hidden"]]:
         """Compute the loss of the last layer's output x [U, H] and its gradient [U, H]."""
         order = torch.argsort(batch.target_index, stable=True)
         targets = batch.target_ids[order]
@@ -200,7 +207,7 @@ class CompiledModel:
         self.kernels.norm_backward(n, k, x, norm.weight, rstd, *none, grad, k, torch.zeros_like(x), below, None)
         return losses.double().sum().float(), below
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+    def _blocks(self) -> Iterator[tuple[slice, Float[Tensor, "rows hidden"]]]:
         """Yield the head's weight in the model's dtype: whole, or ``_BLOCK`` rows at a time if it must be converted."""
         weight = self._head.weight.detach()
         size = len(weight) if weight.dtype is self._arena.dtype else _BLOCK
@@ -208,7 +215,7 @@ class CompiledModel:
             rows = slice(first, min(first + size, len(weight)))
             yield rows, weight[rows].to(self._arena.dtype)
 
-    def _logits(self, h: Tensor, out: Tensor) -> None:
+    def _logits(self, h: Float[Tensor, "targets hidden"], out: Float[Tensor, "targets vocab"]) -> None:
         """Compute the logits ``out`` [N, vocabulary] of h [N, H]."""
         for rows, block in self._blocks():
             if len(block) == out.shape[1]:
@@ -216,12 +223,12 @@ class CompiledModel:
             else:
                 out[:, rows] = h @ block.t()
 
-    def _logits_backward(self, grad: Tensor) -> Tensor:
+    def _logits_backward(self, grad: Float[Tensor, "targets vocab"]) -> Float[Tensor, "targets hidden"]:
         parts = [grad[:, rows] @ block for rows, block in self._blocks()]
         total: Tensor = sum(parts[1:], parts[0])
         return total
 
-    def backward(self, state: MicroBatchState, scale: Tensor) -> list[Tensor | None]:
+    def backward(self, state: MicroBatchState, scale: Float[Tensor, ""]) -> list[Float[Tensor, " ..."] | None]:
         """Compute the gradients of every adapter's A and B, in the order of ``parameters``."""
         stream, saved, grad = state.stream, state.saved, state.grad
         assert state.generation == self._arena.generation, "another micro-batch has been computed since"
@@ -242,18 +249,23 @@ class _Loss(torch.autograd.Function):
     """The connection of the hand-written gradients to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, model: CompiledModel, batch: DeviceBatch, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, model: CompiledModel, batch: DeviceBatch, *_: Float[Tensor, " ..."]) -> Float[Tensor, ""]:
         loss, ctx.state = model.forward(batch)
         ctx.model = model
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, scale: Float[Tensor, ""]) -> tuple[Float[Tensor, " ..."] | None, ...]:
         state, ctx.state = ctx.state, None  # so that a loss that is kept does not keep the activations
         return (None, None, *ctx.model.backward(state, scale))
 
 
-def _stream(batch: DeviceBatch, cos: Tensor, sin: Tensor, rows: Tensor) -> Stream:
+def _stream(
+    batch: DeviceBatch,
+    cos: Float[Tensor, "tokens rotary"],
+    sin: Float[Tensor, "tokens rotary"],
+    rows: Int[Tensor, " outputs"],
+) -> Stream:
     segments = batch.segments
     offsets, parents = torch.tensor(segments.offsets), torch.tensor(segments.parents)
     shared = int(segments.offsets[max(segments.parents) + 1])

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -31,6 +32,9 @@ from luthier.models.native_model import empty_model, published_tensors
 from luthier.models.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer
 from luthier.templates.exported import OwnTemplate, chat_template
 from luthier.types import Log
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 SHARD = 5_000_000_000  # bytes per file, as usual on the hubs
 LAYOUTS = ("native", "original")
@@ -120,7 +124,7 @@ def merged_tensors(
     pending: Mapping[str, Update],
     layout: str = "native",
     rounded: bool = True,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Shaped[Tensor, " ..."]]]:
     """Yield every tensor with the updates added, under native or published names.
 
     rounded: to the stored dtype; false yields fp32 (with native names only).
@@ -135,14 +139,18 @@ def merged_tensors(
                 yield part, value.to(tensor.dtype if rounded else torch.float32)
 
 
-def delta(update: Update) -> Tensor:
+def delta(update: Update) -> Float[Tensor, "out in"]:
     """Compute what an update adds to its weight, [out, in] in fp32."""
     return scaling(update.config) * (update.b.float() @ update.a.float())
 
 
 def _with_updates(
-    tuned: TunedModel, name: str, rule: Rule | None, tensor: Tensor, pending: Mapping[str, Update]
-) -> Tensor:
+    tuned: TunedModel,
+    name: str,
+    rule: Rule | None,
+    tensor: Shaped[Tensor, "*shape"],
+    pending: Mapping[str, Update],
+) -> Shaped[Tensor, "*shape"]:
     """Add the updates of the parts of a published tensor to its rows; without updates it is returned unchanged."""
     updates_of_parts = [pending.get(part.removesuffix(".weight")) for part in rule.parts] if rule else []
     if not rule or not any(updates_of_parts):
@@ -160,7 +168,9 @@ def _with_updates(
     return whole.to(tensor.dtype)
 
 
-def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int, log: Log) -> dict[str, torch.dtype]:
+def _write(
+    folder: Path, tensors: Iterator[tuple[str, Shaped[Tensor, " ..."]]], shard_bytes: int, log: Log
+) -> dict[str, torch.dtype]:
     """Write shards of at most ``shard_bytes`` and their index; return the dtype of each tensor."""
     shards: list[list[str]] = []
     dtypes: dict[str, torch.dtype] = {}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from luthier.models.directory import read_config
 from luthier.models.protocols import CausalLM
 from luthier.models.streamed import reader, streamed
 from luthier.types import Message
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 PROMPTS = (
     "Who are you?",
@@ -96,7 +100,7 @@ def tuned_model(tuned: TunedModel, chat_format: ChatFormat) -> tuple[CausalLM, d
 
 
 @torch.no_grad()
-def logits(model: CausalLM, rows: Sequence[Sequence[int]]) -> Tensor:
+def logits(model: CausalLM, rows: Sequence[Sequence[int]]) -> Float[Tensor, "tokens vocab"]:
     """Compute the logits at the ends of rows of token ids: [tokens, vocabulary], row after row.
 
     The first position is ``_LAST_TOKENS`` before the end of the shortest row. Padding is on the right, where causal
@@ -146,7 +150,13 @@ def compare_merged(tuned: TunedModel, chat_format: ChatFormat, merged: Path, dty
     return closeness(base, expected, rounded, logits(streamed(config, reader(merged, config)), rows), len(rows))
 
 
-def closeness(base: Tensor, tuned: Tensor, rounded: Tensor, other: Tensor, prompts: int) -> Closeness:
+def closeness(
+    base: Float[Tensor, "tokens vocab"],
+    tuned: Float[Tensor, "tokens vocab"],
+    rounded: Float[Tensor, "tokens vocab"],
+    other: Float[Tensor, "tokens vocab"],
+    prompts: int,
+) -> Closeness:
     """Compute how close the logits of ``other`` are to those of ``tuned``; all are [tokens, vocabulary].
 
     rounded: logits of the tuned model with its merged weights rounded as in the other model.
@@ -165,7 +175,7 @@ def closeness(base: Tensor, tuned: Tensor, rounded: Tensor, other: Tensor, promp
     )
 
 
-def _share(change: Tensor, observed: Tensor) -> float | None:
+def _share(change: Float[Tensor, "tokens vocab"], observed: Float[Tensor, "tokens vocab"]) -> float | None:
     """Return the share of ``change`` that ``observed`` contains; None if it is lost in noise."""
     effect, noise = float(change.square().mean()), float((observed - change).square().mean())
     return float((change * observed).mean()) / effect if effect > noise / 16 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from transformers import GenerationConfig
@@ -17,6 +17,9 @@ from luthier.models.chat_format import ChatFormat
 from luthier.models.protocols import CausalLM
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.types import Message
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 _BATCH_TOKENS = 4096  # limit on the prompt and reply tokens of one batch
 _NEUTRAL: dict[str, float] = {"top_p": 1.0, "top_k": 0}  # used only when sampling; these values have no effect
@@ -220,7 +223,7 @@ class _Stream(BaseStreamer):  # type: ignore[misc]
         self._emitted = ""
         self._prompt = True
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: Int[torch.Tensor, " ..."]) -> None:
         if self._prompt:
             self._prompt = False
             return

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from luthier.batching.collate import Segments
 from luthier.errors import ConfigError
 from luthier.kernels import reference
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 AUTO_LONGEST = 512
 VARLEN_WIDEST = 256  # features per head that FlashAttention 2 supports
 OLDEST_GPU = (8, 0)
@@ -31,15 +35,15 @@ Kernel = Callable[..., Tensor]
 
 
 def padded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "1 heads tokens head_dim"],
+    key: Float[Tensor, "1 kv_heads tokens head_dim"],
+    value: Float[Tensor, "1 kv_heads tokens head_dim"],
     segments: Segments,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-) -> Tensor:
+) -> Float[Tensor, "1 tokens heads head_dim"]:
     """Compute ``reference.attention`` with padded rows; the query heads of a group share one product."""
     _, heads, _, dim = query.shape
     kv, count = key.shape[1], len(segments.parents)
@@ -66,15 +70,15 @@ def padded(
 
 
 def looped(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "1 heads tokens head_dim"],
+    key: Float[Tensor, "1 kv_heads tokens head_dim"],
+    value: Float[Tensor, "1 kv_heads tokens head_dim"],
     segments: Segments,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-) -> Tensor:
+) -> Float[Tensor, "1 tokens heads head_dim"]:
     """Compute ``reference.attention`` with one fused call per segment; with a soft cap, as ``padded``."""
     if softcap is not None:
         return padded(query, key, value, segments, scaling, dropout, sliding_window, softcap)
@@ -103,15 +107,15 @@ def looped(
 
 
 def varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "1 heads tokens head_dim"],
+    key: Float[Tensor, "1 kv_heads tokens head_dim"],
+    value: Float[Tensor, "1 kv_heads tokens head_dim"],
     segments: Segments,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-) -> Tensor:
+) -> Float[Tensor, "1 tokens heads head_dim"]:
     """Compute ``reference.attention`` in one call of FlashAttention, whose causal mask is aligned to the last key.
 
     Source: Dao, FlashAttention-2 (2023), and the documentation of ``flash_attn_varlen_func``.
@@ -164,8 +168,13 @@ def _installed() -> bool:
 
 
 def auto(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *options: float | None, **more: float | None
-) -> Tensor:
+    query: Float[Tensor, "1 heads tokens head_dim"],
+    key: Float[Tensor, "1 kv_heads tokens head_dim"],
+    value: Float[Tensor, "1 kv_heads tokens head_dim"],
+    segments: Segments,
+    *options: float | None,
+    **more: float | None,
+) -> Float[Tensor, "1 tokens heads head_dim"]:
     """Compute ``reference.attention`` with the fastest kernel that supports the input."""
     kernel: Kernel = padded if max(segments.lengths) <= AUTO_LONGEST else looped
     if query.shape[-1] <= VARLEN_WIDEST and serves(query.device, query.dtype):
@@ -173,7 +182,9 @@ def auto(
     return kernel(query, key, value, segments, *options, **more)
 
 
-def _causal(queries: int, keys: int, prefix_length: int, sliding_window: int | None, device: torch.device) -> Tensor:
+def _causal(
+    queries: int, keys: int, prefix_length: int, sliding_window: int | None, device: torch.device
+) -> Float[Tensor, "queries keys"]:
     """Build a mask [queries, keys] fp32: 0 if visible, else -inf; the first query follows ``prefix_length`` keys."""
     positions = torch.arange(prefix_length, prefix_length + queries, device=device)
     positions = positions.clamp_max(keys - 1)  # padding must see a key too

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from luthier.kernels import native
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 _WORD = 0xFFFFFFFF
 
@@ -48,7 +51,9 @@ def threshold(p: float) -> int:
     return round(p * 2**32)
 
 
-def keep(key: int, rows: int, columns: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+def keep(
+    key: int, rows: int, columns: int, p: float, device: torch.device | str = "cpu"
+) -> Bool[Tensor, "rows columns"]:
     """Return the mask [rows, columns] bool, true to keep; this is its definition, in wrapping 32-bit arithmetic."""
     row = torch.arange(rows, dtype=torch.int32, device=device) * _signed(0x9E3779B9) + _signed(key)
     column = torch.arange(columns, dtype=torch.int32, device=device) * _signed(0x85EBCA6B)
@@ -57,7 +62,7 @@ def keep(key: int, rows: int, columns: int, p: float, device: torch.device | str
     return (hashed ^ low) >= _signed(threshold(p) ^ 0x80000000)
 
 
-def _mixed(x: Tensor) -> Tensor:
+def _mixed(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
     return x ^ ((x >> 16) & 0xFFFF)
@@ -68,7 +73,7 @@ def _signed(x: int) -> int:
     return x - 2**32 if x >= 2**31 else x
 
 
-def dropout(x: Tensor, p: float, key: int) -> Tensor:
+def dropout(x: Float[Tensor, "*batch columns"], p: float, key: int) -> Float[Tensor, "*batch columns"]:
     """Apply dropout to x [..., columns]; kept elements are scaled by 1 / (1 - p).
 
     Rows are counted over all leading dimensions.
@@ -79,16 +84,16 @@ def dropout(x: Tensor, p: float, key: int) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, key: int) -> Tensor:
+    def forward(ctx: Any, x: Float[Tensor, "*batch columns"], p: float, key: int) -> Float[Tensor, "*batch columns"]:
         ctx.p, ctx.key = p, key
         return _dropped(x, p, key)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Float[Tensor, "*batch columns"]) -> tuple[Float[Tensor, "*batch columns"], None, None]:
         return _dropped(grad, ctx.p, ctx.key), None, None
 
 
-def _dropped(x: Tensor, p: float, key: int) -> Tensor:
+def _dropped(x: Float[Tensor, "*batch columns"], p: float, key: int) -> Float[Tensor, "*batch columns"]:
     kernel = _kernel(x.dtype) if x.device.type == "cpu" else None
     columns = x.shape[-1]
     rows = x.numel() // columns
@@ -99,7 +104,7 @@ def _dropped(x: Tensor, p: float, key: int) -> Tensor:
     return out
 
 
-def _defined(x: Tensor, p: float, key: int) -> Tensor:
+def _defined(x: Float[Tensor, "rows columns"], p: float, key: int) -> Float[Tensor, "rows columns"]:
     """Apply dropout to x [rows, columns] with torch's operations; this is the definition."""
     mask = keep(key, len(x), x.shape[1], p, x.device)
     return torch.where(mask, x * (1 / (1 - p)), torch.zeros((), dtype=x.dtype, device=x.device))

@@ -6,6 +6,7 @@ Faster versions in other modules are tested against it, forward and backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +14,20 @@ from torch import Tensor
 
 from luthier.batching.collate import Segments
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "1 heads tokens head_dim"],
+    key: Float[Tensor, "1 kv_heads tokens head_dim"],
+    value: Float[Tensor, "1 kv_heads tokens head_dim"],
     segments: Segments,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-) -> Tensor:
+) -> Float[Tensor, "1 tokens heads head_dim"]:
     """Compute causal attention in which each segment of the stream sees itself and its ancestors.
 
     query [1, H, T, D], key and value [1, K, T, D] with H a multiple of K -> [1, T, H, D]. Scores are softmaxed in fp32.
@@ -45,6 +49,6 @@ def attention(
     return (F.dropout(weights, dropout) @ v).transpose(1, 2)
 
 
-def _positions(segments: Segments, which: Sequence[int]) -> Tensor:
+def _positions(segments: Segments, which: Sequence[int]) -> Int[Tensor, " tokens"]:
     """Return the positions in the stream of these segments' tokens."""
     return torch.cat([torch.arange(segments.offsets[s], segments.offsets[s + 1]) for s in which])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from luthier.models.directory import check_names
 from luthier.models.families import Modules
 from luthier.models.protocols import ModuleTree
 from luthier.models.quantization import QuantLinear
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # layers that read the same input share its dropout mask
 _INPUTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -50,7 +53,7 @@ class LoraLinear(nn.Module):
             self.lora_A.copy_(initial)
             self.lora_B.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if not self.enabled:
             base_out: Tensor = self.base(x)
             return base_out

@@ -24,6 +24,7 @@ from torch import Tensor
 from luthier.errors import ModelError
 
 if TYPE_CHECKING:
+    from jaxtyping import Shaped
     from typing_extensions import Buffer
 
 Shape = tuple[int, ...]
@@ -52,7 +53,7 @@ class Place:
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def read(self, first: int, count: int) -> Tensor:
+    def read(self, first: int, count: int) -> Shaped[Tensor, " ..."]:
         """Copy ``count`` rows from row ``first`` on into new memory. Raises EOFError if the file ends before them."""
         size = count * self.row_bytes
         buffer = torch.empty(size, dtype=torch.uint8)
@@ -70,8 +71,8 @@ class Place:
 
 class _File(Protocol):
     def shapes(self) -> dict[str, Shape]: ...
-    def read(self, name: str) -> Tensor: ...
-    def rows(self, name: str, rows: Sequence[int]) -> Tensor: ...
+    def read(self, name: str) -> Shaped[Tensor, " ..."]: ...
+    def rows(self, name: str, rows: Sequence[int]) -> Shaped[Tensor, "rows ..."]: ...
 
 
 @dataclass(slots=True)
@@ -100,7 +101,7 @@ class Shards:
             shards._file_of.update(dict.fromkeys(shapes, file))
         return shards
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Shaped[Tensor, " ..."]:
         """Copy a tensor into new CPU memory, in its stored dtype. Raises ModelError if the file is damaged."""
         file = self._file_of[name]
         try:
@@ -108,7 +109,7 @@ class Shards:
         except _READ_ERRORS as e:
             raise _damaged(file, e) from None
 
-    def rows(self, name: str, rows: Sequence[int]) -> Tensor:
+    def rows(self, name: str, rows: Sequence[int]) -> Shaped[Tensor, "rows ..."]:
         """Read only the given rows of a tensor. Raises ModelError if the file is damaged."""
         file = self._file_of[name]
         try:
@@ -201,11 +202,11 @@ class _Safetensors:
     def shapes(self) -> dict[str, Shape]:
         return {name: tuple(entry["shape"]) for name, entry in self._header.items()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Shaped[Tensor, " ..."]:
         place = self.place(name)
         return place.read(0, place.rows)
 
-    def rows(self, name: str, rows: Sequence[int]) -> Tensor:
+    def rows(self, name: str, rows: Sequence[int]) -> Shaped[Tensor, "rows ..."]:
         place = self.place(name)
         return torch.cat([place.read(i, 1) for i in rows])
 
@@ -228,7 +229,7 @@ _TYPES = {
 }
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(file: Path, tensors: Mapping[str, Shaped[Tensor, " ..."]]) -> None:
     """Write a safetensors file tensor by tensor; the library's own writer copies all of them first. Raises OSError."""
     names = {dtype: name for name, dtype in _TYPES.items()}
     header, offset = dict[str, _Entry](), 0
@@ -265,7 +266,7 @@ class _Pickle:
     def shapes(self) -> dict[str, Shape]:
         return {str(name): tuple(t.shape) for name, t in self._tensors.items()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Shaped[Tensor, " ..."]:
         mapped = self._tensors[name]
         _advise(mapped, "MADV_SEQUENTIAL")
         copy = torch.empty(mapped.shape, dtype=mapped.dtype)
@@ -276,17 +277,17 @@ class _Pickle:
             _forget_pages(part)
         return copy
 
-    def rows(self, name: str, rows: Sequence[int]) -> Tensor:
+    def rows(self, name: str, rows: Sequence[int]) -> Shaped[Tensor, "rows ..."]:
         _advise(self._tensors[name], "MADV_RANDOM")  # a few rows of a large file: do not read ahead
         return torch.cat([self._tensors[name][i : i + 1] for i in rows])
 
 
-def _forget_pages(tensor: Tensor) -> None:
+def _forget_pages(tensor: Shaped[Tensor, " ..."]) -> None:
     """Release the pages of a mapped tensor; otherwise every page read so far would stay resident."""
     _advise(tensor, "MADV_DONTNEED")  # safe on a private file mapping: the next read loads the page from the file again
 
 
-def _advise(tensor: Tensor, advice: str) -> None:
+def _advise(tensor: Shaped[Tensor, " ..."], advice: str) -> None:
     """Advise the kernel how the pages of a mapped tensor will be used. Linux only."""
     if sys.platform != "linux" or not tensor.is_contiguous():
         return

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
@@ -19,6 +19,8 @@ from luthier.models.directory import family_of
 from luthier.models.families import Rule
 from luthier.models.protocols import CausalLM
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 # tables stored in older checkpoints that every native class computes itself
 _BUFFERS = re.compile(r"(.*\.)?(inv_freq|rotary_emb\.\w+_cached|masked_bias|rotary_pos_emb\.\w+)")
 
@@ -146,7 +148,9 @@ def native_names(path: Path, config: PretrainedConfig) -> list[str]:
     return [part for name in shards.in_file_order() if name in fit.rules for part in fit.rules[name].parts]
 
 
-def published_tensors(path: Path, config: PretrainedConfig) -> Iterator[tuple[str, Rule | None, torch.Tensor]]:
+def published_tensors(
+    path: Path, config: PretrainedConfig
+) -> Iterator[tuple[str, Rule | None, Shaped[Tensor, " ..."]]]:
     """Iterate over (published name, conversion rule, tensor as stored); the rule is None for tensors that are ignored.
 
     Raises ModelError as ``load_weights`` does, before the first tensor is read.
@@ -160,7 +164,7 @@ def published_tensors(path: Path, config: PretrainedConfig) -> Iterator[tuple[st
 
 def native_tensors(
     shards: Shards, fit: Fit, dtype: torch.dtype | None = None, as_stored: Collection[str] = ()
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, Shaped[Tensor, " ..."]]]:
     """Iterate over every native tensor, converted to ``dtype``; None keeps the stored dtype.
 
     as_stored: names of tensors that keep their stored dtype. Raises ModelError if the checkpoint does not fit.
@@ -187,7 +191,7 @@ def empty_with_buffers(config: PretrainedConfig, dtype: torch.dtype) -> CausalLM
         return _build(config, dtype)
 
 
-def put(model: CausalLM, name: str, tensor: torch.Tensor) -> None:
+def put(model: CausalLM, name: str, tensor: Shaped[Tensor, " ..."]) -> None:
     """Set the value of a parameter or buffer."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
@@ -208,7 +212,9 @@ def _generation_config(path: Path) -> GenerationConfig:
 _ROWS = 8192  # rows of a weight that are converted together
 
 
-def widened(x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+def widened(
+    x: Float[Tensor, "*batch in"], weight: Callable[[], Float[Tensor, "out in"]]
+) -> Float[Tensor, "*batch out"]:
     """Return x [..., in] times the frozen weight [out, in], in the dtype of ``x``; the weight is converted in pieces.
 
     weight: called in the forward and again in the backward pass, so that a dequantised one need not be kept.
@@ -219,12 +225,14 @@ def widened(x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
 
 class _Widened(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x: Float[Tensor, "*batch in"], weight: Callable[[], Float[Tensor, "out in"]]
+    ) -> Float[Tensor, "*batch out"]:
         ctx.weight = weight
         return torch.cat([x @ block.to(x.dtype).T for block in torch.split(weight().detach(), _ROWS)], dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Float[Tensor, "*batch out"]) -> tuple[Float[Tensor, "*batch in"], None]:
         blocks = zip(torch.split(grad, _ROWS, dim=-1), torch.split(ctx.weight().detach(), _ROWS), strict=True)
         grad_input: Tensor = sum(g @ w.to(g.dtype) for g, w in blocks)  # type: ignore[assignment]
         return grad_input, None

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 from luthier._util.installation import install_command
 from luthier.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 BLOCK, NESTED_BLOCK = 64, 256
 QuantisationKind = Literal["nf4", "fp4", "int8"]
@@ -78,7 +81,7 @@ def library() -> ModuleType:
     return functional
 
 
-def quantise(weight: Tensor, how: Quantisation) -> dict[str, Tensor]:
+def quantise(weight: Float[Tensor, "out in"], how: Quantisation) -> dict[str, Shaped[Tensor, " ..."]]:
     """Quantise a weight [out, in]; returns the tensors to store by part name. Raises MissingPackageError."""
     bnb = library()
     if how.kind == "int8":
@@ -94,7 +97,9 @@ def quantise(weight: Tensor, how: Quantisation) -> dict[str, Tensor]:
     return parts
 
 
-def dequantise(parts: Mapping[str, Tensor], how: Quantisation, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dequantise(
+    parts: Mapping[str, Shaped[Tensor, " ..."]], how: Quantisation, shape: tuple[int, int], dtype: torch.dtype
+) -> Float[Tensor, "out in"]:
     """Reconstruct a stored weight: [out, in] in ``dtype``. Raises MissingPackageError."""
     if how.kind == "int8":
         return (parts["values"].to(torch.float32) * parts["scale"][:, None]).to(dtype)
@@ -114,7 +119,7 @@ def dequantise(parts: Mapping[str, Tensor], how: Quantisation, shape: tuple[int,
     return weight.view(shape)
 
 
-def absolute_maxima(parts: Mapping[str, Tensor], how: Quantisation) -> Tensor:
+def absolute_maxima(parts: Mapping[str, Shaped[Tensor, " ..."]], how: Quantisation) -> Float[Tensor, " blocks"]:
     """Return the scale of each block of a 4-bit weight: [blocks] fp32."""
     if not how.double:
         return parts["absmax"]
@@ -126,13 +131,13 @@ def absolute_maxima(parts: Mapping[str, Tensor], how: Quantisation) -> Tensor:
 
 
 @lru_cache(8)
-def _nested_code(device: torch.device) -> Tensor:
+def _nested_code(device: torch.device) -> Float[Tensor, " 256"]:
     code: Tensor = library().create_dynamic_map().to(device)
     return code
 
 
 @lru_cache(8)
-def code_table(kind: str, device: torch.device) -> Tensor:
+def code_table(kind: str, device: torch.device) -> Float[Tensor, " 16"]:
     """Return the value of each 4-bit code: [16] fp32."""
     code: Tensor = library().get_4bit_type(kind, device=device)
     return code
@@ -157,12 +162,12 @@ class QuantLinear(nn.Module):
         stored: Tensor = getattr(self, self.how.parts[0])
         return stored.device
 
-    def dequantised(self, dtype: torch.dtype | None = None) -> Tensor:
+    def dequantised(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         """Reconstruct the weight [out, in] in ``dtype``; default: ``compute``."""
         parts = {part: getattr(self, part) for part in self.how.parts}
         return dequantise(parts, self.how, (self.out_features, self.in_features), dtype or self.compute)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         out: Tensor = _Matmul.apply(x, self)  # type: ignore[no-untyped-call]
         return out
 
@@ -174,12 +179,12 @@ class _Matmul(torch.autograd.Function):
     """x @ W.T + bias, with W dequantised temporarily in the forward and again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+    def forward(ctx: Any, x: Float[Tensor, "*batch in"], layer: QuantLinear) -> Float[Tensor, "*batch out"]:
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(layer.compute)
         return F.linear(x.to(layer.compute), layer.dequantised(), bias).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Float[Tensor, "*batch out"]) -> tuple[Float[Tensor, "*batch in"], None]:
         layer: QuantLinear = ctx.layer
         return (grad.to(layer.compute) @ layer.dequantised()).to(grad.dtype), None

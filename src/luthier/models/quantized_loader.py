@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from luthier.models.native_model import Fit, empty_with_buffers, finish, match, 
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation, QuantLinear, quantise
 from luthier.types import Log
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
 
 FORMAT = 1
 _FILE_BYTES = 256_000_000  # per file of the copy on disk
@@ -110,8 +113,8 @@ def _replace_linear_layers(model: CausalLM, options: QuantisedOptions) -> set[st
 
 
 def _quantised(
-    tensors: Iterator[tuple[str, Tensor]], weights: set[str], how: Quantisation, log: Log
-) -> Iterator[tuple[str, Tensor]]:
+    tensors: Iterator[tuple[str, Shaped[Tensor, " ..."]]], weights: set[str], how: Quantisation, log: Log
+) -> Iterator[tuple[str, Shaped[Tensor, " ..."]]]:
     """Replace the weights of linear layers by their quantised parts, on several threads, in order."""
     workers = max(1, min(4, os.cpu_count() or 1))
     done, tenths = 0, 0
@@ -156,7 +159,9 @@ def cache_dir(path: Path, config: PretrainedConfig, options: QuantisedOptions, d
     return files.cache_root() / "quantised" / digest[:20]
 
 
-def _also_write(tensors: Iterator[tuple[str, Tensor]], to: Path, log: Log) -> Iterator[tuple[str, Tensor]]:
+def _also_write(
+    tensors: Iterator[tuple[str, Shaped[Tensor, " ..."]]], to: Path, log: Log
+) -> Iterator[tuple[str, Shaped[Tensor, " ..."]]]:
     """Yield the tensors and write them to disk too; if that fails, warn and continue."""
     writer = _Writer(to, log)
     try:
@@ -180,7 +185,7 @@ class _Writer:
         with self._disk_errors_end_the_copy():
             self._folder = self._stack.enter_context(files.new_dir(to))
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Shaped[Tensor, " ..."]) -> None:
         if self._folder is None:
             return
         self._pending[name] = tensor.cpu().contiguous()
@@ -234,7 +239,7 @@ class RowEmbedding(nn.Module):
         self.place, self.dtype, self.device = place, dtype, device
         self.num_embeddings, self.embedding_dim = place.shape
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden"]:
         distinct, inverse = torch.unique(ids, return_inverse=True)
         rows = torch.cat([self.place.read(i, 1) for i in distinct.tolist()]).to(self.device, self.dtype)
         return rows[inverse]
@@ -246,7 +251,7 @@ class RowEmbedding(nn.Module):
 class NarrowHead(nn.Module):
     """A frozen 16-bit head of a model in fp32, widened block by block: x [..., in] -> [..., vocab]."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Float[Tensor, "vocab hidden"]) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.out_features, self.in_features = weight.shape
@@ -256,7 +261,7 @@ class NarrowHead(nn.Module):
         """Wrap ``head``, or return it unchanged if it has a bias or already has the model's dtype."""
         return head if head.weight.dtype is dtype or head.bias is not None else NarrowHead(head.weight.data)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
         return widened(x, lambda: self.weight)
 
 

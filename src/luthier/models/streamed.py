@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,10 @@ from luthier.models.directory import family_of
 from luthier.models.native_model import empty_model, empty_with_buffers, match, refuse_unfit
 from luthier.models.protocols import CausalLM
 
-Read = Callable[[str], Tensor]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    Read = Callable[[str], Float[Tensor, " ..."]]  # reads a tensor by native name
 
 
 def reader(path: Path, config: PretrainedConfig) -> Read:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from luthier.lora.layers import LoraLinear
 from luthier.models.protocols import ModuleTree
 from luthier.models.quantization import QuantLinear
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 
 @dataclass(slots=True)
 class Routes:
@@ -21,7 +25,7 @@ class Routes:
     groups: (adapter, row indices); None instead of indices if the whole batch uses this adapter.
     """
 
-    groups: list[tuple[str, Tensor | None]] = field(default_factory=list)
+    groups: list[tuple[str, Int[Tensor, " _rows"] | None]] = field(default_factory=list)
 
     def set(self, adapters: list[str | None], device: torch.device) -> None:
         """Assign adapters to the rows of the next batch. adapters: one per row, None for the base model."""
@@ -47,7 +51,7 @@ class BankLinear(nn.Module):
         """Add an adapter's update. dtype: of the base model, so that A and B are converted only once."""
         self._updates[adapter] = (layer.lora_A.detach().to(dtype), layer.lora_B.detach().to(dtype), layer.scaling)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "rows tokens in"]) -> Float[Tensor, "rows tokens out"]:
         """x [rows, tokens, in] -> [rows, tokens, out]."""
         out: Tensor = self.base(x)
         for adapter, rows in self._routes.groups:

@@ -12,12 +12,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [1, heads, tokens, dim]
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    # keys and values of each layer
+    Layers = list[tuple[Float[Tensor, "1 kv_heads tokens head_dim"], Float[Tensor, "1 kv_heads tokens head_dim"]]]
+
 _CHUNK = 64  # buffers grow in multiples of this many tokens
 
 
@@ -62,7 +68,7 @@ class BatchCache(Cache):  # type: ignore[misc]
             for k, v in zip(self._keys, self._values, strict=True)
         ]
 
-    def begin(self, device: torch.device) -> Tensor:
+    def begin(self, device: torch.device) -> Int[Tensor, "rows 1"]:
         """Prepare a forward pass of one token per row; returns the positions [rows, 1]."""
         positions = torch.tensor(self.lengths, device=device)
         self._at = torch.arange(len(self.lengths), device=device), positions
@@ -74,7 +80,14 @@ class BatchCache(Cache):  # type: ignore[misc]
         """Count the new tokens, after the forward pass."""
         self.lengths = [n + 1 for n in self.lengths]
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        key: Float[Tensor, "rows kv_heads 1 head_dim"],
+        value: Float[Tensor, "rows kv_heads 1 head_dim"],
+        layer_idx: int,
+        *_: object,
+        **__: object,
+    ) -> tuple[Float[Tensor, "rows kv_heads tokens head_dim"], Float[Tensor, "rows kv_heads tokens head_dim"]]:
         """Store the new key and value [rows, heads, 1, dim]; returns those of all tokens so far."""
         rows, positions = self._at
         for buffer, new in ((self._keys[layer_idx], key), (self._values[layer_idx], value)):

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,9 +22,14 @@ from luthier.errors import ModelError, UserError
 from luthier.inference.generation import Sampling
 from luthier.models.protocols import CausalLM
 from luthier.serving.adapters import Routes
-from luthier.serving.cache import BatchCache, Layers, Prefixes, dynamic_cache, layers_in
+from luthier.serving.cache import BatchCache, Prefixes, dynamic_cache, layers_in
 from luthier.serving.head import slice_head
 from luthier.serving.sampler import Sampler
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    from luthier.serving.cache import Layers
 
 PROMPT_TOKENS_PER_STEP = 512  # limit on new prompt tokens between two decoding steps (at least one prompt is read)
 
@@ -204,7 +210,7 @@ class Engine:
             self._rows.append(row)
         return len(request.ids) - request.reused
 
-    def _prefill(self, adapter: str | None, ids: Sequence[int]) -> tuple[Tensor, Layers, int]:
+    def _prefill(self, adapter: str | None, ids: Sequence[int]) -> tuple[Float[Tensor, "1 vocab"], Layers, int]:
         """Return a prompt's last logits [1, vocabulary], its keys and values, and how many tokens were cached."""
         device = self.model.device
         prefix = self._prefixes.longest(adapter, ids)
@@ -234,7 +240,9 @@ class Engine:
             if row not in unfinished:
                 self._remove(row)
 
-    def _forward(self, ids: Tensor, positions: Tensor, length: int, cache: Cache) -> Tensor:
+    def _forward(
+        self, ids: Int[Tensor, "rows tokens"], positions: Int[Tensor, "rows tokens"], length: int, cache: Cache
+    ) -> Float[Tensor, "rows vocab"]:
         """Run the model on ids and positions [rows, tokens]; returns the last tokens' logits [rows, vocabulary].
 
         length: number of keys, cached ones included.
@@ -249,7 +257,9 @@ class Engine:
         )
         return out.logits[:, -1].float()
 
-    def _mask(self, positions: Tensor, length: int) -> Tensor | dict[str, Tensor]:
+    def _mask(
+        self, positions: Int[Tensor, "rows tokens"], length: int
+    ) -> Float[Tensor, "rows 1 tokens keys"] | dict[str, Float[Tensor, "rows 1 tokens keys"]]:
         """Return the mask [rows, 1, tokens, length]: 0 for visible keys, -inf elsewhere.
 
         If the model's layers differ, one mask per type of layer.
@@ -265,7 +275,7 @@ class Engine:
             return {kind: within(window) for kind, window in self._windows.items()}
         return within(self._windows)
 
-    def _next_tokens(self, rows: list[_BatchRow], logits: Tensor) -> list[_BatchRow]:
+    def _next_tokens(self, rows: list[_BatchRow], logits: Float[Tensor, "rows vocab"]) -> list[_BatchRow]:
         """Choose each row's next token and pass it to ``on_token``; returns the rows that are not finished."""
         best, ids = logits.max(-1)
         most_likely, is_nan = ids.tolist(), best.isnan().tolist()
@@ -336,7 +346,7 @@ def _cannot(model: CausalLM, why: str) -> ModelError:
     return ModelError(f"models of type {model.config.model_type} cannot be served: {why}", "use luthier chat instead")
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def _distance(a: Float[Tensor, "1 vocab"], b: Float[Tensor, "1 vocab"]) -> float:
     b = b.float()
     return float((a - b).norm() / (b - b.mean()).norm().clamp_min(1e-30))
 
@@ -355,7 +365,7 @@ def _windows(config: PretrainedConfig) -> int | dict[str, int | None] | None:
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 
-def _with_logprobs(token: int, logits: Tensor, count: int | None) -> Token:
+def _with_logprobs(token: int, logits: Float[Tensor, " vocab"], count: int | None) -> Token:
     if count is None:
         return Token(token)
     logprobs = torch.log_softmax(logits, -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from transformers import (
 )
 
 from luthier.inference.generation import Sampling
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Sampler:
@@ -43,7 +47,7 @@ class Sampler:
         """Whether the next token is always the most likely one, without penalties."""
         return self._generator is None and not self._penalties
 
-    def next(self, logits: Tensor, previous: Sequence[int]) -> int:
+    def next(self, logits: Float[Tensor, "1 vocab"], previous: Sequence[int]) -> int:
         """Choose the next token. logits [1, vocabulary] fp32; previous: ids of the prompt and the reply so far."""
         if self._penalties:
             ids = torch.tensor([list(previous)], device=self._device)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +32,9 @@ from luthier.training.metrics import Progress
 from luthier.training.optimizer import Optimizer
 from luthier.types import Log
 
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
+
 TENSORS, STATE = "state.safetensors", "state.json"
 _PARTS = ("lora_A", "lora_B")
 
@@ -44,7 +48,7 @@ class Checkpoint:
     identity: dict[str, str]
     machine: dict[str, object]
     scaler: dict[str, object]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Shaped[Tensor, " ..."]]
 
 
 def machine() -> dict[str, object]:
@@ -155,7 +159,7 @@ def restore_adapter(checkpoint: Checkpoint, layers: Mapping[str, LoraLinear]) ->
                 getattr(layer, part).copy_(checkpoint.tensors[f"{name}.{part}"])
 
 
-def _tensors(layers: Mapping[str, LoraLinear], optimizer: Optimizer) -> dict[str, Tensor]:
+def _tensors(layers: Mapping[str, LoraLinear], optimizer: Optimizer) -> dict[str, Shaped[Tensor, " ..."]]:
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         for part in _PARTS:

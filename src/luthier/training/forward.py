@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ from luthier.models.protocols import CausalLM
 from luthier.models.quantization import QuantLinear
 from luthier.types import Example
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
-def supervised_logits(model: CausalLM, batch: DeviceBatch) -> Tensor:
+
+def supervised_logits(model: CausalLM, batch: DeviceBatch) -> Float[Tensor, "targets vocab"]:
     """Return the logits [N, V] at the N supervised positions; the head skips all others."""
     out = model(
         input_ids=batch.input_ids,
@@ -38,13 +42,13 @@ def supervised_logits(model: CausalLM, batch: DeviceBatch) -> Tensor:
     return logits
 
 
-def loss_sum(model: CausalLM, batch: DeviceBatch) -> Tensor:
+def loss_sum(model: CausalLM, batch: DeviceBatch) -> Float[Tensor, ""]:
     """Sum the cross-entropy of the batch's supervised tokens, [] fp32; the caller divides by the step's token count."""
     return F.cross_entropy(supervised_logits(model, batch).float(), batch.target_ids, reduction="sum")
 
 
 @torch.no_grad()
-def token_losses(model: CausalLM, batch: DeviceBatch) -> Tensor:
+def token_losses(model: CausalLM, batch: DeviceBatch) -> Float[Tensor, " targets"]:
     """Return the cross-entropy of each supervised token, [N] fp32."""
     return F.cross_entropy(supervised_logits(model, batch).float(), batch.target_ids, reduction="none")
 
@@ -105,7 +109,7 @@ def verify_segments(model: CausalLM, examples: Sequence[Example], kernel: str = 
         raise _cannot(model, "its own attention differs from plain causal attention")
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def _distance(a: Float[Tensor, "targets vocab"], b: Float[Tensor, "targets vocab"]) -> float:
     """Norm of the difference, divided by the norm of ``b`` minus its mean."""
     return float((a - b).norm() / (b - b.mean()).norm().clamp_min(1e-30))
 
@@ -173,10 +177,12 @@ class _OwnLayer:
     block: nn.Module
     batch: DeviceBatch
     stream: Stream
-    out_rows: Tensor
+    out_rows: Int[Tensor, " outputs"]
     parameters: Sequence[nn.Parameter]
 
-    def forward_backward(self, x: Tensor, grad: Tensor) -> list[Tensor]:
+    def forward_backward(
+        self, x: Float[Tensor, "tokens hidden"], grad: Float[Tensor, "outputs hidden"]
+    ) -> list[Float[Tensor, " ..."]]:
         """x [T, H], grad [U, H] -> output [U, H], input gradient [T, H], gradients of the parameters."""
         x = x.detach().requires_grad_()
         cos_sin = (self.stream.cos[None].to(x.dtype), self.stream.sin[None].to(x.dtype))
@@ -207,11 +213,11 @@ class _Error:
 
 def _errors(
     names: Sequence[str],
-    ours: Sequence[Tensor | None],
+    ours: Sequence[Float[Tensor, " ..."] | None],
     own: Callable[[Tensor, Tensor], list[Tensor]],
     module: nn.Module,
-    x: Tensor,
-    grad: Tensor,
+    x: Float[Tensor, "tokens hidden"],
+    grad: Float[Tensor, "outputs hidden"],
 ) -> list[_Error]:
     """Compare the tensors of ``ours`` (None: not computed) and of ``own`` with ``own`` in fp32."""
     rounded = own(x, grad)
@@ -224,7 +230,7 @@ def _errors(
     ]
 
 
-def _relative_error(name: str, result: Tensor, right: Tensor) -> float:
+def _relative_error(name: str, result: Float[Tensor, "*shape"], right: Float[Tensor, "*shape"]) -> float:
     """The norm of the difference over the norm; of outputs and input gradients, the mean over the tokens.
 
     Some models have a token whose activations are a thousand times those of the others: in one norm over all tokens,
@@ -283,7 +289,7 @@ def _linears_in_fp32(module: nn.Module) -> Iterator[None]:
             del vars(linear)["forward"]
 
 
-def _linear(linear: nn.Linear | QuantLinear, x: Tensor) -> Tensor:
+def _linear(linear: nn.Linear | QuantLinear, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
     """Compute a frozen linear layer in the dtype of ``x``."""
     out = widened(x, linear.dequantised if isinstance(linear, QuantLinear) else lambda: linear.weight)
     return out if linear.bias is None else out + linear.bias.to(x.dtype)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,7 +39,10 @@ from luthier.training.metrics import Progress, StepRecord
 from luthier.training.optimizer import Optimizer, learning_rate
 from luthier.types import Batch, Example, Log
 
-LossOf = Callable[[DeviceBatch], Tensor]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    LossOf = Callable[[DeviceBatch], Float[Tensor, ""]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +190,7 @@ class _Steps:
 
 def accumulate(
     loss_of: LossOf, batches: Sequence[DeviceBatch], optimizer: Optimizer, dropout: DropoutState | None = None
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """Accumulate the gradients of one step's mean loss over its micro-batches; return it, [] fp32 on the device."""
     supervised = sum(b.target_ids.shape[0] for b in batches)
     total: Tensor | None = None
@@ -201,7 +205,7 @@ def accumulate(
     return total
 
 
-def gate(loss: Tensor, layers: Mapping[str, LoraLinear], batches: Sequence[Batch]) -> None:
+def gate(loss: Float[Tensor, ""], layers: Mapping[str, LoraLinear], batches: Sequence[Batch]) -> None:
     """Check, after the first backward pass, that the loss is finite and a gradient reaches every adapter layer.
 
     Raises TrainError.
@@ -223,7 +227,7 @@ def gate(loss: Tensor, layers: Mapping[str, LoraLinear], batches: Sequence[Batch
         )
 
 
-def _is_finite(tensor: Tensor | None) -> bool:
+def _is_finite(tensor: Float[Tensor, " ..."] | None) -> bool:
     return tensor is not None and bool(torch.isfinite(tensor).all())
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from luthier.config import TrainConfig
 from luthier.models.quantization import library
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 
 def substitute(name: str, device: str) -> str | None:
@@ -48,7 +51,7 @@ class Optimizer:
         self._scaler = torch.amp.GradScaler(device) if fp16 else None
         self.skips = fp16  # a step whose gradients overflow is skipped, and the scale is halved
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Float[Tensor, ""]) -> None:
         """Add the gradients of ``loss``, scaled if fp16."""
         scaled: Tensor = self._scaler.scale(loss) if self._scaler else loss
         scaled.backward()  # type: ignore[no-untyped-call]
@@ -58,7 +61,7 @@ class Optimizer:
         if self._scaler:
             self._scaler.unscale_(self.adamw)
 
-    def update(self, lr: float) -> Tensor:
+    def update(self, lr: float) -> Float[Tensor, ""]:
         """Clip the gradients, take a step and clear them. Call ``unscale`` first.
 
         Returns [] fp32: the norm of the gradients before clipping.
@@ -75,13 +78,13 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
-    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def moments(self, parameter: nn.Parameter) -> dict[str, Shaped[Tensor, " ..."]]:
         """Return the optimizer state of one parameter, without tables that all parameters share."""
         state = self.adamw.state[parameter]
         shared = ("step", "qmap1", "qmap2")
         return {name: t for name, t in state.items() if isinstance(t, Tensor) and name not in shared}
 
-    def restore(self, parameter: nn.Parameter, step: int, moments: dict[str, Tensor]) -> None:
+    def restore(self, parameter: nn.Parameter, step: int, moments: dict[str, Shaped[Tensor, " ..."]]) -> None:
         """Restore the state that one parameter had after ``step`` steps."""
         state = self.adamw.state[parameter]
         if self.kind == "adamw_torch":

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from gguf import GGUFWriter, RopeScalingType
@@ -18,6 +18,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from luthier.errors import ModelError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
@@ -98,17 +101,19 @@ def tensor_name(native: str) -> str:
     return f"{name}.{suffix}" if suffix else name
 
 
-def reordered(config: PretrainedConfig, native: str) -> Callable[[Tensor], Tensor]:
+def reordered(config: PretrainedConfig, native: str) -> Callable[[Float[Tensor, "*shape"]], Float[Tensor, "*shape"]]:
     """Return the function that puts a tensor's rows [heads * size, ...] in llama.cpp's order."""
     return _transposed_rows(config, native, (2, -1))
 
 
-def restored(config: PretrainedConfig, native: str) -> Callable[[Tensor], Tensor]:
+def restored(config: PretrainedConfig, native: str) -> Callable[[Float[Tensor, "*shape"]], Float[Tensor, "*shape"]]:
     """Return the inverse of ``reordered``."""
     return _transposed_rows(config, native, (-1, 2))
 
 
-def _transposed_rows(config: PretrainedConfig, native: str, split: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+def _transposed_rows(
+    config: PretrainedConfig, native: str, split: tuple[int, int]
+) -> Callable[[Float[Tensor, "*shape"]], Float[Tensor, "*shape"]]:
     """Transpose the rows of each head, reshaped to ``split``, for queries and keys of architectures with pairs."""
     part = re.search(r"\.([qk])_proj(\.|$)", native)
     if not ARCHITECTURES[config.model_type].pairs or not part:

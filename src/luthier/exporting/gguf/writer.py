@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,7 +44,9 @@ from luthier.exporting.merge import merged_tensors, template_text
 from luthier.lora.layers import scaling
 from luthier.models.chat_format import ChatFormat
 from luthier.models.native_model import empty_model, native_names
-from luthier.models.streamed import Read
+
+if TYPE_CHECKING:
+    from luthier.models.streamed import Read
 
 _F16, _F32 = GGMLQuantizationType.F16, GGMLQuantizationType.F32
 _Q8_0 = GGMLQuantizationType.Q8_0

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 Modules = Mapping[str, tuple[tuple[str, int], ...]]
 """Published linear module -> its native modules, with the number of rows of each (0: all)."""
@@ -42,7 +46,9 @@ class Rule:
 
         return Rule(name(self.source), tuple(map(name, self.parts)), self.rows, self.unit_rows)
 
-    def split(self, tensor: Tensor, dtype: torch.dtype, own: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def split(
+        self, tensor: Shaped[Tensor, "rows ..."], dtype: torch.dtype, own: bool = False
+    ) -> Iterator[tuple[str, Shaped[Tensor, "_rows ..."]]]:
         """Split a tensor [sum(rows), ...] into its parts; yields each name and its tensor in ``dtype``.
 
         own: the caller does not use ``tensor`` any more, so that a part may reuse its memory.
