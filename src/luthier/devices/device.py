@@ -43,7 +43,11 @@ def _field(key: str) -> str:
 
 def pick_device() -> torch.device:
     """Return the device for training: CUDA if available, else the CPU."""
-    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # cuBLAS is deterministic only with a workspace of fixed size, which torch reads once, before the first product
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return torch.device("cuda")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -73,20 +77,18 @@ def _cpu_has_bf16() -> bool:
 def deterministic(device: torch.device) -> Iterator[None]:
     """Use deterministic kernels within the block, so that a resumed run on CUDA equals an uninterrupted one.
 
-    On CUDA the gradient of ``index_select``, for one, otherwise adds in an order that changes from run to run.
-    Source: https://docs.pytorch.org/docs/stable/notes/randomness.html. The CPU's kernels are deterministic.
+    On CUDA the gradient of ``index_select``, for one, otherwise adds in an order that changes from run to run. torch
+    warns of an operation that has no deterministic kernel, and the block continues. The CPU's kernels are deterministic.
+    Source: https://docs.pytorch.org/docs/stable/notes/randomness.html.
     """
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace only
     settings: Any = torch.utils.deterministic
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     settings.fill_uninitialized_memory = False  # it costs a pass over memory, and no result of ours depends on it
     try:
         yield

@@ -130,10 +130,12 @@ def losses(
     """
     recompute = config.gradient_checkpointing is True
     with ExitStack() as stack:
-        if config.fused and session.attention == "auto":
-            if native.needs_compilation() and not unsuitable(model, layers):
-                session.log("compiling the training step for this processor, once (about 10 s)")
+        if config.fused:
             try:
+                if session.attention != "auto":
+                    raise Unsuitable(f"model.attn_implementation is {session.attention}")
+                if native.needs_compilation() and not unsuitable(model, layers):
+                    session.log("compiling the training step for this processor, once (about 10 s)")
                 with ExitStack() as tried:
                     compiled = tried.enter_context(compiled_model(model, layers, dropout, recompute))
                     verify_compiled(compiled, model, examples)
