@@ -114,7 +114,7 @@ def test_no_file_mentions_this_machine() -> None:
     for name in tracked:
         path = ROOT / name
         if (
-            path.suffix in (".py", ".md", ".toml", ".yaml", ".txt", "")
+            path.suffix in (".py", ".md", ".toml", ".yaml", ".yml", ".cff", ".ipynb", ".txt", "")
             and path.is_file()
             and path.name not in ("test_docs.py", "LICENSE")
         ):

@@ -301,11 +301,11 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("number", "reason", "fix"),
     [
-        (errno.ENOSPC, "there is not enough disk space (No space left on device)", "free some disk space"),
-        (errno.EDQUOT, "your disk quota is exhausted (Disk quota exceeded)", "a larger quota"),
-        (errno.EFBIG, "the file would exceed the file size limit (File too large)", "ulimit -f unlimited"),
-        (errno.EROFS, "Read-only file system", "choose a path that can be written"),
-        (errno.EACCES, "Permission denied", "choose a path that can be written"),
+        (errno.ENOSPC, "there is not enough disk space ({})", "free some disk space"),
+        (errno.EDQUOT, "your disk quota is exhausted ({})", "a larger quota"),
+        (errno.EFBIG, "the file would exceed the file size limit ({})", "ulimit -f unlimited"),
+        (errno.EROFS, "{}", "choose a path that can be written"),
+        (errno.EACCES, "{}", "choose a path that can be written"),
     ],
 )
 def test_a_failed_write_is_reported_with_its_own_reason(
@@ -318,7 +318,9 @@ def test_a_failed_write_is_reported_with_its_own_reason(
     monkeypatch.setattr(files.os, "fsync", refuse)
     with pytest.raises(UserError) as e:
         files.write_json(path, {})
-    assert e.value.message.removeprefix(f"{path}: ").removesuffix("; no partial file was left") == reason
+    assert e.value.message.removeprefix(f"{path}: ").removesuffix("; no partial file was left") == reason.format(
+        os.strerror(number)
+    )
     assert fix in e.value.fix
     assert list(tmp_path.iterdir()) == []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier._util.installation import command_line, install_command
+from luthier._util.installation import command_line, install_command, pip_install
 from luthier.verbs import doctor
 from tests.conftest import Result
 from tests.helpers.layout import SOURCE
@@ -137,3 +137,16 @@ def test_no_message_has_a_command_of_its_own() -> None:
     for path in SOURCE.rglob("*.py"):
         if path.name != "installation.py":
             assert "luthier[" not in path.read_text(encoding="utf-8"), path
+
+
+def test_a_source_tree_that_is_not_installed_is_named(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.distributions", lambda **_: [])
+    assert install_command("export") == command_line(["pip", "install", "-e", f"{SOURCE.parents[1]}[export]"])
+
+
+def test_an_environment_without_pip_is_changed_by_uv(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    (programs / PIP).unlink()
+    assert pip_install("vllm") == command_line([sys.executable, "-m", "pip", "install", "vllm"])
+    (programs / ("uv.exe" if sys.platform == "win32" else "uv")).touch(0o755)
+    assert pip_install("vllm") == command_line(["uv", "pip", "install", "--python", sys.executable, "vllm"])

@@ -7,6 +7,7 @@ each case. Source for how a package was installed: PEP 610 (``direct_url.json``)
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import shlex
 import shutil
@@ -24,8 +25,14 @@ def install_command(extra: str) -> str:
     from a wheel                     pip install 'luthier[export]'
     from a checkout                  pip install '/path/to/checkout[export]', with -e if the installation is editable
     the environment is not active    /path/to/.venv/bin/python -m pip install ...
+    the environment has no pip       uv pip install --python /path/to/.venv/bin/python ...
     """
-    return command_line([*_pip(), "install", *_requirement(extra)])
+    return pip_install(*_requirement(extra))
+
+
+def pip_install(*requirements: str) -> str:
+    """Return the command that installs packages into the environment of this process."""
+    return command_line([*_pip(), *requirements])
 
 
 def command_line(words: Sequence[str]) -> str:
@@ -34,10 +41,12 @@ def command_line(words: Sequence[str]) -> str:
 
 
 def _pip() -> list[str]:
-    """``pip`` if that is the one of this process's virtual environment, else this interpreter's by its full path."""
+    """Return the words before the requirements, for the environment's own pip or, if it has none, for uv."""
+    if importlib.util.find_spec("pip") is None and shutil.which("uv"):
+        return ["uv", "pip", "install", "--python", sys.executable]
     pip = shutil.which("pip")
     active = pip is not None and Path(pip).parent.resolve() == Path(sys.executable).parent.resolve()
-    return ["pip"] if active and sys.prefix != sys.base_prefix else [sys.executable, "-m", "pip"]
+    return [*(["pip"] if active and sys.prefix != sys.base_prefix else [sys.executable, "-m", "pip"]), "install"]
 
 
 def _requirement(extra: str) -> list[str]:
@@ -54,5 +63,6 @@ def _checkout() -> tuple[Path | None, bool]:
         directory = Path(url2pathname(urlsplit(origin.get("url", "")).path))
         if "dir_info" in origin and (directory / "pyproject.toml").is_file():
             return directory, bool(origin["dir_info"].get("editable"))
-        break
-    return None, False
+        return None, False
+    source = Path(__file__).parents[3]  # luthier is imported from a source tree that is not installed
+    return (source, True) if (source / "pyproject.toml").is_file() else (None, False)

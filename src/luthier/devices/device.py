@@ -78,7 +78,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
     """Use deterministic kernels within the block, so that a resumed run on CUDA equals an uninterrupted one.
 
     On CUDA the gradient of ``index_select``, for one, otherwise adds in an order that changes from run to run. torch
-    warns of an operation that has no deterministic kernel, and the block continues. The CPU's kernels are deterministic.
+    warns of an operation without a deterministic kernel, and continues. The CPU's kernels are deterministic.
     Source: https://docs.pytorch.org/docs/stable/notes/randomness.html.
     """
     if device.type != "cuda":

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from luthier._util.installation import pip_install
 from luthier.errors import ConfigError, MissingPackageError
 from luthier.models.chat_format import ChatFormat, load_chat_format
 from luthier.models.directory import family_of
@@ -50,7 +51,9 @@ def hand_over(
     log(command_line)
     program = shutil.which("vllm")
     if program is None:
-        raise MissingPackageError("the program vllm is not installed", "pip install vllm, or leave --engine vllm out")
+        raise MissingPackageError(
+            "the program vllm is not installed", f"{pip_install('vllm')}, or leave --engine vllm out"
+        )
     key = api_key or secrets.token_urlsafe(24)
     if api_key is None:
         log(f"API key: {key}")

@@ -29,7 +29,6 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn"),
     "export": ("xllamacpp",),
     "bench": ("datasets", "peft"),
-    "docs": ("mkdocs-material", "mkdocstrings-python"),
 }
 
 

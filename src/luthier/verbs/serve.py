@@ -28,7 +28,7 @@ def serve(
     """Serve runs that share a base model over OpenAI's API, until interrupted. Raises UserError.
 
     paths:     runs, adapter directories, or a base or merged model; each is served under its directory's name.
-    port:      0 chooses a free one. api_key: None creates a random one and prints it.
+    port:      0 chooses a free one. api_key: None creates a random one and passes it to ``log``.
     max_batch: maximum number of replies per batch. max_queue: maximum number of waiting requests.
     """
     http.require()
