@@ -76,6 +76,10 @@ def test_links_are_valid(page: str) -> None:
         assert target.startswith("http") or Path(target).name in GENERATED or (path.parent / target).exists(), target
 
 
+def test_lines_of_the_readme_are_short() -> None:
+    assert [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if len(line) > 120] == []
+
+
 def test_both_readmes_have_the_same_commands() -> None:
     assert commands(READMES[0]) == commands(READMES[1])
 
