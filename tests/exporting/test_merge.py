@@ -279,6 +279,22 @@ def damage(what: str, base: Path, adapter: Path) -> None:
                 shutil.copyfile(other / name, base / name)
 
 
+@pytest.mark.parametrize("argv", [*EXPORTS, ["export", "--to", "gguf-lora"]], ids=" ".join)
+def test_an_adapter_whose_matrices_differ_in_rank_is_refused(argv: list[str], luthier: Run, tmp_path: Path) -> None:
+    """A stock adapter has no digest of its file, so only the shapes show the damage."""
+    base = published.yi(tmp_path / "base")
+    adapter = tuned(base, tmp_path / "adapter")
+    (adapter / "luthier.json").unlink()
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = next(name for name in tensors if "lora_A" in name)
+    save_file({**tensors, first: tensors[first][:-1].contiguous()}, file)
+    done = luthier(*argv, "--model", base, "--adapter", adapter, "--output-dir", tmp_path / "out")
+    assert done.code == 2, (done.out, done.err)
+    assert "[3, " in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damaged_inputs_are_refused_and_outputs_are_untouched(what: str, luthier: Run, tmp_path: Path) -> None:
     base = published.yi(tmp_path / "base")

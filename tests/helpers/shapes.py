@@ -88,14 +88,14 @@ def typing_blocks(tree: ast.Module) -> list[ast.If]:
 
 def names(tree: ast.Module) -> set[str]:
     """List the names of a module that may stand for shapes: those imported from jaxtyping, and aliases of types."""
-    found: dict[str, set[str]] = {"jaxtyping": set(), PACKAGE: set(), "": set()}
+    imported: dict[str, set[str]] = {"jaxtyping": set(), PACKAGE: set(), "": set()}
     for node in (s for block in typing_blocks(tree) for s in block.body):
         if isinstance(node, ast.ImportFrom):
             package = str(node.module).partition(".")[0]
-            found.get(package, set()).update(alias.asname or alias.name for alias in node.names)
+            imported.get(package, set()).update(alias.asname or alias.name for alias in node.names)
         elif isinstance(node, ast.Assign):
-            found[""] |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return set[str]().union(*found.values()) if found["jaxtyping"] else set()
+            imported[""] |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return set[str]().union(*imported.values()) if imported["jaxtyping"] else set()
 
 
 def shaped(body: Sequence[ast.stmt], names: set[str]) -> Iterator[ast.FunctionDef | ast.ClassDef]:

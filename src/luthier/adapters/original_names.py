@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Update:
     """The low-rank update of one module, ``scaling * B @ A``: A [r, in], B [out, r].
 
-    The ranks of A and B from a file may differ; ``adapters.directory.apply`` refuses such an adapter.
+    The ranks of A and B from a file may differ; applying, merging and exporting refuse such an adapter.
     """
 
     a: Float[Tensor, "_rank in"]

@@ -109,6 +109,13 @@ def pending_updates(tuned: TunedModel, chat_format: ChatFormat) -> dict[str, Upd
             f"{tuned.adapter.path}: adapts {', '.join(unknown[:8])}, which the base model does not have",
             "use the base model it was trained on",
         )
+    ranks = next((n for n, u in pending.items() if u.a.shape[0] != u.b.shape[1]), None)
+    if ranks:
+        a, b = pending[ranks].a, pending[ranks].b
+        raise AdapterError(
+            f"{tuned.adapter.path}: is damaged: A of {ranks} is {list(a.shape)} and its B is {list(b.shape)}",
+            "use an undamaged copy of the adapter",
+        )
     wrong = next((n for n, u in pending.items() if (u.b.shape[0], u.a.shape[1]) != shapes[n]), None)
     if wrong:
         raise AdapterError(

@@ -12,7 +12,7 @@ from luthier.adapters.directory import updates
 from luthier.adapters.locate import TunedModel
 from luthier.adapters.original_names import Update, to_native, to_original
 from luthier.errors import AdapterError
-from luthier.exporting.merge import check_layout, delta, free
+from luthier.exporting.merge import check_layout, delta, free, pending_updates
 
 
 def write(tuned: TunedModel, to: Path, layout: str) -> None:
@@ -24,7 +24,7 @@ def write(tuned: TunedModel, to: Path, layout: str) -> None:
     chat_format = tuned.chat_format()
     check_layout(tuned, chat_format, layout)
     modules = chat_format.modules()
-    native = to_native(updates(tuned.adapter), modules)
+    native = pending_updates(tuned, chat_format)
     with files.new_dir(to) as temp:
         adapters.save_plain(temp, to_original(native, modules) if layout == "original" else native, tuned.base)
         _compare(native, to_native(updates(adapters.load(temp)), modules), to)
