@@ -22,6 +22,16 @@ ORDER = (
 )  # fmt: skip
 
 
+def typing_only(tree: ast.Module) -> set[int]:
+    """Return the ``id`` of every node inside an ``if TYPE_CHECKING:`` block: what a type checker sees and no run."""
+    return {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+
+
 def modules() -> dict[str, ast.Module]:
     """Parse every module of luthier; the result is by dotted name."""
     trees = {}

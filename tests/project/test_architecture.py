@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from luthier.cli.main import app
-from tests.helpers.layout import ORDER, PAGE, ROOT, SOURCE, modules, top, written
+from tests.helpers.layout import ORDER, PAGE, ROOT, SOURCE, modules, top, typing_only, written
 
 LINES_A_FILE, LINES_A_FUNCTION = 400, 80
 PLACE = {name: i for i, name in enumerate(ORDER)}
@@ -26,14 +26,9 @@ CALLED_BEFORE, CALLED_AT_MOST = 64, 48  # modules used by one run before package
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
     """Yield (imported module of luthier, whether at the top of the file). Imports under TYPE_CHECKING do not count."""
-    typing_only = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
+    unseen = typing_only(tree)
     for node in ast.walk(tree):
-        if id(node) in typing_only:
+        if id(node) in unseen:
             continue
         at_top = node in tree.body
         if isinstance(node, ast.ImportFrom):

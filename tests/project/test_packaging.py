@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from luthier import __version__
 from luthier.cli.main import app
 from tests.conftest import ROOT
-from tests.helpers.layout import SOURCE, modules
+from tests.helpers.layout import SOURCE, modules, typing_only
 
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT: dict[str, Any] = PYPROJECT["project"]
@@ -116,14 +116,9 @@ def test_the_classifiers_claim_what_is_supported() -> None:
 
 def imported(tree: ast.Module) -> Iterator[tuple[str, bool]]:
     """Yield (top-level package, whether importing the module requires it) of every import that runs."""
-    typing_only = {
-        id(n)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
-        for n in ast.walk(block)
-    }
+    unseen = typing_only(tree)
     for node in ast.walk(tree):
-        if id(node) not in typing_only and isinstance(node, ast.Import | ast.ImportFrom):
+        if id(node) not in unseen and isinstance(node, ast.Import | ast.ImportFrom):
             for name in [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]:
                 yield name.partition(".")[0], node in tree.body
 

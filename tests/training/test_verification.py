@@ -165,3 +165,16 @@ def test_training_continues_without_refused_kernels(tokenizer: Tokenizer) -> Non
     model = make_model("llama")
     expected = loop.train(model, with_adapter(model), rows, TrainConfig(**config, fused=False)).losses
     assert np.array_equal(losses, expected)
+
+
+def test_a_chosen_attention_kernel_is_reported_as_the_reason_why_compiled_layers_are_not_used(
+    tokenizer: Tokenizer,
+) -> None:
+    config: dict[str, Any] = {"gradient_checkpointing": False, "max_steps": 1}
+    rows, model, messages = examples(tokenizer, 7), make_model("llama"), list[str]()
+    session = loop.Session(attention="looped", log=messages.append)
+    loop.train(model, with_adapter(model), rows, TrainConfig(**config, fused="auto"), session)
+    assert any("not used (model.attn_implementation is looped)" in line for line in messages), messages
+    model = make_model("llama")
+    with pytest.raises(ConfigError, match="model.attn_implementation is looped"):
+        loop.train(model, with_adapter(model), rows, TrainConfig(**config, fused=True), session)

@@ -82,9 +82,9 @@ def main() -> None:
         fail(
             UserError(
                 "there is not enough memory",
-                "a smaller model, one in 4 bits (--set model.load_in_4bit=true), or in training smaller micro-batches: "
-                "--set train.micro_batch_tokens=0 --set train.per_device_train_batch_size=1 "
-                "--set train.gradient_checkpointing=true",
+                "use a smaller model; in training, also: --set train.micro_batch_tokens=0 "
+                "--set train.per_device_train_batch_size=1 --set train.gradient_checkpointing=true "
+                "--set model.load_in_4bit=true",
             )
         )
         sys.exit(2)
