@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import luthier
 from luthier import personas
+from luthier.adapters.run_dir import Summary
 from luthier.batching.collate import collate, to_device
 from luthier.config import LoraConfig
 from luthier.devices.device import deterministic, pick_device
@@ -305,7 +306,7 @@ def small_model(folder: Path) -> Path:
 
 def _train(
     model: Path, run: Path, settings: dict[str, Any] | None = None, report: Callable[[str], None] = lambda _: None
-) -> dict[str, object]:
+) -> Summary:
     """Train on the shipped rows with few steps; settings override the defaults by key."""
     values = {"model": {"path": model}, "data": {"train": personas.TEAHOUSE}, "output_dir": run}
     return luthier.train(luthier.build(values, {**DEFAULTS, **(settings or {})}), log=report)

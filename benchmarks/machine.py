@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.devices.device import DTYPES, cpu_name, memory_bytes
+from luthier.devices.device import DTYPES, cpu_name, physical_memory
 from luthier.models.native_model import empty_model
 from luthier.verbs.check import inspect
 from tuned import config
@@ -39,7 +39,7 @@ def facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": [name for name in names if capabilities.get(name)],
-        "memory_gb": round((memory_bytes() or 0) / 1e9, 1),
+        "memory_gb": round((physical_memory() or 0) / 1e9, 1),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }
 

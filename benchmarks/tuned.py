@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         summary = train(config(a.model, a.data, Path(folder) / "run", a.dropout, a.dtype, a.set), force=True)
     keys = ("tokens", "supervised_tokens", "train_seconds", "tokens_per_s", "peak_rss_bytes", "losses")
-    print(json.dumps({name: summary[name] for name in keys}))
+    print(json.dumps({name: value for name, value in summary.items() if name in keys}))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python examples/sft_loop.py MODEL_DIR ROWS.jsonl ADAPTER_DIR [KEY=VALUE ...]
 
-The steps and their results are those of ``luthier train``, without its checkpoints, evaluation and compiled layers.
+The steps and their results are those of ``luthier train`` without compiled layers (``train.fused=false``). Checkpoints,
+the evaluation and the check of memory are left out.
 """
 
 from __future__ import annotations
@@ -11,60 +12,59 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from luthier.adapters import directory as adapters
 from luthier.batching.collate import to_device
 from luthier.batching.plan import Packing, Plan
 from luthier.config import build
-from luthier.data.loader import Loader
-from luthier.devices.device import pick_device, pick_dtype
+from luthier.devices.device import pick_device
+from luthier.encoding.rows import encode_rows
 from luthier.inference.generation import Generator, Sampling
-from luthier.lora.layers import attach, resolve
+from luthier.lora.layers import attach, resolve, share_dropout_state
 from luthier.models.chat_format import chat_format_of
 from luthier.models.directory import fingerprint
-from luthier.models.loader import load_weights
+from luthier.models.loader import open_base, training_dtype
 from luthier.templates import digest
-from luthier.training.forward import loss_sum, segment_attention
-from luthier.training.optimizer import learning_rate
+from luthier.training.forward import checkpointing, loss_sum, segment_attention, verify_segments
+from luthier.training.optimizer import Optimizer, learning_rate
 from luthier.types import Message
 
 
-def main(model_dir: Path, rows: Path, adapter_dir: Path, settings: Sequence[str] = ()) -> list[float]:
+def main(model_dir: Path, data: Path, adapter_dir: Path, settings: Sequence[str] = ()) -> list[float]:
     """Train an adapter, save it, and print one reply. Returns the loss of every step."""
-    config = build({"model": {"path": model_dir}, "data": {"train": [rows]}}, settings=settings)
+    config = build({"model": {"path": model_dir}, "data": {"train": [data]}}, settings=settings)
 
     # Rows become conversations, and conversations become token ids with a loss mask, in the model's own chat format.
     chat_format = chat_format_of(config)
-    loader = Loader(config.data.train, config.data.format, config.data.system)
-    encoded = chat_format.encoder(config.data).stream(loader, loader.report)
-    conversations, examples = zip(*encoded, strict=True)
-    print(f"{len(examples)} of {loader.report.read} rows, {sum(e.supervised for e in examples)} supervised tokens")
+    rows = encode_rows(config.data, config.train.seed, chat_format.encoder(config.data))
+    if rows.report.error:
+        raise rows.report.error
+    print(f"{len(rows.train)} of {rows.report.data_report.read} rows are trained, {len(rows.held_out)} held out")
 
     # The base model is frozen; every linear layer of its decoder gets two small trainable matrices.
-    device = pick_device()
-    model = load_weights(config.model.path, pick_dtype(config.model.dtype, device), device)
+    device, attention = pick_device(), config.model.attn_implementation
+    model = open_base(config.model, training_dtype(config.model, device), device, chat_format.config)
+    verify_segments(model, rows.train, attention)
     targets = resolve(model, config.lora.target_modules, chat_format.modules())
     layers = attach(model, config.lora, targets, config.train.seed)
-    parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
 
     # A step is several micro-batches: its loss is the sum over all of them, divided by the step's supervised tokens.
-    plan = Plan.of(len(examples), config.train)
-    optimizer = torch.optim.AdamW(parameters, weight_decay=config.train.weight_decay)
+    plan = Plan.of(len(rows.train), config.train)
+    optimizer = Optimizer([p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)], config.train)
+    dropout = share_dropout_state(layers)  # masks are computed from the seed and these counters, nothing is stored
+    dropout.seed = config.train.seed
     losses = []
     model.train()
-    with segment_attention(model):  # the rows of a micro-batch lie one after another and do not see each other
-        for step, micro_batches in plan.batches(examples, 0, Packing.of(config.train)):
+    # the rows of a micro-batch lie one after another and do not see each other
+    with segment_attention(model, attention), checkpointing(model, config.train.gradient_checkpointing is True):
+        for step, micro_batches in plan.batches(rows.train, 0, Packing.of(config.train)):
             supervised, total = sum(batch.supervised for batch in micro_batches), 0.0
-            for batch in micro_batches:
+            for micro, batch in enumerate(micro_batches):
+                dropout.step, dropout.micro = step, micro
                 loss = loss_sum(model, to_device(batch, device)) / supervised
-                torch.autograd.backward(loss)
+                optimizer.backward(loss)
                 total += float(loss.detach())
-            torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm or float("inf"))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, plan.steps, config.train)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer.unscale()
+            optimizer.update(learning_rate(step, plan.steps, config.train))
             losses.append(total)
             print(f"step {step + 1}/{plan.steps}: loss {total:.4f}")
     model.eval()
@@ -77,11 +77,12 @@ def main(model_dir: Path, rows: Path, adapter_dir: Path, settings: Sequence[str]
         stop_ids=chat_format.stop_ids,
         base=fingerprint(config.model.path, chat_format.config),
         tokenizer_sha256=chat_format.tokenizer.digest(),
-        data_sha256=loader.fingerprint(),
+        data_sha256=rows.report.fingerprint,
+        rope_theta=config.model.rope_theta,
     )
     adapters.save(adapter_dir, layers, config.lora, targets, facts, config.model.path)
 
-    prompt: list[Message] = [m for m in conversations[0].messages if m.role != "assistant"][:2]
+    prompt: list[Message] = [m for m in rows.report.samples[0].messages if m.role != "assistant"][:2]
     print(Generator(model, chat_format).reply(prompt, Sampling(max_new_tokens=40)).text)
     return losses
 

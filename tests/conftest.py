@@ -30,6 +30,8 @@ from luthier.data.loader import DataReport
 from luthier.data.source import BadRow
 from luthier.encoding import row_cache
 from luthier.errors import UserError
+from luthier.hub.directory import inspect_dir
+from luthier.hub.embedded import state_of
 from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from luthier.verbs.train import train
 from tests.helpers.error_sites import recorder
@@ -153,7 +155,7 @@ def teahouse_run(model_dir: Callable[[str], Path], tmp_path_factory: pytest.Temp
 def smollm2() -> Path:
     """Return the directory of the embedded model, which ``make setup`` downloads."""
     path = hub.default_dir("smollm2-135m")
-    if hub.verify(path, hub.WHEELS["smollm2-135m"]) != "whole":
+    if state_of(inspect_dir(path), hub.WHEELS["smollm2-135m"]) != "whole":
         pytest.skip("the embedded model is missing: luthier pull smollm2-135m")
     return path
 

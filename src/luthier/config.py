@@ -6,7 +6,6 @@ tutorials can map them one to one. All mistakes are reported together, an unknow
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -15,11 +14,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from luthier._util.validation import Mistake, mistakes
 from luthier._util.yaml_text import parse_yaml
-from luthier.errors import ConfigError, nearest
+from luthier.errors import ConfigError
 from luthier.types import SystemRole, TooLong, TrainOn
-
-Mistake = tuple[str, str]  # what is wrong, and what to type
 
 
 def _one_or_many(value: object) -> object:
@@ -54,7 +52,7 @@ class ModelConfig(Section):
         None, gt=0, description="rotary base that replaces the published one (see GLM-4's -hf checkpoint)"
     )
     attn_implementation: Literal["auto", "padded", "looped", "varlen", "reference"] = Field(
-        "auto", description="attention kernel; varlen needs flash-attn, reference is the plain definition"
+        "auto", description="attention kernel; varlen needs flash-attn, reference is the slow reference implementation"
     )
     load_in_4bit: bool = Field(False, description="store the frozen linear layers in 4 bits (QLoRA)")
     load_in_8bit: bool = Field(False, description="store the frozen linear layers in 8 bits")
@@ -75,7 +73,7 @@ class DataConfig(Section):
         min_length=1, description="data files or patterns such as rows/*.jsonl"
     )
     eval: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] = Field(
-        (), description="files of held-out rows, evaluated before and after training"
+        (), description="files of held-out rows; base and tuned model are evaluated on them after training"
     )
     eval_fraction: float = Field(
         0.0, ge=0, lt=1, description="fraction of the distinct prompts to hold out, instead of data.eval"
@@ -124,8 +122,8 @@ class TrainConfig(Section):
     gradient_accumulation_steps: int = Field(4, ge=1, description="micro-batches per optimizer step")
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
-        description="tokens per micro-batch: the rows of a step are regrouped to fill it, which does not change the "
-        "result; 0: per_device_train_batch_size rows in their order; auto: 2048",
+        description="tokens per micro-batch: the rows of a step are regrouped to fill it, which without dropout "
+        "does not change the result; 0: per_device_train_batch_size rows in their order; auto: 2048",
     )
     shared_prefix: bool = Field(
         True, description="compute a prefix that rows of a micro-batch share (the system prompt) once"
@@ -189,35 +187,30 @@ class RunConfig(Section):
     output_dir: Path | None = Field(None, description="the run's directory")
 
     def dump(self) -> dict[str, dict[str, object]]:
-        """Plain values, as in ``run.yaml``."""
+        """Return plain values, as in ``run.yaml``."""
         return self.model_dump(mode="json")
 
 
-def all_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted key, in order."""
-    keys: list[str] = []
+def all_keys() -> list[str]:
+    """List every dotted key, in order."""
+    return list(_fields())
+
+
+def _fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, FieldInfo]:
+    """Return every field by its dotted key."""
+    fields: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            keys += all_keys(kind, f"{prefix}{name}.")
+            fields |= _fields(kind, f"{prefix}{name}.")
         else:
-            keys.append(prefix + name)
-    return keys
+            fields[prefix + name] = field
+    return fields
 
 
 def describe(key: str) -> str:
-    """The description of a dotted key, in one line."""
-    return _field(key).description or ""
-
-
-def _field(key: str) -> FieldInfo:
-    model: type[BaseModel] = RunConfig
-    *sections, leaf = key.split(".")
-    for section in sections:
-        kind = model.model_fields[section].annotation
-        assert isinstance(kind, type) and issubclass(kind, BaseModel)
-        model = kind
-    return model.model_fields[leaf]
+    """Return the description of a dotted key, in one line."""
+    return _fields()[key].description or ""
 
 
 def build(
@@ -226,60 +219,63 @@ def build(
     *,
     settings: Iterable[str] = (),
     rename: Iterable[str] = (),
+    required: Iterable[str] = (),
 ) -> RunConfig:
-    """Nested values, overrides by dotted key, and what was typed after --set and --rename -> the configuration.
+    """Build a configuration from nested values, overrides by dotted key, and the texts after --set and --rename.
 
+    required: optional top-level keys without which the caller cannot work, such as ``output_dir``.
     Raises ConfigError with every mistake: of syntax, of single keys and of combinations.
     """
-    typed, mistakes = _typed(settings, rename)
+    typed, wrong = _typed(settings, rename)
     chosen = {**(overrides or {}), **typed}
-    merged = _copy(values)
-    sampling = merged.get("generation")
+    combined = _copy(values)
+    sampling = combined.get("generation")
     if chosen.get("generation.do_sample") is False and isinstance(sampling, dict):
         for key in _NEED_SAMPLING:  # a file's sampling settings are dropped together with its sampling
             sampling.pop(key, None)
-    mistakes += _override(merged, chosen)
+    wrong += _override(combined, chosen)
     try:
-        config = RunConfig.model_validate(merged)
+        config = RunConfig.model_validate(combined)
     except ValidationError as e:
-        mistakes += [_mistake(error) for error in e.errors()]
-        _remove_faults(merged, e.errors())
-        config = RunConfig.model_validate(merged)  # the rest may still be a combination that is refused
-    mistakes += _combinations(config, chosen)
-    if mistakes:
-        raise ConfigError("\n".join(text for text, _ in mistakes), "; ".join(dict.fromkeys(fix for _, fix in mistakes)))
+        wrong += mistakes(e.errors(), _fields(), _OTHER_NAMES, _OPTIONS)
+        _remove_faults(combined, e.errors())
+        config = RunConfig.model_validate(combined)  # the rest may still be a combination that is refused
+    wrong += _combinations(config, chosen)
+    wrong += [(f"{key}: is missing", f"give {_OPTIONS[key]}") for key in required if getattr(config, key) is None]
+    if wrong:
+        raise ConfigError("\n".join(text for text, _ in wrong), "; ".join(dict.fromkeys(fix for _, fix in wrong)))
     return config
 
 
 def _typed(settings: Iterable[str], rename: Iterable[str]) -> tuple[dict[str, object], list[Mistake]]:
-    """``train.seed=1`` of --set, read as YAML, and ``old=new`` of --rename: values by dotted key, and mistakes."""
+    """Parse ``train.seed=1`` of --set as YAML, and ``a=b`` of --rename; return values by dotted key, and mistakes."""
     values: dict[str, object] = {}
-    mistakes: list[Mistake] = []
+    wrong: list[Mistake] = []
     for pair in settings:
         key, equals, text = pair.partition("=")
         if not equals:
-            mistakes.append((f"--set {pair}: has no '='", f"write --set {pair}=VALUE"))
+            wrong.append((f"--set {pair}: has no '='", f"write --set {pair}=VALUE"))
             continue
         try:  # a prompt is taken literally, "#" and ":" included
             values[key.strip()] = text if key.strip() in _TEXTS else parse_yaml(text, f"--set {key}")
         except ConfigError as e:
-            mistakes.append((e.message, e.fix))
+            wrong.append((e.message, e.fix))
     for pair in rename:
         old, equals, new = pair.partition("=")
         if not (old and equals and new):
-            mistakes.append((f"--rename {pair}: is not OLD=NEW", "write --rename OLD=NEW"))
+            wrong.append((f"--rename {pair}: is not OLD=NEW", "write --rename OLD=NEW"))
             continue
         names = values.setdefault("data.rename", {})
         if isinstance(names, dict):  # else it is refused as a value
             values["data.rename"] = {**names, old: new}
-    return values, mistakes
+    return values, wrong
 
 
-def _override(merged: dict[str, object], overrides: Mapping[str, object]) -> Iterator[Mistake]:
+def _override(combined: dict[str, object], overrides: Mapping[str, object]) -> Iterator[Mistake]:
     """Set every dotted key in the nested values; the mistakes are keys below something that is not a section."""
     for dotted, value in overrides.items():
         *sections, leaf = dotted.split(".")
-        node = merged
+        node = combined
         for section in sections:
             child = node.setdefault(section, {})
             if not isinstance(child, dict):
@@ -291,8 +287,16 @@ def _override(merged: dict[str, object], overrides: Mapping[str, object]) -> Ite
 
 
 def _combinations(config: RunConfig, overrides: Mapping[str, object]) -> Iterator[Mistake]:
-    """Settings that are valid by themselves and exclude each other, or would be ignored."""
-    model, sampling = config.model, config.generation
+    """Find settings that are valid by themselves and exclude each other, or would be ignored."""
+    model, sampling, attention = config.model, config.generation, config.model.attn_implementation
+    if config.data.eval and config.data.eval_fraction:
+        yield "data.eval_fraction would be ignored: data.eval names the held-out rows", "leave one of the two out"
+    if config.train.fused is True and attention != "auto":
+        yield (
+            f"model.attn_implementation={attention} and train.fused=true exclude each other: the compiled layers have "
+            "an attention of their own",
+            "leave one of the two out",
+        )
     if overrides.get("train.max_steps") is not None and "train.num_train_epochs" in overrides:
         yield "train.num_train_epochs would be ignored: train.max_steps replaces it", "give one of the two"
     if model.load_in_4bit and model.load_in_8bit:
@@ -317,22 +321,22 @@ def _combinations(config: RunConfig, overrides: Mapping[str, object]) -> Iterato
 
 
 def _changed(section: Section) -> list[str]:
-    """The keys whose value is not the default."""
+    """List the keys whose value is not the default."""
     fields = type(section).model_fields
     return [k for k in fields if getattr(section, k) != fields[k].default]
 
 
-def _remove_faults(merged: dict[str, object], errors: Iterable[ErrorDetails]) -> None:
+def _remove_faults(combined: dict[str, object], errors: Iterable[ErrorDetails]) -> None:
     """Remove every value that was refused, and put a stand-in for what is required."""
     for error in errors:
         top, *inner = error["loc"]
-        for name in [n for n in merged if str(n) == str(top)]:  # YAML allows keys that are not text
-            if isinstance(section := merged[name], dict) and inner:
+        for name in [n for n in combined if str(n) == str(top)]:  # YAML allows keys that are not text
+            if isinstance(section := combined[name], dict) and inner:
                 section.pop(inner[0], None)
             else:
-                del merged[name]
+                del combined[name]
     for name, leaf in (("model", "path"), ("data", "train")):
-        required = merged.setdefault(name, {})
+        required = combined.setdefault(name, {})
         if isinstance(required, dict):  # it may be a finished section
             required.setdefault(leaf, "stand-in")
 
@@ -343,7 +347,7 @@ def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> Run
 
 
 def read(path: Path) -> dict[str, object]:
-    """The values of a YAML file, not yet checked. Raises ConfigError."""
+    """Read the values of a YAML file, without checking them. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
@@ -356,6 +360,11 @@ def read(path: Path) -> dict[str, object]:
 
 _TEXTS = ("data.system",)
 _NEED_SAMPLING = ("temperature", "top_p", "top_k")
+# the option that gives a required key
+_OPTIONS = {
+    "model": "--model DIR", "model.path": "--model DIR", "data": "--data FILE", "data.train": "--data FILE",
+    "output_dir": "--output-dir RUN",
+}  # fmt: skip
 # names that other tools use
 _OTHER_NAMES = {
     "rank": "lora.r", "steps": "train.max_steps", "alpha": "lora.lora_alpha", "lr": "train.learning_rate",
@@ -369,32 +378,3 @@ _OTHER_NAMES = {
 
 def _copy(values: Mapping[str, object]) -> dict[str, object]:
     return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-
-
-def _mistake(error: ErrorDetails) -> Mistake:
-    """One of pydantic's errors as a message and what to type."""
-    where = ".".join(str(part) for part in error["loc"])
-    known = all_keys()
-    if error["type"] == "extra_forbidden":
-        leaf = {**{k.rpartition(".")[2]: k for k in known}, **_OTHER_NAMES}
-        name = where.rpartition(".")[2]
-        guess = leaf.get(name) or leaf.get(nearest(name, leaf, cutoff=0.7) or "")
-        hint = f"; did you mean {guess}?" if guess else ""
-        return f"{where}: unknown key{hint}", f"write {guess}" if guess else f"the keys are: {', '.join(known)}"
-    if error["type"] == "missing":
-        flag = {"model": "--model DIR", "model.path": "--model DIR", "data": "--data FILE", "data.train": "--data FILE"}
-        return f"{where}: is missing", f"give {flag.get(where, f'--set {where}=VALUE')}"
-    got = error.get("input")
-    problem = error["msg"].removeprefix("Value error, ")
-    example = _example(where, got) if where in known else ""
-    return f"{where}: {problem[0].lower()}{problem[1:]}, got {got!r}", f"correct {where}{example}"
-
-
-def _example(key: str, got: object) -> str:
-    """A value that is accepted: the nearest of several choices, else the default."""
-    field = _field(key)
-    choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
-    value = nearest(str(got), choices) or field.default
-    if field.is_required() or value in (None, "", ()):
-        return ""
-    return f", as --set {key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -6,7 +6,7 @@ This module knows messages and fixes, not how they are printed (see ``cli``).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -51,6 +51,12 @@ class TrainError(UserError):
 
 class MissingPackageError(UserError):
     """An optional package that is needed but not installed."""
+
+
+def listed(names: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
+    """Join the first ``limit`` names for a message, and count the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return separator.join(names[:limit]) + more
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

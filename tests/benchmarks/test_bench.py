@@ -27,7 +27,7 @@ from luthier._util.installation import install_command
 from luthier.config import TrainConfig
 from luthier.encoding.store import ExampleStore
 from luthier.errors import UserError
-from tests.conftest import SHARED
+from tests.conftest import ROOT, SHARED
 
 HUANHUAN = SHARED / "data" / "huanhuan.json"
 DATA = HUANHUAN if HUANHUAN.exists() else personas.TRAIN
@@ -207,7 +207,16 @@ def test_speed_and_memory_do_not_depend_on_the_files_size(smollm2: Path) -> None
 @pytest.mark.smollm2
 def test_training_is_many_times_as_fast_as_the_tutorials_recipe(smollm2: Path, tmp_path: Path) -> None:
     """Check the numbers in the README on a processor with AMX; on others only measure."""
-    command = [sys.executable, "-m", "luthier.bench", "--model", smollm2, "--data", DATA, "--json", tmp_path / "b.json"]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "bench.py",
+        "--model",
+        smollm2,
+        "--data",
+        DATA,
+        "--json",
+        tmp_path / "b.json",
+    ]
     done = subprocess.run([*map(str, command), "--rows", "80", "--repeats", "1"], check=False)
     assert done.returncode == 0
     results = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
@@ -218,7 +227,6 @@ def test_training_is_many_times_as_fast_as_the_tutorials_recipe(smollm2: Path, t
     assert dropped["speed against the recipe as given"] >= 12
     assert plain["speed against the recipe as given"] >= 5
     assert plain["speed against its fastest setting"] >= 4.5
-    assert plain["speed against LLaMA-Factory (by its ratio)"] >= 3
     assert plain["memory against its fastest setting"] <= 0.5
 
 
@@ -261,7 +269,7 @@ def test_the_first_step_starts_soon(smollm2: Path) -> None:
 @pytest.mark.smollm2
 def test_the_command_measures_and_writes(smollm2: Path, tmp_path: Path) -> None:
     options = ["--model", smollm2, "--rows", 16, "--repeats", 1, "--dropout", 0, "--json", tmp_path / "b.json"]
-    command = [sys.executable, "-m", "luthier.bench", *map(str, options)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench.py"), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))

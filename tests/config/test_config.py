@@ -79,6 +79,15 @@ def test_every_mistake_is_reported_with_a_fix(overrides: dict[str, Any], message
     assert fix in e.value.fix
 
 
+@pytest.mark.parametrize("key", ALL_KEYS)
+@pytest.mark.parametrize("value", [[[1]], {"x": {"y": 1}}, object(), -1.5, True, None])
+def test_a_value_of_any_type_is_accepted_or_reported_in_one_line(key: str, value: object) -> None:
+    try:
+        configs.build({**MINIMAL, "train": {"seed": 1}}, {key: value})
+    except ConfigError as e:
+        assert e.message.startswith((key, key.partition(".")[0])) and "\n" not in e.message and e.fix  # noqa: PT017
+
+
 def test_missing_sections_name_the_option_to_add() -> None:
     with pytest.raises(ConfigError) as e:
         configs.build({})
@@ -97,15 +106,36 @@ MISTAKES = {
     "train.max_steps=3": "train.num_train_epochs would be ignored: train.max_steps replaces it",
     "model.load_in_4bit=true": "model: load_in_4bit and load_in_8bit exclude each other",
     "generation.top_p=0.9": "generation.top_p would be ignored: generation.do_sample is false",
+    "train.gradient_checkpointing=x": "train.gradient_checkpointing: input should be 'auto' or a valid boolean",
+    "data.rename=x": "data.rename: input should be a valid dictionary, got 'x'",
+    "data.eval=held.jsonl": "data.eval_fraction would be ignored: data.eval names the held-out rows",
+    "model.attn_implementation=looped": "model.attn_implementation=looped and train.fused=true exclude each other",
+}
+# settings without which the one of this name is none
+WITH = {
+    "train.max_steps": ["train.num_train_epochs=2"],
+    "model.load_in_4bit": ["model.load_in_8bit=true"],
+    "data.eval": ["data.eval_fraction=0.5"],
+    "model.attn_implementation": ["train.fused=true"],
 }
 
 
 def test_all_mistakes_are_reported_together() -> None:
     """Syntax of --set and --rename, unknown keys, missing keys, values, combinations and sampling, in one message."""
-    settings = [*MISTAKES, "train.num_train_epochs=2", "model.load_in_8bit=true"]
-    expected = [*MISTAKES.values(), "--rename title: is not OLD=NEW", "data.train: is missing"]
+    settings = [*MISTAKES, *(setting for several in WITH.values() for setting in several)]
+    expected = [
+        *MISTAKES.values(),
+        "--rename title: is not OLD=NEW",
+        "data.train: is missing",
+        "output_dir: is missing",
+    ]
     with pytest.raises(ConfigError) as e:
-        configs.build({"model": {"path": "m"}, "train": {"save_steps": 5}}, settings=settings, rename=["title", "a=b"])
+        configs.build(
+            {"model": {"path": "m"}, "train": {"save_steps": 5}},
+            settings=settings,
+            rename=["title"],
+            required=["output_dir"],
+        )
     lines = e.value.message.splitlines()
     assert [text for text in expected if not any(line.startswith(text) for line in lines)] == []
     assert len(lines) == len(expected)
@@ -120,8 +150,7 @@ def test_all_mistakes_are_reported_together() -> None:
 
 @pytest.mark.parametrize("setting", MISTAKES)
 def test_each_mistake_is_reported_by_itself(setting: str) -> None:
-    with_it = {"train.max_steps": ["train.num_train_epochs=2"], "model.load_in_4bit": ["model.load_in_8bit=true"]}
-    settings = [setting, *with_it.get(setting.partition("=")[0], [])]
+    settings = [setting, *WITH.get(setting.partition("=")[0], [])]
     with pytest.raises(ConfigError) as e:
         configs.build({**MINIMAL, "train": {"save_steps": 5}}, settings=settings)
     assert e.value.message.startswith(MISTAKES[setting]) and "\n" not in e.value.message

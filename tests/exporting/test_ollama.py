@@ -15,7 +15,7 @@ from luthier.adapters.locate import locate_tuned
 from luthier.config import GenerationSettings
 from luthier.errors import TemplateError
 from luthier.exporting import ollama
-from luthier.templates import ChatML, Jinja, MergedSystem
+from luthier.templates import ChatML, Jinja, SystemAsUser
 from luthier.types import Message, Template
 from tests.conftest import Result
 from tests.helpers import published
@@ -102,7 +102,7 @@ class Go:
 def test_the_template_writes_luthier_s_prompts(name: str) -> None:
     template: Template = ChatML("You help.") if name == "chatml-default" else FORMS[name]
     merged = name in NO_SYSTEM
-    for one in [template, MergedSystem(template)] if merged else [template]:
+    for one in [template, SystemAsUser(template)] if merged else [template]:
         go = Go(ollama.go_template(one))
         for talk in TALKS:
             assert go.render(talk) == one.prompt(talk)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from luthier.models.tokenizer import sentencepiece
 from luthier.models.tokenizer.sentencepiece import PieceType, Spacing
 from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from luthier.templates import NATIVE, ChatML, MergedSystem
+from luthier.templates import NATIVE, ChatML, SystemAsUser
 from luthier.types import Template
 from tests.conftest import TOKENIZER
 
@@ -43,7 +43,7 @@ def published(name: str) -> str:
 
 def speaks_to_all(name: str) -> Template:
     """Return the template; if it has no system role, system prompts are merged into the user's message."""
-    return MergedSystem(FORMS[name]) if name in NO_SYSTEM else FORMS[name]
+    return SystemAsUser(FORMS[name]) if name in NO_SYSTEM else FORMS[name]
 
 
 @cache

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from luthier import hub
 from luthier.errors import ModelError
 from luthier.hub import embedded
+from luthier.hub.directory import inspect_dir
 from luthier.models.chat_format import load_chat_format
 from luthier.models.loader import load_weights
 from luthier.verbs.pull import pull
@@ -158,7 +159,7 @@ def test_a_damaged_directory_is_downloaded_again(name: str, offline_index: hub.W
     messages: list[str] = []
     pull("tiny", tmp_path / "model", log=messages.append)
     assert "is damaged, downloading it again" in messages[0]
-    assert hub.verify(target, offline_index) == "whole"
+    assert embedded.state_of(inspect_dir(target), offline_index) == "whole"
     assert leftovers(tmp_path) == []
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luthier.kernels import native
 from luthier.kernels.native import ELEMENTS, parameters
-from luthier.kernels.native.signatures import SIGNATURES
+from luthier.kernels.native.signatures import CONDITIONS, SIGNATURES
 
 _HERE = Path(native.__file__).parent
 _C_TYPES = {
@@ -95,25 +95,37 @@ def test_rows_with_another_stride_than_declared_are_refused(kernels: native.Kern
     assert out.eq(0).all()
 
 
-def _matching(signature: str) -> dict[str, native.Argument]:
-    """Arguments that match a signature: small sizes, rows 256 elements apart."""
-    expected = parameters(signature)
-    strides = {p.row_stride for p in expected}
+_NUMBERS = {"n": 2, "k": 64, "m": 3, "rank": 2, "count": 2, "heads": 4, "kv": 2, "dim": 16, "rotary": 8, "width": 64}
+_INDEX = {
+    "offsets": [0, 3, 5], "query_offsets": [0, 1, 2], "parents": [-1, 0], "query_rows": [0, 4], "targets": [0, 63],
+    "places": [0, 1],
+}  # fmt: skip
+_NUMBERS |= {"vocabulary": 64, "shared": 3, "window": 0, "interleaved": 0, "back": 0, "key": 1, "threshold": 9}
+
+
+def _matching(name: str, **chosen: native.Argument) -> dict[str, native.Argument]:
+    """Arguments that a function accepts: small sizes, rows 256 elements apart. chosen: replaces numbers and tensors."""
+    expected = parameters(SIGNATURES[name])
+    strides = {p.row_stride for p in expected} | {"ld", "ldo"}
     arguments: dict[str, native.Argument] = {
-        p.name: 256 if p.name in strides else 64 if p.name == "k" else 2 for p in expected if not p.is_tensor
+        p.name: 256 if p.name in strides else 0.5 if p.kind == "f" else _NUMBERS[p.name]
+        for p in expected
+        if not p.is_tensor
     }
-    for parameter in (p for p in expected if p.is_tensor):
+    arguments |= {p.name: torch.tensor(_INDEX[p.name]) for p in expected if p.kind == "i64"} | chosen
+    for parameter in (p for p in expected if p.is_tensor and p.name not in arguments):
         shape = [size.of(arguments) for size in parameter.sizes]
         element = torch.float32 if parameter.kind == "T" else ELEMENTS[parameter.kind]
-        columns = 256 if parameter.row_stride else shape[-1]
-        arguments[parameter.name] = torch.full([*shape[:-1], columns], 3, dtype=element)[..., : shape[-1]]
-    return arguments
+        stride = arguments[parameter.row_stride] if parameter.row_stride else shape[-1]
+        assert isinstance(stride, int)
+        arguments[parameter.name] = torch.full([*shape[:-1], stride], 3, dtype=element)[..., : shape[-1]]
+    return {p.name: arguments[p.name] for p in expected}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_every_tensor_of_every_function_is_checked(name: str) -> None:
     """The type, the device, the number of elements and the distance between them, one wrong at a time."""
-    arguments = _matching(SIGNATURES[name])
+    arguments = _matching(name)
     for parameter in (p for p in parameters(SIGNATURES[name]) if p.is_tensor):
         right = arguments[parameter.name]
         assert isinstance(right, Tensor)
@@ -129,7 +141,56 @@ def test_every_tensor_of_every_function_is_checked(name: str) -> None:
         assert parameter.mismatch(right, torch.float32, arguments) is None, parameter.name
         for tensor in wrong:
             assert parameter.mismatch(tensor, torch.float32, arguments), (parameter.name, tensor.shape, tensor.stride())
-        assert (parameter.mismatch(None, torch.float32, arguments) is None) is parameter.optional
+        assert (parameter.mismatch(None, torch.float32, arguments) is None) is (parameter.optional == "?")
+        without = {**arguments, "rank": 0}
+        assert (parameter.mismatch(None, torch.float32, without) is None) is bool(parameter.optional)
+
+
+# an argument that breaks each condition
+_BROKEN: dict[str, dict[str, native.Argument]] = {
+    "k%16": {"k": 24},
+    "k%64": {"k": 96},
+    "ldo>=k+rank": {"ldo": 65},
+    "ld>=k+rank": {"ld": 65},
+    "ld>=k": {"ld": 63},
+    "width>=heads*dim": {"width": 48},
+    "dim>=rotary": {"rotary": 24},
+    "offsets>=0": {"offsets": torch.tensor([-1, 3, 5])},
+    "ascending(offsets)": {"offsets": torch.tensor([0, 9, 5])},
+    "query_offsets>=0": {"query_offsets": torch.tensor([-1, 1, 2])},
+    "ascending(query_offsets)": {"query_offsets": torch.tensor([0, 9, 2])},
+    "parents<count": {"parents": torch.tensor([-1, 2])},
+    "query_rows>=0": {"query_rows": torch.tensor([-1, 4])},
+    "query_rows<last(offsets)": {"query_rows": torch.tensor([0, 5])},
+    "last(offsets)>=shared": {"shared": 6},
+    "shared>=0": {"shared": -1},
+    "window>=0": {"window": -1},
+    "heads%kv": {"heads": 3},
+    "dim%16": {"dim": 24},
+    "targets>=0": {"targets": torch.tensor([0, -1])},
+    "targets<vocabulary": {"targets": torch.tensor([0, 64])},
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_arguments_that_match_are_accepted(name: str, kernels: native.Kernels) -> None:
+    getattr(kernels, name)(*_matching(name).values())
+
+
+@pytest.mark.parametrize(("name", "condition"), [(n, c) for n, text in CONDITIONS.items() for c in text.split()])
+def test_a_call_that_would_access_memory_outside_a_tensor_is_refused(
+    name: str, condition: str, kernels: native.Kernels
+) -> None:
+    """All tensors have the extents that the signature asks for; only the condition is broken."""
+    with pytest.raises(ValueError, match=rf"{name}: {re.escape(condition)} is not fulfilled"):
+        getattr(kernels, name)(*_matching(name, **_BROKEN[condition]).values())
+
+
+@pytest.mark.parametrize("missing", ["a", "factor", "saved"])
+def test_lora_tensors_may_be_missing_only_at_rank_0(missing: str, kernels: native.Kernels) -> None:
+    with pytest.raises(ValueError, match=f"norm_forward: {missing} is None"):
+        kernels.norm_forward(*_matching("norm_forward", **{missing: None}).values())
+    kernels.norm_forward(*_matching("norm_forward", rank=0, a=None, factor=None, saved=None).values())
 
 
 def test_a_missing_argument_is_refused(kernels: native.Kernels) -> None:

@@ -99,7 +99,7 @@ def test_a_wrong_base_is_refused_with_every_mismatch(model_dir: Callable[[str], 
     adapter = adapters.load(tmp_path / "adapter")
     other = model_dir("phi3")
     with pytest.raises(AdapterError) as e:
-        adapters.verify(adapter, other, fingerprint(other, read_config(other)), "another")
+        adapters.check_base(adapter, other, fingerprint(other, read_config(other)), "another")
     assert "model_type is phi3, the adapter's base has llama" in e.value.message
     assert "weights differ" in e.value.message
     assert "the tokenizer differs" in e.value.message

@@ -16,7 +16,7 @@ from luthier.data.loader import DataReport
 from luthier.encoding.encoder import Encoder
 from luthier.models.chat_format import load_chat_format
 from luthier.models.tokenizer.tokenizer import Tokenizer
-from luthier.templates import ChatML, Jinja, MergedSystem, stop_ids
+from luthier.templates import ChatML, Jinja, SystemAsUser, stop_ids
 from luthier.types import Conversation, Message, RowRef, Span, Template
 from tests.helpers.families import FORMS, gguf, speaks_to_all, tiny
 from tests.helpers.rows import encode
@@ -159,7 +159,7 @@ def test_phi3s_real_ids(vocabs: Path) -> None:
 def test_deepseeks_real_ids_put_the_space_into_the_reply(vocabs: Path) -> None:
     v = gguf(vocabs, "deepseek-llm")
     begin, end = (v.token_id(t) for t in FORMS["deepseek"].markers)
-    encodings = encoded(MergedSystem(FORMS["deepseek"]), v, (end or 0,))["three turns, all_replies"]
+    encodings = encoded(SystemAsUser(FORMS["deepseek"]), v, (end or 0,))["three turns, all_replies"]
     ids = [int(i) for i in encodings["ids"].split()]
     assert ids[0] == begin
     first = encodings["trained"].index("T")

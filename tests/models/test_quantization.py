@@ -155,7 +155,7 @@ def test_kernels_are_never_downloaded(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from luthier.models.quantization import library; library()\n"
+        "from luthier.models.quantization import bitsandbytes_functions; bitsandbytes_functions()\n"
         "import bitsandbytes.backends.cpu.ops; assert 'kernels' not in sys.modules; print('done')"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
@@ -163,7 +163,7 @@ def test_kernels_are_never_downloaded(tmp_path: Path) -> None:
 
 
 def test_a_missing_bitsandbytes_is_reported_with_a_fix(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantization.library.cache_clear()
+    quantization.bitsandbytes_functions.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
     try:
@@ -171,7 +171,7 @@ def test_a_missing_bitsandbytes_is_reported_with_a_fix(model: Path, monkeypatch:
             load(model)
         assert e.value.fix == install_command("qlora")
     finally:
-        quantization.library.cache_clear()
+        quantization.bitsandbytes_functions.cache_clear()
 
 
 def test_eight_bit_optimizer_learns_and_resumes_bit_for_bit(model: Path, tmp_path: Path) -> None:

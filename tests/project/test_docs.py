@@ -131,3 +131,19 @@ def test_paths_in_the_tour_exist() -> None:
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", text))
     assert len(named) > 25
     assert [p for p in named if not (ROOT / "src" / "luthier" / p).exists() and not (ROOT / p).exists()] == []
+
+
+def programs(text: str) -> set[str]:
+    """The modules and files of this project that a text starts with python."""
+    started = set(re.findall(r"-m[\"', ]+((?:luthier|tests)(?:\.\w+)*)", text))
+    return started | set(re.findall(r"(?<![\w/])((?:benchmarks|examples|notebooks)/\w+\.py)", text))
+
+
+def test_programs_that_tests_and_pages_start_exist() -> None:
+    """Slow tests are rarely run, so a program that was moved must be found missing here."""
+    files = [ROOT / "Makefile", *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").rglob("*.py")]
+    started = {p: file for file in files for p in programs(file.read_text(encoding="utf-8"))}
+    assert {"luthier", "benchmarks/bench.py", "tests.helpers.make_reference"} <= started.keys()
+    places = {p: ROOT / p if "/" in p else ROOT / "src" / p.replace(".", "/") for p in started}
+    places = {p: ROOT / p.replace(".", "/") if p.startswith("tests.") else place for p, place in places.items()}
+    assert [p for p, place in places.items() if not (place.exists() or place.with_suffix(".py").exists())] == []

@@ -39,7 +39,7 @@ from luthier.models.loader import load_weights
 from luthier.models.native_model import empty_model
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.templates import ChatML
-from luthier.training.loop import gate
+from luthier.training.loop import check_first_gradients
 from luthier.types import Conversation, Message, RowRef
 from luthier.verbs.check import inspect
 from tests.conftest import Result
@@ -216,7 +216,7 @@ def test_a_first_gradient_that_is_not_finite_is_refused(model: Path) -> None:
     for layer in layers.values():
         layer.lora_B.grad = torch.ones_like(layer.lora_B)
     next(iter(layers.values())).lora_B.grad.fill_(float("inf"))
-    message = refused(TrainError, lambda: gate(torch.tensor(1.0), layers, []))
+    message = refused(TrainError, lambda: check_first_gradients(torch.tensor(1.0), layers, []))
     assert f"the first gradient is not finite in {next(iter(layers))}" in message
 
 

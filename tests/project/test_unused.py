@@ -1,4 +1,7 @@
-"""Every function in the source is used in the source, or listed here with a reason."""
+"""Every function and class in the source is used in the source, or listed here with a reason.
+
+Functions and classes of a module are resolved through imports; methods are matched by name.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +60,55 @@ def uses(trees: dict[str, ast.Module]) -> Counter[str]:
     return counts
 
 
+def top_level(trees: dict[str, ast.Module]) -> Iterator[str]:
+    """Yield the full name of every function and class that is not inside another."""
+    for module, tree in trees.items():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                decorators = [ast.unparse(d) for d in node.decorator_list]
+                if not node.name.startswith("__") and not any(d.startswith("app.") for d in decorators):
+                    yield f"{module}.{node.name}"
+
+
+def imported(trees: dict[str, ast.Module]) -> dict[str, dict[str, str]]:
+    """Return what each name that a module imports from luthier stands for: a module, function or class."""
+    bound: dict[str, dict[str, str]] = {module: {} for module in trees}
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                bound[module] |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            elif isinstance(node, ast.Import):
+                bound[module] |= {a.asname or a.name: a.name for a in node.names}
+    return bound
+
+
+def used_names(trees: dict[str, ast.Module]) -> set[str]:
+    """Return the full names of the functions and classes that are read somewhere; an import alone is no use."""
+    bound = imported(trees)
+
+    def resolve(name: str) -> str:
+        module, _, leaf = name.rpartition(".")
+        target = bound.get(module, {}).get(leaf, name)
+        return name if target == name else resolve(target)  # a package passes on what its modules define
+
+    used = set()
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                used.add(resolve(bound[module].get(node.id, f"{module}.{node.id}")))
+            elif (
+                isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound[module]
+            ):
+                used.add(resolve(f"{bound[module][node.value.id]}.{node.attr}"))
+    return used
+
+
 def unused(trees: dict[str, ast.Module]) -> list[str]:
-    used = uses(trees)
-    return sorted(
-        full
-        for full, node in functions(trees)
-        if not used[node.name] and node.name not in PUBLIC | CALLED_FROM_OUTSIDE | set(KEPT)
-    )
+    """List the functions, methods and classes that nothing in the source uses."""
+    used, full_names, by_name = used_names(trees), set(top_level(trees)), uses(trees)
+    listed = PUBLIC | CALLED_FROM_OUTSIDE | set(KEPT)
+    methods = {full for full, node in functions(trees) if full not in full_names and not by_name[node.name]}
+    return sorted(name for name in methods | (full_names - used) if name.rpartition(".")[2] not in listed)
 
 
 def test_no_function_is_used_by_tests_only() -> None:
@@ -77,6 +122,10 @@ def test_listed_functions_exist_and_are_still_unused() -> None:
     assert not [name for name in KEPT if uses(trees)[name] > 1]  # bytes_held calls the arena's
 
 
-def test_an_unused_function_is_detected() -> None:
-    trees = {"luthier.x": ast.parse("def lonely():\n    pass\n\ndef used():\n    pass\n\nused()")}
-    assert unused(trees) == ["luthier.x.lonely"]
+def test_unused_functions_and_classes_are_detected() -> None:
+    x = "def lonely():\n    pass\n\ndef used():\n    pass\n\nclass Old:\n    def idle(self): ...\n\nused()"
+    y = "from luthier.x import lonely\n\ntensor.lonely()\n"  # a method of the same name; imported, but not called
+    trees = {"luthier.x": ast.parse(x), "luthier.y": ast.parse(y)}
+    assert unused(trees) == ["luthier.x.Old", "luthier.x.idle", "luthier.x.lonely"]
+    z = ast.parse("from luthier import x as names\n\nnames.lonely()\nnames.Old().idle()")
+    assert unused({**trees, "luthier.z": z}) == []

@@ -20,7 +20,7 @@ from luthier.inference.chat import Chat
 from luthier.inference.generation import Generator
 from luthier.models.chat_format import ChatFormat
 from luthier.models.tokenizer.tokenizer import Tokenizer
-from luthier.templates import NATIVE, ChatML, Jinja, MergedSystem, Turns
+from luthier.templates import NATIVE, ChatML, Jinja, SystemAsUser, Turns
 from luthier.types import Conversation, Message, Template
 from tests.conftest import Result
 from tests.helpers.families import FORMS, NO_SYSTEM, published, speaks_to_all, tiny
@@ -133,12 +133,12 @@ def test_a_model_without_a_template_uses_that_of_its_family() -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_template_is_rebuilt_from_its_record(name: str) -> None:
-    for template in (FORMS[name], MergedSystem(FORMS[name])):
+    for template in (FORMS[name], SystemAsUser(FORMS[name])):
         described = json.loads(json.dumps(template.describe()))
         again = templates.from_description(described, None, None, ())
         assert again == template
         assert templates.digest(again) == templates.digest(template)
-    assert templates.digest(FORMS[name]) != templates.digest(MergedSystem(FORMS[name]))
+    assert templates.digest(FORMS[name]) != templates.digest(SystemAsUser(FORMS[name]))
 
 
 def test_a_record_from_another_version_is_refused() -> None:
@@ -169,7 +169,7 @@ def test_a_jinja_template_that_omits_the_system_prompt_is_refused() -> None:
     tiny("phi3-medium").hf.chat_template = omits
     with pytest.raises(TemplateError, match="omits the system prompt"):
         template.prompt(asked)
-    assert MergedSystem(template).prompt(asked) == "<|user|>\nBe brief.\n\na<|end|>\n<|assistant|>\n"
+    assert SystemAsUser(template).prompt(asked) == "<|user|>\nBe brief.\n\na<|end|>\n<|assistant|>\n"
 
 
 class Scripted:
@@ -342,7 +342,7 @@ def test_merging_the_system_prompt_is_recorded_in_training_and_repeated_in_chat(
     recorded = json.loads((run / "adapter" / "luthier.json").read_text(encoding="utf-8"))["template"]
     assert (recorded["name"], recorded["system_role"]) == ("deepseek", "merge")
     chat = library.chat(run)
-    assert chat.generator.chat_format.template == MergedSystem(FORMS["deepseek"])
+    assert chat.generator.chat_format.template == SystemAsUser(FORMS["deepseek"])
     prompt = chat.generator.chat_format.template.prompt([*chat.messages(), Message("user", "hello")])
     assert prompt == FORMS["deepseek"].prompt([Message("user", "Be brief.\n\nhello")])
     assert library.chat(run, checkpoint=1).generator.chat_format.template == chat.generator.chat_format.template

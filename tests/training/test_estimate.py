@@ -164,7 +164,7 @@ def test_a_run_that_cannot_fit_is_refused_and_the_fix_fits(
     base = memory_model.resident_now()
     limit = (whole + lean) / 2
     monkeypatch.setattr(memory_model, "resident_now", lambda: base)
-    monkeypatch.setattr(resources, "available", lambda: limit)
+    monkeypatch.setattr(resources, "available_memory", lambda: limit)
     argv = ["train", "--model", path, "--data", personas.TEAHOUSE, "--output-dir", tmp_path / "run"]
     argv += ["--set", "train.max_steps=1", "--set", "train.per_device_train_batch_size=8"]
     done = luthier(*argv, "--set", "train.gradient_checkpointing=false")
@@ -190,17 +190,17 @@ def test_a_fix_lists_changed_settings_only_and_resets_conflicting_ones(
     monkeypatch.setattr(memory_model, "resident_now", lambda: base)
     eight, four = (library.estimate(config(**{k: True})).chosen.memory.peak for k in ("load_in_8bit", "load_in_4bit"))
     assert four < eight
-    monkeypatch.setattr(resources, "available", lambda: (eight + four) / 2)
+    monkeypatch.setattr(resources, "available_memory", lambda: (eight + four) / 2)
     fixes = library.estimate(config(load_in_8bit=True)).fixes
     assert fixes == ("--set model.load_in_8bit=false --set model.load_in_4bit=true",)
-    monkeypatch.setattr(resources, "available", lambda: four / 2)
+    monkeypatch.setattr(resources, "available_memory", lambda: four / 2)
     assert library.estimate(config(load_in_4bit=True)).fixes == ()
 
 
 def test_force_starts_a_run_that_does_not_fit(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "available", lambda: 1.0)
+    monkeypatch.setattr(resources, "available_memory", lambda: 1.0)
     with pytest.raises(UserError):
         library.train(run_config(model_dir("llama"), tmp_path / "run"))
     messages: list[str] = []

@@ -25,7 +25,7 @@ from luthier import __version__
 from luthier._util import files
 from luthier.adapters.original_names import Update, to_native
 from luthier.config import LoraConfig
-from luthier.errors import AdapterError
+from luthier.errors import AdapterError, listed
 from luthier.lora.layers import LoraLinear, Targets, attach
 from luthier.models.directory import Fingerprint
 from luthier.models.families import Modules
@@ -207,7 +207,7 @@ _FOREIGN = (
 )  # fmt: skip
 
 
-def verify(adapter: Adapter, base: Path, fingerprint: Fingerprint, tokenizer_sha256: str) -> None:
+def check_base(adapter: Adapter, base: Path, fingerprint: Fingerprint, tokenizer_sha256: str) -> None:
     """Raise AdapterError, listing every mismatch, unless ``base`` is the model that the adapter was trained on."""
     assert adapter.facts
     wrong = fingerprint.mismatches(adapter.facts.base)
@@ -229,9 +229,8 @@ def apply(model: ModuleTree, adapter: Adapter, modules: Modules | None = None) -
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
     unknown = [n for n in native if n not in linear]
     if unknown:
-        shown = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
         raise AdapterError(
-            f"{adapter.path}: adapts {shown}, which the base model does not have",
+            f"{adapter.path}: adapts {listed(unknown)}, which the base model does not have",
             "use the base model it was trained on",
         )
     wrong = [

@@ -29,7 +29,7 @@ class TunedModel:
             return load_chat_format(self.base)
         chat_format = load_chat_format(self.base, described=facts.template, rope_theta=facts.rope_theta)
         base = fingerprint(self.base, chat_format.config)
-        adapters.verify(self.adapter, self.base, base, chat_format.tokenizer.digest())
+        adapters.check_base(self.adapter, self.base, base, chat_format.tokenizer.digest())
         return replace(chat_format, stop_ids=facts.stop_ids)
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,7 +28,7 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         metavar="FILE",
-        help="A data file (JSON, JSONL, CSV or Parquet) or a pattern such as *.jsonl; may be repeated.",
+        help="A data file (JSON, JSONL, CSV, TSV or Parquet) or a pattern such as *.jsonl; may be repeated.",
     ),
 ]
 OutputDirOption = Annotated[Path | None, typer.Option("--output-dir", metavar="RUN", help="The run's directory.")]
@@ -65,8 +65,12 @@ def config(
     rename: list[str] | None = None,
     file: Path | None = None,
     recipe: str | None = None,
+    required: Iterable[str] = (),
 ) -> RunConfig:
-    """Build the configuration from recipe or file, then options, then --set. Raises ConfigError with every mistake."""
+    """Build the configuration from recipe or file, then options, then --set. Raises ConfigError with every mistake.
+
+    required: as in ``build``.
+    """
     from luthier.config import build
     from luthier.config import read as read_file
     from luthier.recipes import read as read_recipe
@@ -83,7 +87,7 @@ def config(
         values["data"] = _with(values.get("data", {}), "train", [str(p) for p in data])
     if output_dir is not None:
         values["output_dir"] = str(output_dir)
-    return build(values, settings=settings or [], rename=rename or [])
+    return build(values, settings=settings or [], rename=rename or [], required=required)
 
 
 def _with(section: object, key: str, value: object) -> object:

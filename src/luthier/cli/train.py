@@ -39,7 +39,7 @@ def run(
     ] = False,
 ) -> None:
     """Check the data and the settings, train an adapter, and write it to RUN/adapter."""
-    run_config = config(model, data, output_dir, settings, rename, file, recipe)
+    run_config = config(model, data, output_dir, settings, rename, file, recipe, required=["output_dir"])
     with importing():
         from luthier.training.profiler import traced
         from luthier.verbs.train import Stopped, train
@@ -57,7 +57,7 @@ def run(
         print_stderr("stopped at once; earlier checkpoints are kept\n  to resume: run the same command again")
         raise typer.Exit(130) from None
     losses, peak, folder = summary["losses"], summary["peak_rss_bytes"], run_config.output_dir
-    assert isinstance(losses, list) and isinstance(peak, int) and folder
+    assert folder is not None  # required
     print(
         f"{summary['steps']} steps in {summary['train_seconds']:.1f} s "
         f"({summary['tokens_per_s']:.0f} tokens/s, peak memory {peak / 1e9:.2f} GB); "

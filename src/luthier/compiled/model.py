@@ -38,6 +38,15 @@ _LAYERS = {
 }
 
 
+def input_projections(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the linear layers of a decoder layer that read its normalised input: q, k and v; gate and up."""
+    attention: Any = block.self_attn
+    mlp: Any = block.mlp
+    fused_qkv, fused_gate_up = hasattr(attention, "qkv_proj"), hasattr(mlp, "gate_up_proj")
+    qkv = [attention.qkv_proj] if fused_qkv else [attention.q_proj, attention.k_proj, attention.v_proj]
+    return qkv, [mlp.gate_up_proj] if fused_gate_up else [mlp.gate_proj, mlp.up_proj]
+
+
 class Unsuitable(Exception):
     """The compiled layers do not support a model; the message is the reason."""
 
@@ -88,9 +97,7 @@ class CompiledModel:
 
     def _layer(self, block: Any, index: Mapping[int, int]) -> Layer:
         attention, mlp, config = block.self_attn, block.mlp, block.self_attn.config
-        fused_qkv = hasattr(attention, "qkv_proj")
-        qkv = [attention.qkv_proj] if fused_qkv else [attention.q_proj, attention.k_proj, attention.v_proj]
-        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        qkv, gate_up = input_projections(block)
 
         def group(modules: list[nn.Module]) -> Group:
             return Group(modules, self.kernels, self._arena, self._dropout_state, index)

@@ -60,7 +60,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if name != "auto":
         raise ConfigError(f"--dtype {name}: is not a dtype", "use auto, float32, bfloat16 or float16")
-    if device.type == "cuda":  # not yet run on a GPU
+    if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if _cpu_has_bf16() else torch.float32
 
@@ -102,7 +102,7 @@ def resident_now() -> float:
     return float(psutil.Process().memory_info().rss)
 
 
-def available() -> float:
+def available_memory() -> float:
     """Bytes that this process could use in total: free memory plus its own, at most the container's limit."""
     free = float(psutil.virtual_memory().available) + resident_now()
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -132,7 +132,7 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def memory_bytes() -> int | None:
+def physical_memory() -> int | None:
     """Physical memory in bytes; None if unknown (Windows)."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

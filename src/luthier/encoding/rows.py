@@ -85,10 +85,6 @@ def read_into(
     trained: set[bytes] = set()
     eval_report, fingerprint, error = None, "", None
     try:
-        if config.eval and config.eval_fraction:
-            raise ConfigError(
-                "data.eval_fraction would be ignored: data.eval names the held-out rows", "leave one of the two out"
-            )
         for conversation, example in encoder.stream(loader, loader.report):
             if len(first) < show:
                 first.append(example)

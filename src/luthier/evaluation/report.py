@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from luthier._util import files
+from luthier.adapters.run_dir import Summary
 from luthier.config import RunConfig, all_keys, describe
 
 _STYLE = """
@@ -36,7 +37,7 @@ _TEXT_METRICS = {
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 240, 64, 28
 
 
-def write(run: Path, config: RunConfig, summary: Mapping[str, object], lengths: Sequence[int]) -> Path:
+def write(run: Path, config: RunConfig, summary: Summary, lengths: Sequence[int]) -> Path:
     """Write ``RUN/report.html`` from the files of the run; returns its path. lengths: tokens per training row."""
     target = run / "report.html"
     metrics = _lines(run / "metrics.jsonl")
@@ -49,7 +50,7 @@ def write(run: Path, config: RunConfig, summary: Mapping[str, object], lengths: 
 def render(
     name: str,
     config: RunConfig,
-    summary: Mapping[str, object],
+    summary: Summary,
     metrics: Sequence[Mapping[str, object]],
     lengths: Sequence[int],
     results: Mapping[str, object] | None,
@@ -59,7 +60,7 @@ def render(
     summary, metrics, results: the contents of summary.json, metrics.jsonl and evaluation.json.
     lengths: tokens per training row.
     """
-    losses = _losses(summary)
+    losses = summary["losses"]
     parts = [
         f"<h1>luthier: {html.escape(name)}</h1>",
         _figures(summary, results),
@@ -82,14 +83,14 @@ def render(
     )
 
 
-def _figures(summary: Mapping[str, object], results: Mapping[str, object] | None) -> str:
-    losses = _losses(summary)
+def _figures(summary: Summary, results: Mapping[str, object] | None) -> str:
+    losses = summary["losses"]
     figures = {
         "steps": f"{summary['steps']:,}",
         "training loss, first to last step": f"{losses[0]:.3f} &rarr; {losses[-1]:.3f}",
         "training time": f"{summary['train_seconds']:,.0f} s",
         "tokens per second": f"{summary['tokens_per_s']:,.0f}",
-        "peak memory": f"{_number(summary, 'peak_rss_bytes') / 1e9:.2f} GB",
+        "peak memory": f"{summary['peak_rss_bytes'] / 1e9:.2f} GB",
     }
     if results and results["data"]:
         base, tuned = _section(results, "base"), _section(results, "tuned")
@@ -102,14 +103,12 @@ def _figures(summary: Mapping[str, object], results: Mapping[str, object] | None
     return '<div class="figures">' + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in figures.items()) + "</div>"
 
 
-def _trained(config: RunConfig, summary: Mapping[str, object]) -> str:
-    rows, targets = _section(summary, "rows"), summary["target_modules"]
-    assert isinstance(targets, list)
-    share = _number(summary, "trainable_parameters") / _number(summary, "parameters")
+def _trained(config: RunConfig, summary: Summary) -> str:
+    rows, share = summary["rows"], summary["trainable_parameters"] / summary["parameters"]
     facts = {
         "model": f"{config.model.path} ({summary['dtype']} on {summary['device']})",
         "adapter": f"LoRA r={config.lora.r}, alpha={config.lora.lora_alpha:g}",
-        "target modules": ", ".join(targets),
+        "target modules": ", ".join(summary["target_modules"]),
         "parameters": f"{summary['trainable_parameters']:,} of {summary['parameters']:,} are trained ({share:.2%})",
         "rows": f"{rows['read']} read, {rows['kept']} kept, {rows['dropped']} dropped, {rows['changed']} changed",
         "tokens": f"{summary['tokens']:,} processed, {summary['supervised_tokens']:,} of them in the loss",
@@ -195,12 +194,6 @@ def _frame(ticks: Sequence[float], low: float, high: float, first: float, last: 
     foot = f'<text x="{_LEFT}" y="{_HEIGHT - 6}">{first:g}</text>'
     foot += f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 6}" text-anchor="end">{last:g}</text>'
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join([*grid, *inside])}{foot}</svg>'
-
-
-def _losses(summary: Mapping[str, object]) -> list[float]:
-    losses = summary["losses"]
-    assert isinstance(losses, list)
-    return [float(x) for x in losses]
 
 
 def _number(record: Mapping[str, object], key: str) -> float:

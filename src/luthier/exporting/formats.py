@@ -22,7 +22,7 @@ from luthier.errors import ConfigError, nearest
 from luthier.exporting import ollama, peft
 from luthier.exporting.gguf import llamacpp, verify, writer
 from luthier.exporting.gguf.architectures import notes
-from luthier.exporting.merge import free, pending_updates, write_merged
+from luthier.exporting.merge import must_not_exist, pending_updates, write_merged
 from luthier.models.chat_format import ChatFormat
 from luthier.types import Log
 
@@ -63,7 +63,7 @@ def write_export(
         raise ConfigError(f"--layout would be ignored: --to {to} has one layout", "leave --layout out")
     if quantization is not None and to not in ("gguf", "ollama"):
         raise ConfigError(f"--quantization would be ignored: --to {to} stores 16 or 32 bits", "write --to gguf")
-    free(path)
+    must_not_exist(path)
     if to == "peft":
         peft.write(tuned, path, layout or "native")
         return Exported(path, to, _files(path), ["every update reads back equal, up to fp32 rounding"])

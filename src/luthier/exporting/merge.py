@@ -64,7 +64,7 @@ def write_merged(
     system: default system prompt of the written chat template.
     Raises UserError and leaves nothing at ``to`` then.
     """
-    free(to)
+    must_not_exist(to)
     chat_format = tuned.chat_format()
     check_layout(tuned, chat_format, layout)
     pending = pending_updates(tuned, chat_format)
@@ -81,7 +81,7 @@ def write_merged(
     return Merged(to, len(dtypes), len(pending), closeness)
 
 
-def free(to: Path) -> None:
+def must_not_exist(to: Path) -> None:
     """Raise ConfigError if ``to`` exists and is not an empty directory."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"{to}: already exists", "choose another --output-dir, or delete this one")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from luthier.config import GenerationSettings
 from luthier.errors import TemplateError
-from luthier.templates import ChatML, MergedSystem, Turns
+from luthier.templates import ChatML, SystemAsUser, Turns
 from luthier.templates.chatml import END, START
 from luthier.types import Template
 
@@ -44,7 +44,7 @@ def notes(settings: GenerationSettings | None) -> list[str]:
 
 def go_template(template: Template) -> str:
     """Translate ``template`` to Ollama's language, for conversations of any length. Raises TemplateError."""
-    inner = template.inner if isinstance(template, MergedSystem) else template
+    inner = template.inner if isinstance(template, SystemAsUser) else template
     if isinstance(inner, ChatML):
         default = f"{START}system\n{inner.default_system}{END}\n" if inner.default_system is not None else ""
         turns = f"{{{{ range .Messages }}}}{START}{{{{ .Role }}}}\n{{{{ .Content }}}}{END}\n{{{{ end }}}}"
@@ -52,7 +52,7 @@ def go_template(template: Template) -> str:
     if not isinstance(inner, Turns):
         raise TemplateError("the model's own chat template cannot be translated to Ollama's language", _INSTEAD)
     system, merged = "", ""
-    if isinstance(template, MergedSystem):  # held back until the first user's message
+    if isinstance(template, SystemAsUser):  # held back until the first user's message
         system, merged = "{{ $system = .Content }}", '{{ if $system }}{{ $system }}\n\n{{ $system = "" }}{{ end }}'
     elif inner.system:
         system = f"{inner.system[0]}{{{{ .Content }}}}{inner.system[1]}"

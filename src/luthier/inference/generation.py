@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from luthier.config import GenerationSettings
 from luthier.errors import ConfigError, UserError
 from luthier.models.chat_format import ChatFormat
+from luthier.models.directory import context_length
 from luthier.models.protocols import CausalLM
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.types import Message
@@ -156,12 +157,12 @@ class Generator:
 
     def _room(self, prompt: int, wanted: int) -> int:
         """Return how many tokens may follow a prompt of this length; zero or negative if the prompt is too long."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_length(self.model.config)
         return min(wanted, limit - prompt) if limit else wanted
 
     def check_length(self, tokens: int) -> int | None:
         """Return the model's context length, None if unlimited. Raises UserError if the prompt leaves no room."""
-        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_length(self.model.config)
         if limit and tokens + 1 > limit:
             raise UserError(
                 f"the prompt is {tokens} tokens long; the model reads at most {limit}", "shorten the conversation"

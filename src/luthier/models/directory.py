@@ -89,6 +89,12 @@ def _set_rope_theta(config: PretrainedConfig, theta: float) -> None:
     config.rope_parameters = {**parameters, "rope_theta": float(theta)}
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return the largest number of tokens that the model can read; None if its config has no limit."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def family_of(path: Path) -> Family:
     """Return the family of a model directory, from its config.json."""
     return recognise(read_json(path / "config.json"))

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
-from luthier.errors import ModelError
+from luthier.errors import ModelError, listed
 from luthier.models.checkpoint_reader import Shape, Shards
 from luthier.models.directory import family_of
 from luthier.models.families import Rule
@@ -42,8 +42,7 @@ class Fit:
 
     def summary(self, limit: int = 20) -> str:
         """Join the first ``limit`` problems and count the others."""
-        more = f"; and {len(self.problems) - limit} more" if len(self.problems) > limit else ""
-        return "; ".join(self.problems[:limit]) + more
+        return listed(self.problems, limit, "; ")
 
 
 def match(shapes: Mapping[str, Shape], rules: Sequence[Rule], model: CausalLM) -> Fit:

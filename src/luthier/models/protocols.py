@@ -84,13 +84,6 @@ class CausalLM(ModuleTree, Protocol):
     def to(self, *target: torch.device | torch.dtype | str) -> Self: ...
 
 
-class Encoded(Protocol):
-    """The ids of one text."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-
 class HfTokenizer(Protocol):
     """A fast tokenizer of transformers."""
 

@@ -56,7 +56,7 @@ class Quantisation:
 
 
 @lru_cache(1)
-def library() -> ModuleType:
+def bitsandbytes_functions() -> ModuleType:
     """Import bitsandbytes' functions. Raises MissingPackageError.
 
     The package ``kernels`` is hidden during the import; otherwise bitsandbytes would download kernels from a hub.
@@ -83,7 +83,7 @@ def library() -> ModuleType:
 
 def quantise(weight: Float[Tensor, "out in"], how: Quantisation) -> dict[str, Shaped[Tensor, " ..."]]:
     """Quantise a weight [out, in]; returns the tensors to store by part name. Raises MissingPackageError."""
-    bnb = library()
+    bnb = bitsandbytes_functions()
     if how.kind == "int8":
         scale = weight.float().abs().amax(dim=1).clamp_min(1e-12) / 127
         values = torch.round(weight.float() / scale[:, None]).to(torch.int8)
@@ -103,7 +103,7 @@ def dequantise(
     """Reconstruct a stored weight: [out, in] in ``dtype``. Raises MissingPackageError."""
     if how.kind == "int8":
         return (parts["values"].to(torch.float32) * parts["scale"][:, None]).to(dtype)
-    bnb = library()
+    bnb = bitsandbytes_functions()
     absmax = absolute_maxima(parts, how)
     # Blocks may cross row ends, but bitsandbytes' AVX512 path starts a new block at every row: pass one long row then.
     rows = shape if shape[1] % BLOCK == 0 else (1, shape[0] * shape[1])
@@ -132,14 +132,14 @@ def absolute_maxima(parts: Mapping[str, Shaped[Tensor, " ..."]], how: Quantisati
 
 @lru_cache(8)
 def _nested_code(device: torch.device) -> Float[Tensor, " 256"]:
-    code: Tensor = library().create_dynamic_map().to(device)
+    code: Tensor = bitsandbytes_functions().create_dynamic_map().to(device)
     return code
 
 
 @lru_cache(8)
 def code_table(kind: str, device: torch.device) -> Float[Tensor, " 16"]:
     """Return the value of each 4-bit code: [16] fp32."""
-    code: Tensor = library().get_4bit_type(kind, device=device)
+    code: Tensor = bitsandbytes_functions().get_4bit_type(kind, device=device)
     return code
 
 

@@ -20,6 +20,7 @@ from transformers import Cache, PretrainedConfig
 
 from luthier.errors import ModelError, UserError
 from luthier.inference.generation import Sampling
+from luthier.models.directory import context_length
 from luthier.models.protocols import CausalLM
 from luthier.serving.adapters import Routes
 from luthier.serving.cache import BatchCache, Prefixes, dynamic_cache, layers_in
@@ -110,7 +111,7 @@ class Engine:
         prefix_bytes: int = 512 << 20,
     ) -> None:
         self.model = model.eval()
-        self.limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.limit = context_length(model.config)
         self.counts = Counts()
         self.max_batch, self.max_queue = max_batch, max_queue
         self._routes = routes or Routes()

@@ -14,13 +14,22 @@ from luthier.errors import TemplateError, nearest
 from luthier.templates import baichuan2, deepseek, glm4, llama3, phi3
 from luthier.templates.chatml import END, START, ChatML
 from luthier.templates.jinja import Jinja, RefusedConversation, Render
-from luthier.templates.system_as_user import MergedSystem
+from luthier.templates.system_as_user import SystemAsUser
 from luthier.templates.turns import Turns
 from luthier.types import ChatTokenizer, Message, SystemRole, Template
 
 __all__ = [
-    "NATIVE", "ChatML", "Jinja", "MergedSystem", "RefusedConversation", "Turns",
-    "digest", "from_description", "pick", "same_text", "stop_ids",
+    "NATIVE",
+    "ChatML",
+    "Jinja",
+    "RefusedConversation",
+    "SystemAsUser",
+    "Turns",
+    "digest",
+    "from_description",
+    "pick",
+    "same_text",
+    "stop_ids",
 ]  # fmt: skip
 
 # the published versions of each format, the current one first; ChatML only varies in its default system prompt
@@ -52,7 +61,7 @@ def pick(
     system_role: ``data.system_role``.
     """
     template = _pick(choice, render, source, stop, family)
-    return MergedSystem(template) if system_role == "merge" else template
+    return SystemAsUser(template) if system_role == "merge" else template
 
 
 def _pick(
@@ -105,7 +114,7 @@ def from_description(
     """Rebuild the template that an adapter was trained with, from what ``describe`` recorded. Raises TemplateError."""
     plain = {k: v for k, v in described.items() if k != "system_role"}
     template = _described(plain, render, source, stop)
-    return MergedSystem(template) if described.get("system_role") == "merge" else template
+    return SystemAsUser(template) if described.get("system_role") == "merge" else template
 
 
 def _described(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from luthier.templates import ChatML, Jinja, MergedSystem, Turns, same_text
+from luthier.templates import ChatML, Jinja, SystemAsUser, Turns, same_text
 from luthier.templates.jinja import Render
 from luthier.types import Template
 
@@ -23,11 +23,11 @@ def chat_template(template: Template, own: OwnTemplate | None, system: str | Non
 
     If the tokenizer's own template writes the same text it is used, since it may support more (such as tools).
     """
-    inner = template.inner if isinstance(template, MergedSystem) else template
+    inner = template.inner if isinstance(template, SystemAsUser) else template
     opening = ""
     if system:
         opening += _OPENING.format(system=json.dumps(system, ensure_ascii=False))
-    if isinstance(template, MergedSystem):
+    if isinstance(template, SystemAsUser):
         opening += _MERGED
     if isinstance(inner, Jinja):
         dated = '{%- set date_string = "26 Jul 2024" -%}' if "date_string" in inner.source else ""

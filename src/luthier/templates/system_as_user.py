@@ -12,7 +12,7 @@ from luthier.types import Message, Span, Template, TrainOn
 
 
 @dataclass(frozen=True, slots=True)
-class MergedSystem:
+class SystemAsUser:
     """A template that merges the system message into the first user message, then renders with ``inner``.
 
     It is a template like any other, so training and chat cannot differ.

@@ -106,7 +106,7 @@ def verify_segments(model: CausalLM, examples: Sequence[Example], kernel: str = 
         raise _cannot(model, "its layers carry state from one row of a flat batch to the next")
     # measured with 30 layers: 0.06 in bf16 from the order of sums only; 1e-6 in fp32
     if _distance(flat, expected) > (1e-3 if model.dtype is torch.float32 else 0.2):
-        raise _cannot(model, "its own attention differs from plain causal attention")
+        raise _cannot(model, "its own attention differs from causal self-attention")
 
 
 def _distance(a: Float[Tensor, "targets vocab"], b: Float[Tensor, "targets vocab"]) -> float:
@@ -123,7 +123,7 @@ def short(example: Example, tokens: int = 24) -> Example:
 def _cannot(model: CausalLM, why: str) -> ModelError:
     return ModelError(
         f"models of type {model.config.model_type} cannot be trained yet: {why}",
-        "use a model with plain causal attention, such as Llama, Qwen2, Phi-3, Gemma 2 or GLM-4",
+        "use a model with causal self-attention, such as Llama, Qwen2, Phi-3, Gemma 2 or GLM-4",
     )
 
 

@@ -28,7 +28,7 @@ from luthier.batching.plan import Packing, Plan
 from luthier.compiled import Unsuitable, compiled_model, unsuitable
 from luthier.config import TrainConfig
 from luthier.devices.device import deterministic
-from luthier.errors import ConfigError, TrainError
+from luthier.errors import ConfigError, TrainError, listed
 from luthier.kernels import native
 from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype, share_dropout_state
@@ -75,7 +75,7 @@ def train(
 
     Returns the progress; its ``step`` is less than the plan's steps if ``session.stop`` ended the session.
     Raises TrainError at the first loss or gradient that is not finite, with the step's rows in the message, and
-    ConfigError as ``losses`` does.
+    ConfigError as ``loss_function`` does.
     """
     session = session or Session()
     schedule = Plan.of(len(examples), config)
@@ -91,7 +91,7 @@ def train(
     try:
         with (
             deterministic(model.device),
-            losses(model, layers, examples, config, session, dropout) as loss_of,
+            loss_function(model, layers, examples, config, session, dropout) as loss_of,
         ):
             start = time.perf_counter()  # compiling and verifying the kernels does not count as training
             steps = _Steps(loss_of, layers, optimizer, dropout, schedule, config)
@@ -116,7 +116,7 @@ def train(
 
 
 @contextmanager
-def losses(
+def loss_function(
     model: CausalLM,
     layers: Mapping[str, LoraLinear],
     examples: Sequence[Example],
@@ -172,7 +172,7 @@ class _Steps:
         device = next(iter(self.layers.values())).lora_A.device
         loss = accumulate(self.loss_of, [to_device(b, device) for b in batches], optimizer, self.dropout)
         if step == 0 and not optimizer.skips:
-            gate(loss, self.layers, batches)
+            check_first_gradients(loss, self.layers, batches)
         rate = learning_rate(step, schedule.steps, config)
         norm = float(optimizer.update(rate))
         if not optimizer.skips:
@@ -207,7 +207,7 @@ def accumulate(
     return total
 
 
-def gate(loss: Float[Tensor, ""], layers: Mapping[str, LoraLinear], batches: Sequence[Batch]) -> None:
+def check_first_gradients(loss: Float[Tensor, ""], layers: Mapping[str, LoraLinear], batches: Sequence[Batch]) -> None:
     """Check, after the first backward pass, that the loss is finite and a gradient reaches every adapter layer.
 
     Raises TrainError.
@@ -217,15 +217,14 @@ def gate(loss: Float[Tensor, ""], layers: Mapping[str, LoraLinear], batches: Seq
         name for name, layer in layers.items() if layer.lora_B.grad is None or not bool((layer.lora_B.grad != 0).any())
     ]
     if dead:
-        names = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
         raise TrainError(
-            f"no gradient reaches the adapter of {names}, so it would not be trained",
+            f"no gradient reaches the adapter of {listed(dead)}, so it would not be trained",
             "remove these layers from lora.target_modules",
         )
     broken = [n for n, layer in layers.items() if not _is_finite(layer.lora_B.grad)]
     if broken:
         raise TrainError(
-            f"the first gradient is not finite in {', '.join(broken[:8])}", "train in fp32: --set model.dtype=float32"
+            f"the first gradient is not finite in {listed(broken)}", "train in fp32: --set model.dtype=float32"
         )
 
 
@@ -237,8 +236,7 @@ def _finite(value: float, step: int, batches: Sequence[Batch], what: str = "loss
     if math.isfinite(value):
         return value
     rows = [str(s) for b in batches for s in b.sources]
-    names = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     raise TrainError(
-        f"the {what} is {value} at step {step + 1}; rows of that step: {names}",
+        f"the {what} is {value} at step {step + 1}; rows of that step: {listed(rows)}",
         "lower the learning rate (--set train.learning_rate=...), or train in fp32 (--set model.dtype=float32)",
     )

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from luthier.batching.collate import collate, to_device
 from luthier.batching.plan import Packing, Plan
 from luthier.compiled.group import PAD
-from luthier.compiled.model import LOGITS, unsuitable
+from luthier.compiled.model import LOGITS, input_projections, unsuitable
 from luthier.config import LoraConfig, TrainConfig
 from luthier.devices.device import resident_now
 from luthier.kernels import native
@@ -280,15 +280,13 @@ def compiled_logits(vocabulary: int, targets: int, width: int) -> float:
 
 def _sizes(block: Any) -> dict[str, int]:
     """Elements per token of the projections' outputs."""
-    attention, mlp = block.self_attn, block.mlp
-    names = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
-    gate_up = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
+    qkv, gate_up = input_projections(block)
 
     def base(module: Any) -> Any:
         return module.base if isinstance(module, LoraLinear) else module
 
     return {
-        "qkv": sum(base(getattr(attention, n)).out_features for n in names),
-        "attended": base(attention.o_proj).in_features + PAD,
-        "gate_up": sum(base(getattr(mlp, n)).out_features for n in gate_up),
+        "qkv": sum(base(layer).out_features for layer in qkv),
+        "attended": base(block.self_attn.o_proj).in_features + PAD,
+        "gate_up": sum(base(layer).out_features for layer in gate_up),
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.config import TrainConfig
-from luthier.models.quantization import library
+from luthier.models.quantization import bitsandbytes_functions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -27,7 +27,7 @@ def _build(name: str, parameters: list[nn.Parameter], config: TrainConfig) -> to
     if name == "adamw_torch":
         fused = device in ("cpu", "cuda")
         return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, fused=fused)
-    library()  # bitsandbytes, imported safely
+    bitsandbytes_functions()  # bitsandbytes, imported safely
     from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW32bit
 
     kind = {"adamw_8bit": AdamW8bit, "paged_adamw_32bit": PagedAdamW32bit}[name]

@@ -15,6 +15,7 @@ from luthier.encoding.store import CacheWriteError
 from luthier.errors import ConfigError, UserError
 from luthier.lora.layers import Targets, resolve
 from luthier.models.chat_format import ChatFormat, chat_format_of
+from luthier.models.directory import context_length
 from luthier.models.native_model import empty_model
 from luthier.types import Log
 
@@ -121,7 +122,7 @@ def _targets(config: RunConfig, chat_format: ChatFormat) -> Targets:
     if config.data.system:
         chat_format.check_text(config.data.system, "data.system")
     targets = resolve(empty_model(chat_format.config), config.lora.target_modules, chat_format.modules())
-    limit = getattr(chat_format.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(chat_format.config)
     if limit and config.data.max_length > limit:
         raise ConfigError(
             f"data.max_length: {config.data.max_length} is more than the {limit} tokens that the model can read",

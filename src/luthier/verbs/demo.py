@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from luthier._util import files
-from luthier.adapters.run_dir import RunDir
+from luthier.adapters.run_dir import RunDir, Summary
 from luthier.evaluation import report
 from luthier.evaluation.scoring import HELD_OUT, RESULTS, Comparison, Scores, score
 from luthier.inference.generation import Reply
@@ -27,7 +27,7 @@ class DemoResult:
     base: Scores
     tuned: Scores
     prompts: list[str]
-    summary: dict[str, object]
+    summary: Summary
 
     @property
     def base_loss(self) -> float:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier import __version__
 from luthier.config import LoraConfig, TrainConfig
-from luthier.devices.device import cpu_name, memory_bytes, pick_device, pick_dtype
+from luthier.devices.device import cpu_name, physical_memory, pick_device, pick_dtype
 from luthier.lora.layers import attach, resolve
 from luthier.training import loop
 from luthier.types import Example, RowRef
@@ -69,7 +69,7 @@ def doctor() -> Machine:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": memory_bytes(),
+        "memory_bytes": physical_memory(),
         "trains_in": str(pick_dtype("auto", device)).removeprefix("torch."),
         "smoke": _smoke(device),
     }

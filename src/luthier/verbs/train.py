@@ -41,7 +41,7 @@ def train(
     log: Log = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     force: bool = False,
-) -> dict[str, object]:
+) -> Summary:
     """Train an adapter and return the content of ``summary.json``. Raises UserError.
 
     A finished run is left unchanged and its summary returned; an interrupted run resumes from its last checkpoint.
@@ -63,7 +63,7 @@ def train(
     if run.finished:
         run.same_identity(run.summary().get("identity", {}), identity)
         log(f"{run.path}: this run is finished already; nothing was changed")
-        return dict(run.summary())
+        return run.summary()
     resume = checkpoint.latest(run.checkpoints, log)
     if resume:
         run.same_identity(resume.identity, identity)
@@ -107,7 +107,7 @@ def train(
         summary["held_out"] = held_out
     report.write(run.path, config.model_copy(update={"train": settings}), summary, rows.train.lengths())
     run.finish(summary)
-    return dict(summary)
+    return summary
 
 
 def absolute(config: RunConfig) -> RunConfig:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from luthier._util import files
 from luthier.devices.device import cpu_instructions, keep_freed_memory
-from luthier.kernels.native.signatures import SIGNATURES
+from luthier.kernels.native.signatures import CONDITIONS, SIGNATURES
 
 _SOURCES = ("rows.cpp", "attention.cpp", "loss.cpp", "weights.cpp")
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
@@ -38,7 +38,8 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 NUMBERS = {"l": ctypes.c_int64, "i": ctypes.c_int, "u": ctypes.c_uint32, "f": ctypes.c_float}
 ELEMENTS = {"f32": torch.float32, "i64": torch.int64, "u8": torch.uint8, "i8": torch.int8}
-_PARAMETER = re.compile(r"(\w+)(?::(\w+)(?:\[([^\]]*)\])?(?:/(\w+))?)?(\?)?")
+_PARAMETER = re.compile(r"(\w+)(?::(\w+)(?:\[([^\]]*)\])?(?:/(\w+))?)?(\?\w*)?")
+_CONDITION = re.compile(r"(.+?)(>=|<|%)(.+)|ascending\((\w+)\)")
 Argument = Tensor | int | float | None
 
 
@@ -80,13 +81,16 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of a function. kind: "l", "i", "u" or "f" for a number, else a tensor's element type."""
+    """One parameter of a function. kind: "l", "i", "u" or "f" for a number, else a tensor's element type.
+
+    optional: "" if a tensor is required, "?" if it may be None, "?" and a number's name if only while that is 0.
+    """
 
     name: str
     kind: str
     sizes: tuple[Size, ...] = ()
     row_stride: str = ""
-    optional: bool = False
+    optional: str = ""
 
     @property
     def is_tensor(self) -> bool:
@@ -94,7 +98,7 @@ class Parameter:
 
     def mismatch(self, tensor: Argument, dtype: torch.dtype, arguments: Mapping[str, Argument]) -> str | None:
         """Return why a tensor cannot be passed, None if it can. dtype: element type of the functions."""
-        if tensor is None and self.optional:
+        if tensor is None and self.optional and not arguments.get(self.optional[1:]):
             return None
         expected = [size.of(arguments) for size in self.sizes]
         element = dtype if self.kind == "T" else ELEMENTS[self.kind]
@@ -124,8 +128,49 @@ def parameters(signature: str) -> tuple[Parameter, ...]:
         assert match, text
         name, kind, sizes, row_stride, optional = match.groups()
         split = tuple(Size.parse(size) for size in sizes.split(",")) if sizes else ()
-        parsed.append(Parameter(name, kind or "l", split, row_stride or "", bool(optional)))
+        parsed.append(Parameter(name, kind or "l", split, row_stride or "", optional or ""))
     return tuple(parsed)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What the arguments of a function must fulfil besides their types and extents. tensor: the index tensor, or ""."""
+
+    text: str
+    relation: str
+    left: Size
+    right: Size
+    tensor: str = ""
+
+    @classmethod
+    def parse(cls, text: str, index_tensors: Sequence[str]) -> Condition:
+        match = _CONDITION.fullmatch(text)
+        assert match, text
+        left, relation, right, ascending = match.groups()
+        if ascending:
+            return cls(text, "ascending", Size(()), Size(()), ascending)
+        if left in index_tensors:
+            return cls(text, relation, Size(()), Size.parse(right), left)
+        return cls(text, relation, Size.parse(left), Size.parse(right))
+
+    def fulfilled(self, arguments: Mapping[str, Argument]) -> bool:
+        """Whether the arguments, whose types and extents match, fulfil the condition."""
+        if not self.tensor:
+            left, right = self.left.of(arguments), self.right.of(arguments)
+            return left % right == 0 if self.relation == "%" else left >= right
+        tensor = arguments[self.tensor]
+        if not isinstance(tensor, Tensor) or not tensor.numel():
+            return True
+        if self.relation == "ascending":
+            return bool((tensor[1:] >= tensor[:-1]).all())
+        right = self.right.of(arguments)
+        return bool((tensor < right if self.relation == "<" else tensor >= right).all())
+
+
+def conditions(name: str) -> tuple[Condition, ...]:
+    """Parse a value of ``CONDITIONS``; a function without an entry has none."""
+    index_tensors = [p.name for p in parameters(SIGNATURES[name]) if p.kind == "i64"]
+    return tuple(Condition.parse(text, index_tensors) for text in CONDITIONS.get(name, "").split())
 
 
 _profiled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
@@ -138,8 +183,8 @@ class Unavailable(Exception):
 class Kernels:
     """The compiled functions for one element type: ``kernels.norm_forward(...)``, arguments as in ``SIGNATURES``.
 
-    Every call checks every tensor's type, device, extents and strides: the C++ side sees only addresses. Raises
-    ValueError, before anything is computed, for an argument that does not match.
+    Every call checks every tensor's type, device, extents and strides, and ``CONDITIONS``: the C++ side sees only
+    addresses. Raises ValueError, before anything is computed, for an argument that does not match.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
@@ -156,12 +201,16 @@ class Kernels:
     ) -> Callable[..., None]:
         names = [p.name for p in expected]
         tensors = [p for p in expected if p.is_tensor]
+        required = conditions(name)
 
         def call(*arguments: Argument) -> None:
             by_name = dict(zip(names, arguments, strict=True))
             for parameter in tensors:
                 if why := parameter.mismatch(by_name[parameter.name], dtype, by_name):
                     raise ValueError(f"{name}: {parameter.name} {why}")
+            for condition in required:
+                if not condition.fulfilled(by_name):
+                    raise ValueError(f"{name}: {condition.text} is not fulfilled")
             recorded = torch.profiler.record_function(f"luthier::{name}") if _profiled() else nullcontext()
             with recorded:
                 function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))

@@ -44,14 +44,14 @@ std::vector<std::vector<Task>> shares(const Segments& g, const Queries& q, const
             if (q.offsets[s + 1] > q.offsets[s])
                 tasks.push_back({s, h, double(seen[s].size()) * (16.0 + double(q.offsets[s + 1] - q.offsets[s]))});
     std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-    std::vector<std::vector<Task>> found(threads);
+    std::vector<std::vector<Task>> assigned(threads);
     std::vector<double> load(threads, 0.0);
     for (const Task& t : tasks) {
         const size_t least = std::min_element(load.begin(), load.end()) - load.begin();
-        found[least].push_back(t);
+        assigned[least].push_back(t);
         load[least] += t.cost;
     }
-    return found;
+    return assigned;
 }
 
 // The stream rows that each segment sees: those of its ancestors from the root, then its own.
@@ -268,15 +268,15 @@ void attend_backward(const Segments& segments, const Queries& queries, const Sha
 #define PLACE                                                                                                  \
     int64_t count, const int64_t *offsets, const int64_t *parents, int64_t shared, const int64_t *query_offsets, \
         const int64_t *query_rows, int64_t heads, int64_t kv, int64_t dim, int64_t window, float scale
-#define GIVEN Segments{count, offsets, parents, shared}, Queries{query_offsets, query_rows}, Shape{heads, kv, dim, window, scale}
+#define PLACE_VALUES Segments{count, offsets, parents, shared}, Queries{query_offsets, query_rows}, Shape{heads, kv, dim, window, scale}
 #define EXPORT(T, S)                                                                                                   \
     extern "C" void attend_forward_##S(PLACE, const T* q, int64_t ldq, const T* k, const T* v, int64_t ldk, T* out,    \
                                        int64_t ldo) {                                                                  \
-        attend_forward<T>(GIVEN, q, ldq, k, v, ldk, out, ldo);                                                         \
+        attend_forward<T>(PLACE_VALUES, q, ldq, k, v, ldk, out, ldo);                                                  \
     }                                                                                                                  \
     extern "C" void attend_backward_##S(PLACE, const T* q, int64_t ldq, const T* k, const T* v, int64_t ldk,           \
                                         const T* grad, int64_t ldg, T* dq, int64_t lddq, T* dk, T* dv, int64_t lddk) { \
-        attend_backward<T>(GIVEN, q, ldq, k, v, ldk, grad, ldg, dq, lddq, dk, dv, lddk);                               \
+        attend_backward<T>(PLACE_VALUES, q, ldq, k, v, ldk, grad, ldg, dq, lddq, dk, dv, lddk);                        \
     }
 EXPORT(float, f32)
 EXPORT(bf16, bf16)

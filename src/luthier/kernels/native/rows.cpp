@@ -240,29 +240,29 @@ void rotate(int64_t n, T* x, int64_t ld, int64_t heads, int64_t dim, int64_t rot
 }  // namespace
 
 #define LORA const int64_t rank, const float *a, const float *factor, uint32_t key, uint32_t threshold, const int64_t *places
-#define GIVEN Lora{rank, a, factor, Dropout{key, threshold, places}}
+#define LORA_VALUES Lora{rank, a, factor, Dropout{key, threshold, places}}
 #define EXPORT(T, S)                                                                                                     \
     extern "C" void norm_forward_##S(int64_t n, int64_t k, const T* x, const T* w, float eps, LORA, T* out, int64_t ldo, \
                                      T* saved, float* rstd) {                                                            \
-        norm_forward<T>(n, k, x, w, eps, GIVEN, out, ldo, saved, rstd);                                                  \
+        norm_forward<T>(n, k, x, w, eps, LORA_VALUES, out, ldo, saved, rstd);                                            \
     }                                                                                                                    \
     extern "C" void norm_backward_##S(int64_t n, int64_t k, const T* x, const T* w, const float* rstd, LORA,             \
                                       const T* grad, int64_t ldg, const T* residual, T* out, float* grad_a) {            \
-        norm_backward<T>(n, k, x, w, rstd, GIVEN, grad, ldg, residual, out, grad_a);                                     \
+        norm_backward<T>(n, k, x, w, rstd, LORA_VALUES, grad, ldg, residual, out, grad_a);                               \
     }                                                                                                                    \
     extern "C" void swiglu_forward_##S(int64_t n, int64_t k, const T* gu, LORA, T* out, int64_t ldo, T* saved) {         \
-        swiglu_forward<T>(n, k, gu, GIVEN, out, ldo, saved);                                                             \
+        swiglu_forward<T>(n, k, gu, LORA_VALUES, out, ldo, saved);                                                       \
     }                                                                                                                    \
     extern "C" void swiglu_backward_##S(int64_t n, int64_t k, const T* gu, LORA, const T* grad, int64_t ldg, T* out,     \
                                         float* grad_a) {                                                                 \
-        swiglu_backward<T>(n, k, gu, GIVEN, grad, ldg, out, grad_a);                                                     \
+        swiglu_backward<T>(n, k, gu, LORA_VALUES, grad, ldg, out, grad_a);                                               \
     }                                                                                                                    \
     extern "C" void lora_forward_##S(int64_t n, int64_t k, T* x, int64_t ld, LORA, T* saved) {                           \
-        lora_forward<T>(n, k, x, ld, GIVEN, saved);                                                                      \
+        lora_forward<T>(n, k, x, ld, LORA_VALUES, saved);                                                                \
     }                                                                                                                    \
     extern "C" void lora_backward_##S(int64_t n, int64_t k, const T* x, int64_t ld, LORA, const T* grad, int64_t ldg,    \
                                       T* out, float* grad_a) {                                                           \
-        lora_backward<T>(n, k, x, ld, GIVEN, grad, ldg, out, grad_a);                                                    \
+        lora_backward<T>(n, k, x, ld, LORA_VALUES, grad, ldg, out, grad_a);                                              \
     }                                                                                                                    \
     extern "C" void lora_grad_b_##S(int64_t n, int64_t m, const T* grad, int64_t ldg, const T* z, int64_t ldz,           \
                                     int64_t rank, float* grad_b) {                                                       \

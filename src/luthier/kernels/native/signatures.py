@@ -1,24 +1,34 @@
-"""List the parameters of the compiled functions in order, as the C++ sources declare them (a test compares both).
+"""Declare the compiled functions: their parameters, as the C++ sources have them, and what these must fulfil.
+
+``SIGNATURES`` has the parameters in order (a test compares them with the C++ sources):
 
 n            an int64; i, u, f after a colon: int, uint32, float
 x:T[n,k]     a contiguous tensor [n, k]; T: the element type of the function; f32, i64, u8, i8: that type
 x:T[n,k]/ld  a tensor [n, at least k] whose rows are ``ld`` elements apart; ``ld`` is another parameter
-last(x)      the last element of the tensor x; ? at the end: may be None
+last(x)      the last element of the tensor x
+x:T[n]?      may be None; ?rank: only if the number ``rank`` is 0
+
+``CONDITIONS`` has what the C++ code relies on besides; without it, a call would access memory outside a tensor:
+
+k%16         k is a multiple of 16, the widest vector in floats
+ld>=k+rank   of numbers; of an index tensor: all elements (None fulfils it)
+x<n          all elements of the index tensor x
+ascending(x) no element of the index tensor x is smaller than the one before it
 """
 
 from __future__ import annotations
 
-_LORA = "rank a:f32[rank,k]? factor:f32[rank]? key:u threshold:u places:i64[n]?"
+_LORA = "rank a:f32[rank,k]?rank factor:f32[rank]?rank key:u threshold:u places:i64[n]?"
 _PLACE = (
     "count offsets:i64[count+1] parents:i64[count] shared query_offsets:i64[count+1] "
     "query_rows:i64[last(query_offsets)]? heads kv dim window scale:f"
 )
 _QKV = "q:T[last(query_offsets),heads*dim]/ldq ldq k:T[last(offsets),kv*dim]/ldk v:T[last(offsets),kv*dim]/ldk ldk"
 SIGNATURES = {
-    "norm_forward": f"n k x:T[n,k] w:T[k] eps:f {_LORA} out:T[n,ldo] ldo saved:T[n,rank]? rstd:f32[n]",
+    "norm_forward": f"n k x:T[n,k] w:T[k] eps:f {_LORA} out:T[n,ldo] ldo saved:T[n,rank]?rank rstd:f32[n]",
     "norm_backward": (
         f"n k x:T[n,k] w:T[k] rstd:f32[n] {_LORA} grad:T[n,k+rank]/ldg ldg residual:T[n,k] out:T[n,k]? "
-        "grad_a:f32[rank,k]?"
+        "grad_a:f32[rank,k]?rank"
     ),
     "swiglu_forward": f"n k gu:T[n,2*k] {_LORA} out:T[n,ldo] ldo saved:T[n,rank]",
     "swiglu_backward": f"n k gu:T[n,2*k] {_LORA} grad:T[n,k+rank]/ldg ldg out:T[n,2*k] grad_a:f32[rank,k]",
@@ -38,4 +48,22 @@ SIGNATURES = {
     "dropout": "n k x:T[n,k] out:T[n,k] key:u threshold:u factor:f",
     "four_bits": "n k packed:u8[n*k//2] scales:f32[n*k//64] table:f32[16] out:T[n,k]/ldo ldo",
     "eight_bits": "n k values:i8[n,k] scales:f32[n] out:T[n,k]/ldo ldo",
+}
+
+_SEGMENTS = (
+    "offsets>=0 ascending(offsets) query_offsets>=0 ascending(query_offsets) parents<count query_rows>=0 "
+    "query_rows<last(offsets) last(offsets)>=shared shared>=0 window>=0 heads%kv dim%16"
+)
+CONDITIONS = {
+    "norm_forward": "k%16 ldo>=k+rank",
+    "norm_backward": "k%16",
+    "swiglu_forward": "k%16 ldo>=k+rank",
+    "swiglu_backward": "k%16",
+    "lora_forward": "k%16 ld>=k+rank",
+    "lora_backward": "k%16 ld>=k",
+    "rotate": "width>=heads*dim dim>=rotary",
+    "attend_forward": _SEGMENTS,
+    "attend_backward": _SEGMENTS,
+    "cross_entropy": "targets>=0 targets<vocabulary",
+    "four_bits": "k%64",
 }

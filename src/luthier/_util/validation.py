@@ -1,0 +1,72 @@
+"""Turn pydantic's errors into messages with what to type: one per key, an unknown key with its nearest name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from types import UnionType
+from typing import Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from luthier.errors import nearest
+
+Mistake = tuple[str, str]  # what is wrong, and what to type
+
+
+def mistakes(
+    errors: Iterable[ErrorDetails],
+    fields: Mapping[str, FieldInfo],
+    other_names: Mapping[str, str],
+    options: Mapping[str, str],
+) -> list[Mistake]:
+    """Explain errors; alternatives of one value (``auto`` or a number) become one message.
+
+    fields: by dotted key. other_names: keys by the names that other tools use. options: what gives a required key.
+    """
+    by_place: dict[str, list[ErrorDetails]] = {}
+    for error in errors:
+        by_place.setdefault(_place(error, fields), []).append(error)
+    # a list is reported as too short if its only element was refused; the element's error says more
+    causes = [p for p in by_place if not any(other.startswith(f"{p}.") for other in by_place)]
+    return [_mistake(place, by_place[place], fields, other_names, options) for place in causes]
+
+
+def _place(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
+    """The dotted key of an error, without the alternative that pydantic tried, such as ``bool``."""
+    parts = [str(part) for part in error["loc"]]
+    key = ".".join(parts[:2])
+    several = key in fields and get_origin(fields[key].annotation) in (Union, UnionType)
+    return key if several else ".".join(parts)
+
+
+def _mistake(
+    place: str,
+    errors: Sequence[ErrorDetails],
+    fields: Mapping[str, FieldInfo],
+    other_names: Mapping[str, str],
+    options: Mapping[str, str],
+) -> Mistake:
+    kind = errors[0]["type"]
+    if kind == "extra_forbidden":
+        leaf = {**{key.rpartition(".")[2]: key for key in fields}, **other_names}
+        name = place.rpartition(".")[2]
+        guess = leaf.get(name) or leaf.get(nearest(name, leaf, cutoff=0.7) or "")
+        hint = f"; did you mean {guess}?" if guess else ""
+        return f"{place}: unknown key{hint}", f"write {guess}" if guess else f"the keys are: {', '.join(fields)}"
+    if kind == "missing":
+        return f"{place}: is missing", f"give {options.get(place, f'--set {place}=VALUE')}"
+    problems = [error["msg"].removeprefix("Value error, ") for error in errors]
+    whole = " or ".join([problems[0], *(p.removeprefix("Input should be ") for p in problems[1:])])
+    example = _example(place, errors[0].get("input"), fields[place]) if place in fields else ""
+    return f"{place}: {whole[0].lower()}{whole[1:]}, got {errors[0].get('input')!r}", f"correct {place}{example}"
+
+
+def _example(key: str, got: object, field: FieldInfo) -> str:
+    """A value that is accepted: the nearest of several choices, else the default."""
+    choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
+    value = nearest(str(got), choices) or field.get_default(call_default_factory=True, validated_data={})
+    if field.is_required() or value in (None, "", (), {}):
+        return ""
+    return f", as --set {key}={value if isinstance(value, str) else json.dumps(value)}"
