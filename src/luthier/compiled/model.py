@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from luthier.batching.collate import DeviceBatch
 from luthier.compiled.group import Arena, Bump, Group
 from luthier.compiled.layer import Heads, Layer, Saved, Stream
+from luthier.devices.device import trim_freed_memory
 from luthier.kernels import native
 from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype
@@ -94,6 +95,7 @@ class CompiledModel:
         self.layers = [self._layer(block, index) for block in decoder.layers]
         trained = [i for i, layer in enumerate(self.layers) if any(g.parts for g in layer.groups())]
         self.first = trained[0]
+        trim_freed_memory()  # the layers' former weights
 
     def _layer(self, block: Any, index: Mapping[int, int]) -> Layer:
         attention, mlp, config = block.self_attn, block.mlp, block.self_attn.config

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
 from luthier.config import ModelConfig
-from luthier.devices.device import DTYPES, pick_device, pick_dtype
+from luthier.devices.device import DTYPES, pick_device, pick_dtype, trim_freed_memory
 from luthier.errors import ModelError
 from luthier.models.checkpoint_reader import Shards
 from luthier.models.directory import family_of, read_config
@@ -112,7 +112,9 @@ def open_base(
     """
     how = quantisation(settings)
     if how is None:
-        return load_weights(settings.path, dtype, device, config, log)
+        model = load_weights(settings.path, dtype, device, config, log)
+        trim_freed_memory()  # tensors that were converted to another dtype
+        return model
     compute = DTYPES.get(settings.bnb_4bit_compute_dtype, dtype)
     return load_quantised(
         settings.path, dtype, device, config, QuantisedOptions(how, compute, settings.quantised_cache), log

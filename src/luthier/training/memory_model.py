@@ -31,7 +31,7 @@ from luthier.types import Example, RowRef
 
 _BATCHES = 20_000  # micro-batches searched for the largest
 _OPTIMIZER_BYTES = {"adamw_torch": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2.1}  # per trainable parameter
-_ALLOCATOR = 120e6  # measured: memory that the allocator retains between calls of the compiled layers, packed operands
+_ALLOCATOR = 70e6  # measured: memory that the allocator retains between calls of the compiled layers, packed operands
 _RUNTIME = 120e6  # allowance for thread pools, packing buffers of torch's kernels and the allocator itself
 
 

@@ -17,7 +17,7 @@ from luthier import __version__
 from luthier._util import files
 from luthier.batching.plan import Plan
 from luthier.config import RunConfig, TrainConfig
-from luthier.devices.device import available_memory, cpu_name, pick_device
+from luthier.devices.device import available_memory, cpu_name, pick_device, trim_freed_memory
 from luthier.encoding.store import ExampleStore
 from luthier.errors import UserError
 from luthier.lora.layers import Targets
@@ -104,6 +104,7 @@ class Requirements:
 
 def estimate_run(wanted: Requirements, every_precision: bool = True) -> Estimate:
     """Estimate the run as configured and at every precision, and find settings that make it fit."""
+    trim_freed_memory()  # left by reading and encoding rows; it would count as part of the libraries
     config, free = wanted.config, available_memory()
     chosen = _estimate_at(wanted, _precision(config), config.train, free)
     precisions = _precisions(config) if every_precision else ()
