@@ -186,6 +186,18 @@ def test_a_call_that_would_access_memory_outside_a_tensor_is_refused(
         getattr(kernels, name)(*_matching(name, **_BROKEN[condition]).values())
 
 
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_an_accepted_call_does_not_let_another_one_pass(name: str, kernels: native.Kernels) -> None:
+    arguments = _matching(name)
+    getattr(kernels, name)(*arguments.values())
+    for parameter in (p for p in parameters(SIGNATURES[name]) if p.is_tensor):
+        right = arguments[parameter.name]
+        assert isinstance(right, Tensor)
+        for wrong in (right.to(torch.float16), right.to("meta"), right[:-1], right[None].expand(2, *right.shape)):
+            with pytest.raises(ValueError, match=f"{name}: {parameter.name} "):
+                getattr(kernels, name)(*{**arguments, parameter.name: wrong}.values())
+
+
 @pytest.mark.parametrize("missing", ["a", "factor", "saved"])
 def test_lora_tensors_may_be_missing_only_at_rank_0(missing: str, kernels: native.Kernels) -> None:
     with pytest.raises(ValueError, match=f"norm_forward: {missing} is None"):

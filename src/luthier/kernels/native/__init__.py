@@ -176,6 +176,25 @@ def conditions(name: str) -> tuple[Condition, ...]:
 _profiled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
+# what the check of a call depends on, by kind of parameter: the values of sizes and flags, nothing of keys and factors
+_SEES: dict[str, Callable[[Argument], object]] = {
+    "l": lambda a: a, "i": lambda a: a, "u": lambda _: None, "f": lambda _: None,
+}  # fmt: skip
+_REMEMBERED = 256  # accepted layouts per function
+
+
+def _layout(argument: Argument) -> object:
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.shape, argument.stride(), argument.dtype, argument.device
+
+
+def _values(argument: Argument) -> object:
+    if not isinstance(argument, Tensor) or argument.device.type != "cpu":
+        return argument
+    return _layout(argument), tuple(argument.flatten().tolist())
+
+
 class Unavailable(Exception):
     """The compiled kernels are not available on this machine; the message is the reason."""
 
@@ -184,7 +203,8 @@ class Kernels:
     """The compiled functions for one element type: ``kernels.norm_forward(...)``, arguments as in ``SIGNATURES``.
 
     Every call checks every tensor's type, device, extents and strides, and ``CONDITIONS``: the C++ side sees only
-    addresses. Raises ValueError, before anything is computed, for an argument that does not match.
+    addresses. Raises ValueError, before anything is computed, for an argument that does not match. Layers of one shape
+    call with equal layouts, so a layout that was accepted is remembered and compared.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
@@ -202,8 +222,11 @@ class Kernels:
         names = [p.name for p in expected]
         tensors = [p for p in expected if p.is_tensor]
         required = conditions(name)
+        values = {c.tensor for c in required} | {size.last for p in tensors for size in p.sizes}
+        sees = [_values if p.name in values else _layout if p.is_tensor else _SEES[p.kind] for p in expected]
+        accepted: set[tuple[object, ...]] = set()
 
-        def call(*arguments: Argument) -> None:
+        def check(arguments: Sequence[Argument]) -> None:
             by_name = dict(zip(names, arguments, strict=True))
             for parameter in tensors:
                 if why := parameter.mismatch(by_name[parameter.name], dtype, by_name):
@@ -211,6 +234,14 @@ class Kernels:
             for condition in required:
                 if not condition.fulfilled(by_name):
                     raise ValueError(f"{name}: {condition.text} is not fulfilled")
+
+        def call(*arguments: Argument) -> None:
+            key = tuple([see(argument) for see, argument in zip(sees, arguments, strict=True)])
+            if key not in accepted:
+                check(arguments)
+                if len(accepted) >= _REMEMBERED:
+                    accepted.clear()
+                accepted.add(key)
             recorded = torch.profiler.record_function(f"luthier::{name}") if _profiled() else nullcontext()
             with recorded:
                 function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
