@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import machine
 import recipe
 import startup
 import tuned
+import versions
 import workload
 from luthier import personas
 from luthier._util.installation import install_command
@@ -181,6 +183,23 @@ def test_rows_for_check_are_repeated_with_an_index(distinct: bool, tmp_path: Pat
 
 
 # --- the real sizes ---------------------------------------------------------------------------------------------------
+
+
+def test_two_versions_compute_their_steps_in_alternation(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    slower = tmp_path / "slower" / "src" / "luthier"
+    shutil.copytree(ROOT / "src" / "luthier", slower)
+    loop = slower / "training" / "loop.py"
+    loop.write_text(
+        loop.read_text().replace(
+            "        rate = learning_rate(", "        time.sleep(0.2)\n        rate = learning_rate("
+        )
+    )
+    settings = ["model.dtype=float32", "train.fused=false"]
+    trees = (ROOT, slower.parent.parent)
+    results = versions.compare(trees, model_dir("llama"), personas.TEAHOUSE, 4, settings)
+    assert results["equal_losses"] and results["median"] > 2 and results["seconds"][1] > 0.8
+    with pytest.raises(UserError, match="ended before its last step"):
+        versions.compare(trees, tmp_path / "none", personas.TEAHOUSE, 1, [])
 
 
 @pytest.mark.slow
