@@ -28,7 +28,7 @@ from luthier.types import Log
 from tuned import switches
 from workload import Workload, child, write_rows
 
-GIVEN, FASTEST, OURS = "recipe as given", "recipe, fastest setting", "luthier"
+PUBLISHED, FASTEST, OURS = "recipe as given", "recipe, fastest setting", "luthier"
 
 
 def measure(work: Workload, dropouts: list[float], repeats: int, with_switches: bool, log: Log) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _variants(work: Workload, dropouts: list[float], with_switches: bool) -> dic
     variants: dict[str, tuple[str, list[object]]] = {}
     for dropout in dropouts:
         common: list[object] = ["--model", work.model, "--data", work.rows, "--dtype", work.dtype, "--dropout", dropout]
-        variants[_name(GIVEN, dropout)] = ("recipe", [*common, "--gradient-checkpointing"])
+        variants[_name(PUBLISHED, dropout)] = ("recipe", [*common, "--gradient-checkpointing"])
         variants[_name(FASTEST, dropout)] = ("recipe", common)
         variants[_name(OURS, dropout)] = ("tuned", common)
         for off in switches() if with_switches else ():
@@ -72,7 +72,7 @@ def _ratios(runs: dict[str, list[dict[str, Any]]], dropout: float) -> dict[str, 
 
     ours, fastest = median(OURS, "train_seconds"), median(FASTEST, "train_seconds")
     return {
-        "speed against the recipe as given": round(median(GIVEN, "train_seconds") / ours, 2),
+        "speed against the recipe as given": round(median(PUBLISHED, "train_seconds") / ours, 2),
         "speed against its fastest setting": round(fastest / ours, 2),
         "memory against its fastest setting": round(
             median(OURS, "peak_rss_bytes") / median(FASTEST, "peak_rss_bytes"), 3

@@ -2,15 +2,19 @@
 
     python examples/sft_loop.py MODEL_DIR ROWS.jsonl ADAPTER_DIR [KEY=VALUE ...]
 
-The steps and their results are those of ``luthier train`` without compiled layers (``train.fused=false``). Checkpoints,
-the evaluation and the check of memory are left out.
+The steps and their results are those of ``luthier train`` without compiled layers (``train.fused=false``). Left out are
+checkpoints, the evaluation, the check of memory, and the checks that loss and gradients are finite; settings of these
+have no effect.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from luthier.adapters import directory as adapters
 from luthier.batching.collate import to_device
@@ -19,14 +23,13 @@ from luthier.config import build
 from luthier.devices.device import pick_device
 from luthier.encoding.rows import encode_rows
 from luthier.inference.generation import Generator, Sampling
-from luthier.lora.layers import attach, resolve, share_dropout_state
+from luthier.lora.layers import attach, frozen_dtype, resolve, share_dropout_state
 from luthier.models.chat_format import chat_format_of
 from luthier.models.directory import fingerprint
 from luthier.models.loader import open_base, training_dtype
 from luthier.templates import digest
 from luthier.training.forward import checkpointing, loss_sum, segment_attention, verify_segments
 from luthier.training.optimizer import Optimizer, learning_rate
-from luthier.types import Message
 
 
 def main(model_dir: Path, data: Path, adapter_dir: Path, settings: Sequence[str] = ()) -> list[float]:
@@ -49,7 +52,8 @@ def main(model_dir: Path, data: Path, adapter_dir: Path, settings: Sequence[str]
 
     # A step is several micro-batches: its loss is the sum over all of them, divided by the step's supervised tokens.
     plan = Plan.of(len(rows.train), config.train)
-    optimizer = Optimizer([p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)], config.train)
+    parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    optimizer = Optimizer(parameters, config.train, fp16=frozen_dtype(model) is torch.float16)
     dropout = share_dropout_state(layers)  # masks are computed from the seed and these counters, nothing is stored
     dropout.seed = config.train.seed
     losses = []
@@ -82,7 +86,7 @@ def main(model_dir: Path, data: Path, adapter_dir: Path, settings: Sequence[str]
     )
     adapters.save(adapter_dir, layers, config.lora, targets, facts, config.model.path)
 
-    prompt: list[Message] = [m for m in rows.report.samples[0].messages if m.role != "assistant"][:2]
+    prompt = list(itertools.takewhile(lambda m: m.role != "assistant", rows.report.samples[0].messages))
     print(Generator(model, chat_format).reply(prompt, Sampling(max_new_tokens=40)).text)
     return losses
 

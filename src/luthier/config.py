@@ -234,6 +234,7 @@ def build(
         for key in _NEED_SAMPLING:  # a file's sampling settings are dropped together with its sampling
             sampling.pop(key, None)
     wrong += _override(combined, chosen)
+    wrong += [(f"{key}: is missing", f"give {_OPTIONS[key]}") for key in required if combined.get(key) is None]
     try:
         config = RunConfig.model_validate(combined)
     except ValidationError as e:
@@ -241,7 +242,6 @@ def build(
         _remove_faults(combined, e.errors())
         config = RunConfig.model_validate(combined)  # the rest may still be a combination that is refused
     wrong += _combinations(config, chosen)
-    wrong += [(f"{key}: is missing", f"give {_OPTIONS[key]}") for key in required if getattr(config, key) is None]
     if wrong:
         raise ConfigError("\n".join(text for text, _ in wrong), "; ".join(dict.fromkeys(fix for _, fix in wrong)))
     return config

@@ -105,7 +105,11 @@ def test_check_json_reports_every_refused_row(luthier: Run, model: Path, tmp_pat
 
 
 REFUSALS = [
-    (["check", "--model", "{model}", "--data", "{no}"], "does not exist", "choose a JSON, JSONL, CSV or Parquet file"),
+    (
+        ["check", "--model", "{model}", "--data", "{no}"],
+        "does not exist",
+        "choose a JSON, JSONL, CSV, TSV or Parquet file",
+    ),
     (["check", "--model", "{no}", "--data", "{rows}"], "does not exist", "luthier pull smollm2-135m"),
     (["check", "--data", "{rows}"], "model: is missing", "give --model DIR"),
     (["train", "--model", "{model}", "--data", "{rows}"], "output_dir: is missing", "give --output-dir RUN"),

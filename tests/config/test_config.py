@@ -172,6 +172,12 @@ def test_unusual_keys_and_finished_sections_are_reported_too(values: dict[Any, A
         configs.build({**MINIMAL, **values}, settings=["lora.r=0"])
 
 
+def test_a_required_key_with_a_wrong_value_is_one_mistake() -> None:
+    with pytest.raises(ConfigError) as e:
+        configs.build(MINIMAL, settings=["output_dir=3"], required=["output_dir"])
+    assert e.value.message.startswith("output_dir: input") and "\n" not in e.value.message
+
+
 def test_renamed_keys_are_added_to_those_of_the_settings() -> None:
     parsed = configs.build(MINIMAL, settings=["data.rename={q: instruction}"], rename=["a=output"])
     assert parsed.data.rename == {"q": "instruction", "a": "output"}

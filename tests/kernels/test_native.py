@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,11 +158,11 @@ _BROKEN: dict[str, dict[str, native.Argument]] = {
     "dim>=rotary": {"rotary": 24},
     "offsets>=0": {"offsets": torch.tensor([-1, 3, 5])},
     "ascending(offsets)": {"offsets": torch.tensor([0, 9, 5])},
-    "query_offsets>=0": {"query_offsets": torch.tensor([-1, 1, 2])},
-    "ascending(query_offsets)": {"query_offsets": torch.tensor([0, 9, 2])},
-    "parents<count": {"parents": torch.tensor([-1, 2])},
-    "query_rows>=0": {"query_rows": torch.tensor([-1, 4])},
-    "query_rows<last(offsets)": {"query_rows": torch.tensor([0, 5])},
+    "earlier(parents)": {"parents": torch.tensor([-1, 1])},
+    "placed(query_rows)": {"query_rows": torch.tensor([4, 0])},
+    "heads>=1": {"heads": 0},
+    "kv>=1": {"kv": 0},
+    "dim>=1": {"dim": 0},
     "last(offsets)>=shared": {"shared": 6},
     "shared>=0": {"shared": -1},
     "window>=0": {"window": -1},
@@ -181,9 +182,49 @@ def test_arguments_that_match_are_accepted(name: str, kernels: native.Kernels) -
 def test_a_call_that_would_access_memory_outside_a_tensor_is_refused(
     name: str, condition: str, kernels: native.Kernels
 ) -> None:
-    """All tensors have the extents that the signature asks for; only the condition is broken."""
+    """All tensors have the extents that the signature asks for; only the condition is broken. A call before passes."""
+    getattr(kernels, name)(*_matching(name).values())
     with pytest.raises(ValueError, match=rf"{name}: {re.escape(condition)} is not fulfilled"):
         getattr(kernels, name)(*_matching(name, **_BROKEN[condition]).values())
+
+
+@pytest.mark.parametrize(
+    ("rows", "query_offsets"),
+    [
+        ([-1, 4], [0, 1, 2]),
+        ([0, 5], [0, 1, 2]),
+        ([0, 4], [0, 2, 2]),  # row 4 is not in the first segment
+        ([3, 3], [0, 0, 2]),
+        (None, [0, 1, 2]),  # all five rows would be queries
+    ],
+)
+def test_queries_outside_their_segment_are_refused(
+    rows: list[int] | None, query_offsets: list[int], kernels: native.Kernels
+) -> None:
+    chosen = {"query_offsets": torch.tensor(query_offsets), "query_rows": None if rows is None else torch.tensor(rows)}
+    with pytest.raises(ValueError, match=r"placed\(query_rows\) is not fulfilled"):
+        kernels.attend_forward(*_matching("attend_forward", **chosen).values())
+
+
+def test_a_tensor_changed_in_place_is_checked_again(kernels: native.Kernels) -> None:
+    arguments = _matching("cross_entropy", logits=torch.zeros(2, 256)[:, :64])
+    kernels.cross_entropy(*arguments.values())
+    targets = arguments["targets"]
+    assert isinstance(targets, Tensor)
+    targets[1] = 64
+    with pytest.raises(ValueError, match="targets<vocabulary is not fulfilled"):
+        kernels.cross_entropy(*arguments.values())
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor(6), [6], None, "6"])
+def test_a_number_that_is_none_is_refused(wrong: Any, kernels: native.Kernels) -> None:
+    with pytest.raises(ValueError, match="dropout: k is .*, expected a number"):
+        kernels.dropout(4, wrong, torch.ones(4, 6), torch.ones(4, 6), 1, 0, 1.0)
+
+
+def test_a_negative_size_is_refused(kernels: native.Kernels) -> None:
+    with pytest.raises(ValueError, match=r"dropout: x would need the shape \[4, -6\]"):
+        kernels.dropout(4, -6, torch.ones(4, 6), torch.ones(4, 6), 1, 0, 1.0)
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

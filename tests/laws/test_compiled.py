@@ -1,4 +1,4 @@
-"""Law "optimised": every optimisation by itself, and all together, train like the plain definition.
+"""Law "optimised": every optimisation by itself, and all together, train like the reference.
 
 The plain side: one row per segment, no shared prefix, the reference attention, transformers' own layers and autograd.
 First-step loss within 1e-6 relative, gradients within 5e-5 (norm of the difference over norm, per tensor, from a random

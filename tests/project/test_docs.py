@@ -135,6 +135,7 @@ def test_paths_in_the_tour_exist() -> None:
 
 def programs(text: str) -> set[str]:
     """The modules and files of this project that a text starts with python."""
+    text = re.sub(r'"(benchmarks|examples|notebooks)" / "(\w+\.py)"', r"\1/\2", text)  # as tests build paths
     started = set(re.findall(r"-m[\"', ]+((?:luthier|tests)(?:\.\w+)*)", text))
     return started | set(re.findall(r"(?<![\w/])((?:benchmarks|examples|notebooks)/\w+\.py)", text))
 

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 import luthier
 from tests.helpers.layout import modules
 
-# public functions of the library, and names that another library calls
-PUBLIC = {*luthier.__all__}
+# public functions of the library by full name, and methods that another library calls
+PUBLIC = {f"{module}.{name}" for name, module in luthier._EXPORTS.items()}
 CALLED_FROM_OUTSIDE = {
-    "main",  # the entry point
     "put", "end",  # transformers' streamers
     "update", "get_seq_length",  # transformers' Cache
     "extra_repr", "forward", "backward",  # torch
@@ -82,6 +81,31 @@ def imported(trees: dict[str, ast.Module]) -> dict[str, dict[str, str]]:
     return bound
 
 
+class _Reads(ast.NodeVisitor):
+    """Collect the names that a module reads, without names that the function around them assigns."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ast.expr] = []
+        self._local: list[set[str]] = [set()]
+
+    def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> None:
+        stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        arguments = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)}
+        self._local.append(self._local[-1] | stored | arguments)
+        self.generic_visit(node)
+        self._local.pop()
+
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = _function
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Load) and node.id not in self._local[-1]:
+            self.nodes.append(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.nodes.append(node)
+        self.generic_visit(node)
+
+
 def used_names(trees: dict[str, ast.Module]) -> set[str]:
     """Return the full names of the functions and classes that are read somewhere; an import alone is no use."""
     bound = imported(trees)
@@ -93,22 +117,22 @@ def used_names(trees: dict[str, ast.Module]) -> set[str]:
 
     used = set()
     for module, tree in trees.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                used.add(resolve(bound[module].get(node.id, f"{module}.{node.id}")))
-            elif (
-                isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound[module]
-            ):
-                used.add(resolve(f"{bound[module][node.value.id]}.{node.attr}"))
+        reads, names = _Reads(), bound[module]
+        reads.visit(tree)
+        for node in reads.nodes:
+            if isinstance(node, ast.Name):
+                used.add(resolve(names.get(node.id, f"{module}.{node.id}")))
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+                used.add(resolve(f"{names[node.value.id]}.{node.attr}"))
     return used
 
 
 def unused(trees: dict[str, ast.Module]) -> list[str]:
     """List the functions, methods and classes that nothing in the source uses."""
     used, full_names, by_name = used_names(trees), set(top_level(trees)), uses(trees)
-    listed = PUBLIC | CALLED_FROM_OUTSIDE | set(KEPT)
-    methods = {full for full, node in functions(trees) if full not in full_names and not by_name[node.name]}
-    return sorted(name for name in methods | (full_names - used) if name.rpartition(".")[2] not in listed)
+    methods = {full: node.name for full, node in functions(trees) if full not in full_names}
+    idle = {full for full, name in methods.items() if not by_name[name] and name not in CALLED_FROM_OUTSIDE | set(KEPT)}
+    return sorted(idle | (full_names - used - PUBLIC))
 
 
 def test_no_function_is_used_by_tests_only() -> None:
@@ -123,7 +147,15 @@ def test_listed_functions_exist_and_are_still_unused() -> None:
 
 
 def test_unused_functions_and_classes_are_detected() -> None:
-    x = "def lonely():\n    pass\n\ndef used():\n    pass\n\nclass Old:\n    def idle(self): ...\n\nused()"
+    x = """
+def lonely(): ...
+def used(): ...
+class Old:
+    def idle(self): ...
+def other(lonely):
+    lonely()
+used(), other(1)
+"""
     y = "from luthier.x import lonely\n\ntensor.lonely()\n"  # a method of the same name; imported, but not called
     trees = {"luthier.x": ast.parse(x), "luthier.y": ast.parse(y)}
     assert unused(trees) == ["luthier.x.Old", "luthier.x.idle", "luthier.x.lonely"]

@@ -1,4 +1,4 @@
-"""Read the rows of JSON, JSONL, CSV and Parquet files one at a time, with their row numbers.
+"""Read the rows of JSON, JSONL, CSV, TSV and Parquet files one at a time, with their row numbers.
 
 The file type is detected from the content; ``.csv`` and ``.tsv`` also mark a table. A row that cannot be read is
 yielded as a ``BadRow`` with the reason, so that it is counted; a file that cannot be read as a whole raises DataError.
@@ -70,7 +70,7 @@ def read_rows(path: Path) -> Rows:
         with open_text(path, encoding) as f:
             start = f.read(40).strip().removeprefix("\ufeff")[:20]
         raise DataError(
-            f"{path}: is neither JSON, JSONL, CSV nor Parquet (it starts with {start!r})",
+            f"{path}: is neither JSON, JSONL, CSV, TSV nor Parquet (it starts with {start!r})",
             'write rows like {"instruction": ..., "input": ..., "output": ...}, as a JSON array or one per line',
         )
 

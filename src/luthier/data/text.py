@@ -40,7 +40,7 @@ def check_file(path: Path) -> None:
         folder = path.parent
         guess = nearest(path.name, (p.name for p in folder.iterdir())) if folder.is_dir() else None
         what = "is a directory" if path.is_dir() else "does not exist"
-        fix = f"did you mean {folder / guess}?" if guess else "choose a JSON, JSONL, CSV or Parquet file"
+        fix = f"did you mean {folder / guess}?" if guess else "choose a JSON, JSONL, CSV, TSV or Parquet file"
         raise DataError(f"{path}: {what}", f"name its files, e.g. {path}/*.jsonl" if path.is_dir() else fix)
     head = read_head(path, 6)
     if not head:

@@ -51,9 +51,12 @@ def go_template(template: Template) -> str:
         return f"{_unless_system(default)}{turns}{START}assistant\n"
     if not isinstance(inner, Turns):
         raise TemplateError("the model's own chat template cannot be translated to Ollama's language", _INSTEAD)
-    system, merged = "", ""
+    system, system_as_user = "", ""
     if isinstance(template, SystemAsUser):  # held back until the first user's message
-        system, merged = "{{ $system = .Content }}", '{{ if $system }}{{ $system }}\n\n{{ $system = "" }}{{ end }}'
+        system, system_as_user = (
+            "{{ $system = .Content }}",
+            '{{ if $system }}{{ $system }}\n\n{{ $system = "" }}{{ end }}',
+        )
     elif inner.system:
         system = f"{inner.system[0]}{{{{ .Content }}}}{inner.system[1]}"
     before, after = inner.user
@@ -62,7 +65,7 @@ def go_template(template: Template) -> str:
     return (
         f'{inner.opening}{{{{ $replied := false }}}}{{{{ $system := "" }}}}{{{{ range .Messages }}}}'
         f'{{{{ if eq .Role "system" }}}}{system}'
-        f'{{{{ else if eq .Role "user" }}}}{opened}{merged}{{{{ .Content }}}}{after}{{{{ $replied = false }}}}'
+        f'{{{{ else if eq .Role "user" }}}}{opened}{system_as_user}{{{{ .Content }}}}{after}{{{{ $replied = false }}}}'
         f"{{{{ else }}}}{inner.reply}{inner.reply_prefix}{{{{ .Content }}}}{inner.stop[0]}{{{{ $replied = true }}}}"
         f"{{{{ end }}}}{{{{ end }}}}{inner.reply}"
     )

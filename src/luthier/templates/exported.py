@@ -28,7 +28,7 @@ def chat_template(template: Template, own: OwnTemplate | None, system: str | Non
     if system:
         opening += _OPENING.format(system=json.dumps(system, ensure_ascii=False))
     if isinstance(template, SystemAsUser):
-        opening += _MERGED
+        opening += _SYSTEM_AS_USER
     if isinstance(inner, Jinja):
         dated = '{%- set date_string = "26 Jul 2024" -%}' if "date_string" in inner.source else ""
         return opening + dated + inner.source
@@ -40,7 +40,7 @@ _OPENING = (
     "{{%- if messages[0]['role'] != 'system' -%}}"
     "{{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}{{%- endif -%}}"
 )
-_MERGED = (
+_SYSTEM_AS_USER = (
     "{%- if messages[0]['role'] == 'system' -%}{%- set messages = [{'role': messages[1]['role'], 'content': "
     "messages[0]['content'] + \"\\n\\n\" + messages[1]['content']}] + messages[2:] -%}{%- endif -%}"
 )

@@ -37,16 +37,16 @@ class SystemAsUser:
         return self.inner.reply_prefix
 
     def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
-        return self.inner.spans(_merged(messages), train_on)
+        return self.inner.spans(_system_as_user(messages), train_on)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        return self.inner.prompt(_merged(messages))
+        return self.inner.prompt(_system_as_user(messages))
 
     def describe(self) -> dict[str, object]:
         return {**self.inner.describe(), "system_role": "merge"}
 
 
-def _merged(messages: Sequence[Message]) -> Sequence[Message]:
+def _system_as_user(messages: Sequence[Message]) -> Sequence[Message]:
     if len(messages) < 2 or messages[0].role != "system":
         return messages
     system, first, *rest = messages

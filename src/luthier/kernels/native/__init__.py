@@ -39,7 +39,7 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 NUMBERS = {"l": ctypes.c_int64, "i": ctypes.c_int, "u": ctypes.c_uint32, "f": ctypes.c_float}
 ELEMENTS = {"f32": torch.float32, "i64": torch.int64, "u8": torch.uint8, "i8": torch.int8}
 _PARAMETER = re.compile(r"(\w+)(?::(\w+)(?:\[([^\]]*)\])?(?:/(\w+))?)?(\?\w*)?")
-_CONDITION = re.compile(r"(.+?)(>=|<|%)(.+)|ascending\((\w+)\)")
+_CONDITION = re.compile(r"(.+?)(>=|<|%)(.+)|(ascending|earlier|placed)\((\w+)\)")
 Argument = Tensor | int | float | None
 
 
@@ -101,6 +101,8 @@ class Parameter:
         if tensor is None and self.optional and not arguments.get(self.optional[1:]):
             return None
         expected = [size.of(arguments) for size in self.sizes]
+        if min(expected, default=0) < 0:
+            return f"would need the shape {expected}"
         element = dtype if self.kind == "T" else ELEMENTS[self.kind]
         if not isinstance(tensor, Tensor):
             return f"is {tensor!r}, expected a tensor {expected} of {element}"
@@ -146,11 +148,12 @@ class Condition:
     def parse(cls, text: str, index_tensors: Sequence[str]) -> Condition:
         match = _CONDITION.fullmatch(text)
         assert match, text
-        left, relation, right, ascending = match.groups()
-        if ascending:
-            return cls(text, "ascending", Size(()), Size(()), ascending)
+        left, relation, right, of_tensor, tensor = match.groups()
+        if of_tensor:
+            return cls(text, of_tensor, Size(()), Size(()), tensor)
         if left in index_tensors:
             return cls(text, relation, Size(()), Size.parse(right), left)
+        assert relation != "<", text
         return cls(text, relation, Size.parse(left), Size.parse(right))
 
     def fulfilled(self, arguments: Mapping[str, Argument]) -> bool:
@@ -159,12 +162,24 @@ class Condition:
             left, right = self.left.of(arguments), self.right.of(arguments)
             return left % right == 0 if self.relation == "%" else left >= right
         tensor = arguments[self.tensor]
+        if self.relation == "placed":
+            return _placed(tensor, arguments["offsets"], arguments["query_offsets"])
         if not isinstance(tensor, Tensor) or not tensor.numel():
             return True
         if self.relation == "ascending":
             return bool((tensor[1:] >= tensor[:-1]).all())
+        if self.relation == "earlier":
+            return bool((tensor < torch.arange(len(tensor))).all())
         right = self.right.of(arguments)
         return bool((tensor < right if self.relation == "<" else tensor >= right).all())
+
+
+def _placed(rows: Argument, offsets: Argument, query_offsets: Argument) -> bool:
+    """Whether the queries of each segment are rows of that segment, in order; without rows: whether they are all."""
+    assert isinstance(offsets, Tensor) and isinstance(query_offsets, Tensor)
+    if not isinstance(rows, Tensor):
+        return torch.equal(offsets, query_offsets)
+    return bool((rows[1:] > rows[:-1]).all()) and torch.equal(torch.searchsorted(rows, offsets), query_offsets)
 
 
 def conditions(name: str) -> tuple[Condition, ...]:
@@ -176,23 +191,28 @@ def conditions(name: str) -> tuple[Condition, ...]:
 _profiled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
-# what the check of a call depends on, by kind of parameter: the values of sizes and flags, nothing of keys and factors
-_SEES: dict[str, Callable[[Argument], object]] = {
-    "l": lambda a: a, "i": lambda a: a, "u": lambda _: None, "f": lambda _: None,
-}  # fmt: skip
-_REMEMBERED = 256  # accepted layouts per function
+_REMEMBERED = 256  # accepted calls per function
+_FEW = 64  # index tensors with more elements differ from call to call, so such calls are not remembered
+
+
+def _number(argument: Argument) -> object:
+    return argument if isinstance(argument, int) else type(argument)
 
 
 def _layout(argument: Argument) -> object:
     if not isinstance(argument, Tensor):
-        return argument
+        return type(argument)
     return argument.shape, argument.stride(), argument.dtype, argument.device
 
 
 def _values(argument: Argument) -> object:
     if not isinstance(argument, Tensor) or argument.device.type != "cpu":
-        return argument
+        return _layout(argument)
     return _layout(argument), tuple(argument.flatten().tolist())
+
+
+def _long(argument: Argument) -> bool:
+    return isinstance(argument, Tensor) and argument.numel() > _FEW
 
 
 class Unavailable(Exception):
@@ -204,7 +224,7 @@ class Kernels:
 
     Every call checks every tensor's type, device, extents and strides, and ``CONDITIONS``: the C++ side sees only
     addresses. Raises ValueError, before anything is computed, for an argument that does not match. Layers of one shape
-    call with equal layouts, so a layout that was accepted is remembered and compared.
+    call with equal layouts, sizes and index tensors, so a call that was accepted is remembered and compared.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
@@ -222,12 +242,17 @@ class Kernels:
         names = [p.name for p in expected]
         tensors = [p for p in expected if p.is_tensor]
         required = conditions(name)
-        values = {c.tensor for c in required} | {size.last for p in tensors for size in p.sizes}
-        sees = [_values if p.name in values else _layout if p.is_tensor else _SEES[p.kind] for p in expected]
+        sizes = [*(size for p in tensors for size in p.sizes), *(s for c in required for s in (c.left, c.right))]
+        valued = {c.tensor for c in required} | {size.last for size in sizes}  # their elements are checked too
+        sees = [_values if p.name in valued else _layout if p.is_tensor else _number for p in expected]
+        indices = [i for i, p in enumerate(expected) if p.name in valued]
         accepted: set[tuple[object, ...]] = set()
 
         def check(arguments: Sequence[Argument]) -> None:
             by_name = dict(zip(names, arguments, strict=True))
+            for number in (p.name for p in expected if not p.is_tensor):
+                if not isinstance(by_name[number], int | float):
+                    raise ValueError(f"{name}: {number} is {by_name[number]!r}, expected a number")
             for parameter in tensors:
                 if why := parameter.mismatch(by_name[parameter.name], dtype, by_name):
                     raise ValueError(f"{name}: {parameter.name} {why}")
@@ -236,8 +261,9 @@ class Kernels:
                     raise ValueError(f"{name}: {condition.text} is not fulfilled")
 
         def call(*arguments: Argument) -> None:
-            key = tuple([see(argument) for see, argument in zip(sees, arguments, strict=True)])
-            if key not in accepted:
+            if len(arguments) != len(names) or any(_long(arguments[i]) for i in indices):
+                check(arguments)
+            elif (key := tuple([see(argument) for see, argument in zip(sees, arguments, strict=True)])) not in accepted:
                 check(arguments)
                 if len(accepted) >= _REMEMBERED:
                     accepted.clear()

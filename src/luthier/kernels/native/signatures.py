@@ -11,9 +11,11 @@ x:T[n]?      may be None; ?rank: only if the number ``rank`` is 0
 ``CONDITIONS`` has what the C++ code relies on besides; without it, a call would access memory outside a tensor:
 
 k%16         k is a multiple of 16, the widest vector in floats
-ld>=k+rank   of numbers; of an index tensor: all elements (None fulfils it)
+ld>=k+rank   holds for numbers; if the left side is an index tensor, for each of its elements
 x<n          all elements of the index tensor x
 ascending(x) no element of the index tensor x is smaller than the one before it
+earlier(x)   element i of the index tensor x is smaller than i: a segment comes after its parent
+placed(x)    x has the rows of the queries (None: all rows): ascending, those of each segment inside that segment
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ SIGNATURES = {
 }
 
 _SEGMENTS = (
-    "offsets>=0 ascending(offsets) query_offsets>=0 ascending(query_offsets) parents<count query_rows>=0 "
-    "query_rows<last(offsets) last(offsets)>=shared shared>=0 window>=0 heads%kv dim%16"
+    "heads>=1 kv>=1 dim>=1 heads%kv dim%16 window>=0 offsets>=0 ascending(offsets) earlier(parents) "
+    "placed(query_rows) last(offsets)>=shared shared>=0"
 )
 CONDITIONS = {
     "norm_forward": "k%16 ldo>=k+rank",
