@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, bytes | str, Outcome]] = {
     "an empty file": ("a.json", "", "is empty"),
     "only white space": ("a.json", " \n \n", "is empty"),
     "only a byte order mark": ("a.json", b"\xef\xbb\xbf", "is empty"),
-    "not json at all": ("a.json", "hello there", "is neither JSON, JSONL, CSV nor Parquet"),
+    "not json at all": ("a.json", "hello there", "is neither JSON, JSONL, CSV, TSV nor Parquet"),
     "a number": ("a.json", "42", "is neither JSON"),
     "null": ("a.json", "null", "is neither JSON"),
     "gzip": ("a.json", b"\x1f\x8b\x08\x00abc", "is compressed (gzip)"),

@@ -177,7 +177,7 @@ def test_unknown_keys_are_noted(tmp_path: Path) -> None:
     [
         ("", "is empty"),
         (" \n", "is empty"),
-        ("hello", "neither JSON, JSONL, CSV nor Parquet"),
+        ("hello", "neither JSON, JSONL, CSV, TSV nor Parquet"),
         ('[{"instruction": 1} nonsense, {"output": 1}]', "is not JSON"),
         ("[" * 100_000, "is nested too deeply"),
     ],
