@@ -164,6 +164,11 @@ def test_nothing_is_written_when_the_data_is_refused(config: RunConfig, tmp_path
     assert config.output_dir and not config.output_dir.exists()
 
 
+def test_a_run_without_a_directory_is_refused(config: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="output_dir: is missing"):
+        luthier.train(config.model_copy(update={"output_dir": None}))
+
+
 def test_a_failed_run_leaves_no_adapter(config: RunConfig) -> None:
     assert config.output_dir
     wild = config.train.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 0.0})
