@@ -216,6 +216,19 @@ def test_a_tensor_changed_in_place_is_checked_again(kernels: native.Kernels) -> 
         kernels.cross_entropy(*arguments.values())
 
 
+def test_a_call_with_another_dropout_key_is_not_checked_again(
+    kernels: native.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+    monkeypatch.setattr(native.Parameter, "mismatch", lambda self, *_: checked.append(self.name))
+    for name in ("dropout", "norm_forward"):
+        arguments = _matching(name, n=1, k=112)  # sizes that no other test uses
+        for key in (5, 6):
+            checked.clear()
+            getattr(kernels, name)(*{**arguments, "key": key}.values())
+            assert bool(checked) is (key == 5)
+
+
 @pytest.mark.parametrize("wrong", [torch.tensor(6), [6], None, "6"])
 def test_a_number_that_is_none_is_refused(wrong: Any, kernels: native.Kernels) -> None:
     with pytest.raises(ValueError, match="dropout: k is .*, expected a number"):

@@ -19,17 +19,8 @@ from luthier.templates.turns import Turns
 from luthier.types import ChatTokenizer, Message, SystemRole, Template
 
 __all__ = [
-    "NATIVE",
-    "ChatML",
-    "Jinja",
-    "RefusedConversation",
-    "SystemAsUser",
-    "Turns",
-    "digest",
-    "from_description",
-    "pick",
-    "same_text",
-    "stop_ids",
+    "NATIVE", "ChatML", "Jinja", "RefusedConversation", "SystemAsUser", "Turns",
+    "digest", "from_description", "pick", "same_text", "stop_ids",
 ]  # fmt: skip
 
 # the published versions of each format, the current one first; ChatML only varies in its default system prompt

@@ -244,7 +244,9 @@ class Kernels:
         required = conditions(name)
         sizes = [*(size for p in tensors for size in p.sizes), *(s for c in required for s in (c.left, c.right))]
         valued = {c.tensor for c in required} | {size.last for size in sizes}  # their elements are checked too
-        sees = [_values if p.name in valued else _layout if p.is_tensor else _number for p in expected]
+        # a check depends on sizes and flags, not on the values of dropout's keys and of factors
+        by_kind: dict[str, Callable[[Argument], object]] = {"l": _number, "i": _number, "u": type, "f": type}
+        sees = [_values if p.name in valued else by_kind.get(p.kind, _layout) for p in expected]
         indices = [i for i, p in enumerate(expected) if p.name in valued]
         accepted: set[tuple[object, ...]] = set()
 
