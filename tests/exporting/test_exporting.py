@@ -102,8 +102,9 @@ def test_an_adapter_file_works_over_the_file_of_its_base_model(name: str, luthie
     done = luthier("export", adapter, "--to", "gguf-lora", "--output-dir", tmp_path / "out", "--json")
     assert done.code == 0, done.err
     report = json.loads(done.out)
-    assert report["proven"] and report["files"] == ["run-lora.gguf"]
-    assert "the run's system prompt is not in the file" in report["notes"][-1]
+    assert report["proven"] and report["files"] == ["chat_template.jinja", "run-lora.gguf"]
+    assert f"--chat-template-file {tmp_path / 'out' / 'chat_template.jinja'}" in report["notes"][-1]
+    assert json.dumps(SYSTEM, ensure_ascii=False) in (tmp_path / "out" / "chat_template.jinja").read_text("utf-8")
     same, _, furthest = counted(report["proof"][0])
     assert same >= 11 and furthest < 0.01
     inside = fields(tmp_path / "out" / "run-lora.gguf")
@@ -329,9 +330,9 @@ def test_near_ties_are_counted(model_dir: Callable[[str], Path], tmp_path: Path)
     with torch.no_grad():
         firsts = [model(torch.tensor([row])).logits[0, -1] for row in ids]
     replies = [[int(f.argmax())] for f in firsts]
-    answer = llamacpp.Answer([], ids, replies, [])
+    answer = llamacpp.Answer([], [], ids, replies, [])
     assert verify.agreement(model, answer).same == 2
     second = int(firsts[1].topk(2).indices[1])
-    other = verify.agreement(model, llamacpp.Answer([], ids, [replies[0], [second]], []))
+    other = verify.agreement(model, llamacpp.Answer([], [], ids, [replies[0], [second]], []))
     assert other.same == 1
     assert other.furthest == pytest.approx(float(firsts[1].max() - firsts[1][second]), abs=1e-5)

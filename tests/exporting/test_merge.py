@@ -128,14 +128,15 @@ def test_a_file_that_does_not_read_back_is_refused(
     model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = tuned(model_dir("llama"), tmp_path / "run")
-    original = merge._native_files
+    original = merge._write
 
-    def cut(folder: Path, *rest: Any) -> None:
-        original(folder, *rest)
+    def cut(folder: Path, *rest: Any) -> Any:
+        dtypes = original(folder, *rest)
         whole = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+        return dtypes
 
-    monkeypatch.setattr(merge, "_native_files", cut)
+    monkeypatch.setattr(merge, "_write", cut)
     with pytest.raises(ModelError, match="is damaged"):
         library.merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -173,7 +174,10 @@ def test_tokenizer_files_are_copied_if_stock_transformers_reads_them(name: str, 
     copied = {n for n in TOKENIZER_FILES if (base / n).is_file()} - {"chat_template.jinja"}
     same = {n for n in copied if (merged / n).is_file() and (merged / n).read_bytes() == (base / n).read_bytes()}
     built = {"baichuan2", "glm4"}  # no native class reads the published files of these
-    assert same == (set() if name in built or name == "yi" else copied)
+    config = "tokenizer_config.json"  # only the template in it changes
+    assert same == (set() if name in built or name == "yi" else copied - {config})
+    before, after = ({**json.loads((d / config).read_text()), "chat_template": ""} for d in (base, merged))
+    assert name in built or name == "yi" or before == after
     generation = json.loads((merged / "generation_config.json").read_text())
     assert generation["eos_token_id"] == list(load_chat_format(base).stop_ids)
 
@@ -231,11 +235,12 @@ def test_an_adapted_head_that_the_published_code_rescales_is_refused(tmp_path: P
     assert library.merge(output_dir=tmp_path / "merged", **options).changed == 1
 
 
-def test_the_hf_format_has_a_template_with_the_run_s_system_prompt(luthier: Run, tmp_path: Path) -> None:
+def test_merged_models_have_a_template_with_the_run_s_system_prompt(luthier: Run, tmp_path: Path) -> None:
     """Also in stock transformers; a system prompt in the conversation replaces it."""
     for name in ("yi", "phi3", "baichuan2", "glm4"):
         adapter = tuned(PUBLISHED[name](tmp_path / name), tmp_path / f"{name}-run")
-        done = luthier("export", adapter, "--to", "hf", "--output-dir", tmp_path / f"{name}-hf")
+        verb = ("merge",) if name in ("yi", "glm4") else ("export", "--to", "hf")
+        done = luthier(verb[0], adapter, *verb[1:], "--output-dir", tmp_path / f"{name}-hf")
         assert done.code == 0, done.err
         assert "verified: logits of merged model and base+adapter" in done.out
         stock = AutoTokenizer.from_pretrained(tmp_path / f"{name}-hf", local_files_only=True)

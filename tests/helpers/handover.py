@@ -27,9 +27,10 @@ def tuned(
     size: float = 0.05,
     system_role: SystemRole = "template",
     targets: list[str] | None = None,
+    template: str = "auto",
 ) -> Path:
     """Write a random adapter to ``to``, as a finished run would, and return ``to``."""
-    chat_format = load_chat_format(base, system_role=system_role)
+    chat_format = load_chat_format(base, template, system_role=system_role)
     model = empty_model(chat_format.config)
     chosen = resolve(model, targets, chat_format.modules())
     layers = attach(model, lora, chosen, seed=0)

@@ -24,7 +24,6 @@ from luthier.serving import app, vllm
 from luthier.serving.engine import Engine, Request
 from luthier.serving.head import SlicedHead, slice_head
 from luthier.serving.models import open_models, resolve_models
-from luthier.templates import Turns
 from luthier.types import Message
 from tests.conftest import Result, make_model
 from tests.helpers.serving import generate, train
@@ -131,10 +130,10 @@ def test_a_base_without_a_template_uses_the_template_of_the_training(
     assert [m.generator.chat_format.template.name for m in models] == ["chatml", "chatml"]
     with pytest.raises(library.UserError, match="the model has no chat template"):
         open_models(resolve_models([bare]))
-    argv = vllm.command(resolve_models([tuned]), "127.0.0.1", 1, "auto")
-    template = models[0].generator.chat_format.template
-    if isinstance(template, Turns):
-        assert argv[argv.index("--chat-template") + 1] == template.jinja()
+    argv = vllm.chat_options(resolve_models([tuned]))
+    assert "<|im_start|>" in Path(argv[argv.index("--chat-template") + 1]).read_text(encoding="utf-8")
+    stops = json.loads((Path(argv[argv.index("--generation-config") + 1]) / "generation_config.json").read_text())
+    assert stops["eos_token_id"] == list(models[0].generator.chat_format.stop_ids)
 
 
 def test_the_vllm_command_names_base_and_adapters(luthier: Run, run: Path, model_dir: Callable[[str], Path]) -> None:
@@ -147,7 +146,7 @@ def test_the_vllm_command_names_base_and_adapters(luthier: Run, run: Path, model
     assert words[words.index("--lora-modules") + 1 :][0] == f"marlow={run / 'adapter'}"
     assert words[words.index("--served-model-name") + 1] == "llama"
     assert words[words.index("--host") + 1 :][:3] == ["127.0.0.1", "--port", "9000"]
-    assert "requests to marlow must begin with 'You are Marlow.'" in done.err
+    assert "vLLM also adds the system prompt of the training for llama: 'You are Marlow.'" in done.err
     plain = shlex.split(luthier("serve", model_dir("llama"), "--engine", "vllm", "--print").out)
     assert plain[0] == "VLLM_API_KEY=KEY" and "--enable-lora" not in plain
 

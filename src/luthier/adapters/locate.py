@@ -12,6 +12,7 @@ from luthier.config import ModelConfig, RunConfig
 from luthier.errors import AdapterError, ConfigError, ModelError
 from luthier.models.chat_format import ChatFormat, load_chat_format
 from luthier.models.directory import fingerprint
+from luthier.models.tokenizer.tokenizer import read_template
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +24,13 @@ class TunedModel:
     config: RunConfig | None = None
 
     def chat_format(self) -> ChatFormat:
-        """Read the chat format used in training. Raises AdapterError if ``base`` is not the adapter's base model."""
+        """Read the chat format used in training. Raises AdapterError if ``base`` is not the adapter's base model.
+
+        A stock PEFT adapter may have a chat template beside it; else the base model's own is used.
+        """
         facts = self.adapter.facts
         if facts is None:
-            return load_chat_format(self.base)
+            return load_chat_format(self.base, own_template=read_template(self.adapter.path))
         chat_format = load_chat_format(self.base, described=facts.template, rope_theta=facts.rope_theta)
         base = fingerprint(self.base, chat_format.config)
         adapters.check_base(self.adapter, self.base, base, chat_format.tokenizer.digest())

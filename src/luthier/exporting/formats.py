@@ -19,7 +19,7 @@ from luthier._util.installation import install_command
 from luthier.adapters.locate import TunedModel
 from luthier.config import GenerationSettings
 from luthier.errors import ConfigError, nearest
-from luthier.exporting import ollama, peft
+from luthier.exporting import chat_files, ollama, peft
 from luthier.exporting.gguf import llamacpp, verify, writer
 from luthier.exporting.gguf.architectures import notes
 from luthier.exporting.merge import must_not_exist, pending_updates, write_merged
@@ -68,7 +68,7 @@ def write_export(
         peft.write(tuned, path, layout or "native")
         return Exported(path, to, _files(path), ["every update reads back equal, up to fp32 rounding"])
     if to == "hf":
-        merged = write_merged(tuned, path, log, layout or "native", system=tuned.system)
+        merged = write_merged(tuned, path, log, layout or "native")
         return Exported(path, to, _files(path), [merged.closeness.summary()])
     if to == "gguf-lora":
         return _lora(tuned, path, log)
@@ -100,8 +100,9 @@ def _lora(tuned: TunedModel, path: Path, log: Log) -> Exported:
     with files.new_dir(path) as temp:
         log(f"writing {file}")
         writer.write_lora(chat_format.config, pending, temp / file, name)
+        chat_files.write_template(temp, chat_format, tuned.system)
         verified = _verify(lambda: _verify_over_base(tuned, chat_format, temp, file, log))
-    warnings = [*notes(chat_format.config), *([_SYSTEM] if tuned.system else [])]
+    warnings = [*notes(chat_format.config), _TEMPLATE.format(path=path)]
     return Exported(path, "gguf-lora", _files(path), verified, warnings, None if verified else _not_verified())
 
 
@@ -121,7 +122,10 @@ def _verify(run: Callable[[], list[str]]) -> list[str]:
     return run() if llamacpp.available() else []
 
 
-_SYSTEM = "the run's system prompt is not in the file, which holds only the adapter: give it to llama.cpp yourself"
+_TEMPLATE = (
+    "the adapter's file holds no chat template: start llama.cpp with --jinja --chat-template-file "
+    "{path}/chat_template.jinja, which writes the prompts of the training"
+)
 
 
 def _not_verified() -> str:

@@ -6,7 +6,6 @@ rounded once to their stored dtype. The written directory is then read back and 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,21 +15,19 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig
 
 from luthier._util import files
 from luthier.adapters.directory import updates
 from luthier.adapters.locate import TunedModel
 from luthier.adapters.original_names import Update, to_native
 from luthier.errors import AdapterError, ConfigError, ModelError
+from luthier.exporting import chat_files
 from luthier.exporting.verify import Closeness, compare_merged
 from luthier.lora.layers import scaling
 from luthier.models.chat_format import ChatFormat
 from luthier.models.checkpoint_reader import read_json
 from luthier.models.families import Rule
 from luthier.models.native_model import empty_model, published_tensors
-from luthier.models.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer
-from luthier.templates.exported import OwnTemplate, chat_template
 from luthier.types import Log
 
 if TYPE_CHECKING:
@@ -55,13 +52,11 @@ def write_merged(
     to: Path,
     log: Log = lambda _: None,
     layout: str = "native",
-    system: str | None = None,
     shard_bytes: int = SHARD,
 ) -> Merged:
-    """Write a merged model directory, and compare its logits, read from disk, with those of base and adapter.
+    """Write a merged model directory, and compare its prompts and logits, read from disk, with the tuned model's.
 
     layout: ``native`` loads in stock transformers; ``original`` has the names and files of the published base model.
-    system: default system prompt of the written chat template.
     Raises UserError and leaves nothing at ``to`` then.
     """
     must_not_exist(to)
@@ -69,11 +64,8 @@ def write_merged(
     check_layout(tuned, chat_format, layout)
     pending = pending_updates(tuned, chat_format)
     with files.new_dir(to) as temp:
-        tensors = merged_tensors(tuned, chat_format, pending, layout)
-        dtypes = _write(temp, tensors, shard_bytes, log)
-        (_original_files if layout == "original" else _native_files)(temp, tuned.base, chat_format)
-        if system or (layout == "native" and chat_format.tokenizer.chat_template is None):
-            files.write_text(temp / "chat_template.jinja", template_text(chat_format, system))
+        (_original_files if layout == "original" else _native_files)(temp, tuned, chat_format)
+        dtypes = _write(temp, merged_tensors(tuned, chat_format, pending, layout), shard_bytes, log)
         log("verifying the merged model")
         coarsest = max(set(dtypes.values()), key=lambda d: torch.finfo(d).eps)
         closeness = compare_merged(tuned, chat_format, temp, coarsest)
@@ -217,55 +209,25 @@ def _temporary(number: int) -> str:
     return f"part-{number}.safetensors"
 
 
-def _native_files(folder: Path, base: Path, chat_format: ChatFormat) -> None:
-    """Write configuration, stop ids and tokenizer for stock transformers."""
+def _native_files(folder: Path, tuned: TunedModel, chat_format: ChatFormat) -> None:
+    """Write configuration, stop ids, tokenizer and template for stock transformers."""
     config = chat_format.config
     config.architectures = [type(empty_model(config)).__name__]
     config.save_pretrained(folder)
-    published = {k: v for k, v in read_json(base / "generation_config.json").items() if k not in _OWN_CODE_KEYS}
-    generation = GenerationConfig(**{**published, "eos_token_id": list(chat_format.stop_ids)})
-    files.write_json(folder / "generation_config.json", json.loads(generation.to_json_string()))
-    _tokenizer_files(folder, base, chat_format)
+    chat_files.write_generation_config(folder, tuned.base, chat_format)
+    chat_files.write(folder, tuned.base, chat_format, tuned.system)
+    chat_files.verify_own(folder, chat_format, tuned.system)
 
 
-def template_text(chat_format: ChatFormat, system: str | None) -> str:
-    """Build the chat template for other tools, with ``system`` as the default system prompt."""
-    source = chat_format.tokenizer.chat_template
-    return chat_template(
-        chat_format.template, OwnTemplate(chat_format.tokenizer.render, source) if source else None, system
-    )
-
-
-_OWN_CODE_KEYS = ("user_token_id", "assistant_token_id", "transformers_version")  # of other code
-
-
-def _tokenizer_files(folder: Path, base: Path, chat_format: ChatFormat) -> None:
-    """Copy the base model's tokenizer files if stock transformers reads the same ids from them.
-
-    If it does not (the vocabulary needs the model's own code, or the conversion adds spaces), write a tokenizer.json
-    that it reads correctly.
-    """
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
-    try:
-        stock = Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-        if stock.digest() == chat_format.tokenizer.digest():
-            return
-    except Exception:  # noqa: S110 - transformers raises many types; it cannot read these files then
-        pass
-    for name in TOKENIZER_FILES:
-        (folder / name).unlink(missing_ok=True)
-    chat_format.tokenizer.hf.save_pretrained(folder)
-
-
-def _original_files(folder: Path, base: Path, chat_format: ChatFormat) -> None:
-    """Copy every published file but the weights; only the stop ids of generation_config.json change."""
-    for file in sorted(base.iterdir()):
+def _original_files(folder: Path, tuned: TunedModel, chat_format: ChatFormat) -> None:
+    """Copy every published file but the weights, with the tuned model's stop ids, and add the template as a file."""
+    for file in sorted(tuned.base.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not _holds_weights(file):
             shutil.copyfile(file, folder / file.name)
-    published = read_json(base / "generation_config.json")
+    published = read_json(tuned.base / "generation_config.json")
     files.write_json(folder / "generation_config.json", {**published, "eos_token_id": list(chat_format.stop_ids)})
+    chat_files.write_template(folder, chat_format, tuned.system, keep_config=True)
+    chat_files.verify_own(folder, chat_format, tuned.system)
 
 
 def _holds_weights(file: Path) -> bool:

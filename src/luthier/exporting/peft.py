@@ -1,4 +1,7 @@
-"""``--to peft``: the adapter for stock PEFT, with native module names or those of the checkpoint."""
+"""``--to peft``: the adapter for stock PEFT, with native module names or those of the checkpoint.
+
+Tokenizer and chat template are beside it, since the base model's own may write other prompts than the training.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from luthier.adapters.directory import updates
 from luthier.adapters.locate import TunedModel
 from luthier.adapters.original_names import Update, to_native, to_original
 from luthier.errors import AdapterError
+from luthier.exporting import chat_files
 from luthier.exporting.merge import check_layout, delta, must_not_exist, pending_updates
 
 
@@ -27,6 +31,7 @@ def write(tuned: TunedModel, to: Path, layout: str) -> None:
     native = pending_updates(tuned, chat_format)
     with files.new_dir(to) as temp:
         adapters.save_plain(temp, to_original(native, modules) if layout == "original" else native, tuned.base)
+        chat_files.write(temp, tuned.base, chat_format, tuned.system)
         _compare(native, to_native(updates(adapters.load(temp)), modules), to)
 
 

@@ -74,14 +74,18 @@ def load_chat_format(
     described: Mapping[str, object] | None = None,
     system_role: SystemRole = "template",
     rope_theta: float | None = None,
+    own_template: str | None = None,
 ) -> ChatFormat:
     """Load the chat format of a model directory: configuration, tokenizer and template. Raises UserError.
 
     choice, system_role: ``data.template``, ``data.system_role``. rope_theta: ``model.rope_theta``.
     described:           the template that an adapter was trained with; it overrides ``choice``.
+    own_template:        a jinja template to use as the model's own, in place of the directory's.
     """
     config, family = read_config(path, rope_theta), family_of(path)
     tokenizer = load_tokenizer(path)
+    if own_template is not None:
+        tokenizer.hf.chat_template = own_template
     ids = list(eos_ids(path, config))
     if tokenizer.hf.eos_token_id is not None:
         ids.append(int(tokenizer.hf.eos_token_id))

@@ -5,6 +5,7 @@ Source: vLLM's public documentation of ``vllm serve`` and of LoRA adapters.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shlex
@@ -12,13 +13,16 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from luthier._util import files
 from luthier._util.installation import pip_install
 from luthier.errors import ConfigError, MissingPackageError
-from luthier.models.chat_format import ChatFormat, load_chat_format
+from luthier.exporting import chat_files
+from luthier.exporting.chat_files import template_text
+from luthier.models.chat_format import load_chat_format
 from luthier.models.directory import family_of
 from luthier.models.loader import quantisation
+from luthier.models.tokenizer.tokenizer import TEMPLATE_FILE
 from luthier.serving.models import NamedModel, resolve_models
-from luthier.templates import Turns
 from luthier.types import Log
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
@@ -41,7 +45,7 @@ def hand_over(
     api_key: None chooses a random one. Raises UserError if vLLM cannot serve these models.
     """
     models = resolve_models(paths, model, adapter)
-    argv = command(models, host, port, dtype)
+    argv = command(models, host, port, dtype) + chat_options(models)
     for note in notes(models):
         log(f"note: {note}")
     command_line = shlex.join(argv)
@@ -82,24 +86,50 @@ def command(models: Sequence[NamedModel], host: str, port: int, dtype: str) -> l
         rank = next((r for r in _RANKS if r >= max(ranks)), max(ranks))
         argv += ["--enable-lora", "--max-loras", str(len(tuned)), "--max-lora-rank", str(rank), "--lora-modules"]
         argv += [f"{m.name}={m.tuned.adapter.path}" for m in models if m.tuned]
-    chat_format = _chat_format(models)
-    if chat_format.tokenizer.chat_template is None and isinstance(chat_format.template, Turns):
-        argv += ["--chat-template", chat_format.template.jinja()]
     return argv
+
+
+def chat_options(models: Sequence[NamedModel]) -> list[str]:
+    """Write tokenizer, chat template and stop ids of the training to the cache, and build the options that name them.
+
+    vLLM has one template for all models. Raises ConfigError if they were trained with different ones.
+    """
+    formats = [m.tuned.chat_format() for m in models if m.tuned] or [load_chat_format(models[0].base)]
+    system = _shared_system(models)
+    texts = [template_text(f, system) for f in formats]
+    if len(set(texts)) > 1:
+        raise ConfigError(
+            f"{' and '.join(m.name for m in models if m.tuned)} were trained with different chat templates, and vLLM "
+            "has one for all models",
+            "serve them separately, each on its own --port, or leave --engine vllm out",
+        )
+    key = hashlib.sha256(f"{formats[0].tokenizer.digest()}{texts[0]}".encode()).hexdigest()[:20]
+    folder = files.cache_root() / "vllm" / key
+    with files.new_dir(folder) as temp:
+        chat_files.write(temp, models[-1].base, formats[0], system)
+        chat_files.write_generation_config(temp, models[-1].base, formats[0])
+    template = str(folder / TEMPLATE_FILE)
+    return ["--tokenizer", str(folder), "--chat-template", template, "--generation-config", str(folder)]
+
+
+def _shared_system(models: Sequence[NamedModel]) -> str | None:
+    """Return the system prompt of the training if it is the same for all tuned models, else None."""
+    systems = {m.tuned.system for m in models if m.tuned}
+    return systems.pop() if len(systems) == 1 else None
 
 
 def notes(models: Sequence[NamedModel]) -> list[str]:
     """List the differences between serving with vLLM and with luthier that the user should know."""
-    differences = [
-        f"vLLM does not add the system prompt of the training: requests to {m.name} must begin with {m.tuned.system!r}"
-        for m in models
-        if m.tuned and m.tuned.system
-    ]
+    tuned = [m for m in models if m.tuned]
+    if shared := _shared_system(models):
+        differences = [f"vLLM also adds the system prompt of the training for {models[-1].name}: {shared!r}"]
+    else:
+        differences = [
+            f"vLLM does not add the system prompt of the training: requests to {m.name} must begin with "
+            f"{m.tuned.system!r}"
+            for m in tuned
+            if m.tuned and m.tuned.system
+        ]
     if any(quantisation(m.settings) for m in models):
         differences.append("the base model was quantised in training; vLLM uses its unquantised weights")
     return differences
-
-
-def _chat_format(models: Sequence[NamedModel]) -> ChatFormat:
-    tuned = models[0].tuned
-    return tuned.chat_format() if tuned else load_chat_format(models[0].base)

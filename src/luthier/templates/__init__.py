@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from luthier.errors import TemplateError, nearest
 from luthier.templates import baichuan2, deepseek, glm4, llama3, phi3
 from luthier.templates.chatml import END, START, ChatML
-from luthier.templates.jinja import Jinja, RefusedConversation, Render
+from luthier.templates.jinja import WRITTEN, Jinja, RefusedConversation, Render
 from luthier.templates.system_as_user import SystemAsUser
 from luthier.templates.turns import Turns
 from luthier.types import ChatTokenizer, Message, SystemRole, Template
@@ -68,6 +68,8 @@ def _pick(
             f"use a chat model, or choose a template: --set data.template={family or 'chatml'}",
         )
     native = next((n for n in _natives(render) if same_text(n, render)), None)
+    if native and source.startswith(WRITTEN) and not _has_system(native) and not _refuses_system(render):
+        native = None  # the training accepted system messages that the native template refuses
     if choice == "auto" and native:
         return native
     template = Jinja(render, source, stop)
@@ -188,10 +190,9 @@ def same_text(native: ChatML | Turns, render: Render) -> bool:
 
     After the last reply, the known ending of a published template is accepted too.
     """
-    has_system = not isinstance(native, Turns) or native.system is not None
     try:
         for probe in _PROBES:
-            if probe[0].role == "system" and not has_system:
+            if probe[0].role == "system" and not _has_system(native):
                 continue
             prompt, reply = native.prompt(probe), Message("assistant", " x \n")
             spans = native.spans((*probe, reply))
@@ -204,3 +205,15 @@ def same_text(native: ChatML | Turns, render: Render) -> bool:
     except RefusedConversation:
         return False
     return True
+
+
+def _has_system(native: ChatML | Turns) -> bool:
+    return not isinstance(native, Turns) or native.system is not None
+
+
+def _refuses_system(render: Render) -> bool:
+    try:
+        render(_PROBES[1], True)
+    except RefusedConversation:
+        return True
+    return False

@@ -1,13 +1,18 @@
-"""Convert a template to a jinja ``chat_template`` for other tools, with the run's system prompt as its default."""
+"""Convert a template to a jinja ``chat_template`` for other tools, which writes the prompts of the training there.
+
+The run's system prompt, its treatment of system messages and the date of the training become part of the text.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 
+from luthier.errors import TemplateError
 from luthier.templates import ChatML, Jinja, SystemAsUser, Turns, same_text
-from luthier.templates.jinja import Render
-from luthier.types import Template
+from luthier.templates.jinja import DATE, WRITTEN, RefusedConversation, Render
+from luthier.types import Message, Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,26 +26,46 @@ class OwnTemplate:
 def chat_template(template: Template, own: OwnTemplate | None, system: str | None) -> str:
     """Return a jinja template that writes what ``template`` writes; ``system`` is the default system message.
 
-    If the tokenizer's own template writes the same text it is used, since it may support more (such as tools).
+    If the tokenizer's own template writes the same text it is used, since it may support more (such as tools). System
+    messages that ``template`` refuses are refused there too.
     """
     inner = template.inner if isinstance(template, SystemAsUser) else template
-    opening = ""
+    if isinstance(inner, Jinja):
+        source = inner.source
+    else:
+        assert isinstance(inner, ChatML | Turns)
+        source = own.source if own and same_text(inner, own.render) else inner.jinja()
+    opening = WRITTEN
     if system:
-        opening += _OPENING.format(system=json.dumps(system, ensure_ascii=False))
+        opening += _DEFAULT_SYSTEM.format(system=json.dumps(system, ensure_ascii=False))
     if isinstance(template, SystemAsUser):
         opening += _SYSTEM_AS_USER
-    if isinstance(inner, Jinja):
-        dated = '{%- set date_string = "26 Jul 2024" -%}' if "date_string" in inner.source else ""
-        return opening + dated + inner.source
-    assert isinstance(inner, ChatML | Turns)
-    return opening + (own.source if own and same_text(inner, own.render) else inner.jinja())
+    if refusal := _refusal_of_system(inner):
+        opening += _REFUSED_SYSTEM.format(reason=json.dumps(refusal, ensure_ascii=False))
+    if "date_string" in source:
+        opening += f'{{%- set date_string = "{DATE}" -%}}'
+    # the empty text keeps the white space that the source starts with, except what jinja removes before a block
+    return opening + "{{- '' }}" + re.sub(r"^[ \t]+(?=\{%)", "", source)
 
 
-_OPENING = (
+def _refusal_of_system(template: Template) -> str | None:
+    """Return why ``template`` refuses a system message, or None if it does not."""
+    try:
+        template.prompt((Message("system", "probe"), Message("user", "a")))
+    except TemplateError as e:
+        return e.message
+    except RefusedConversation:  # the published template raises its own error
+        return None
+    return None
+
+
+_DEFAULT_SYSTEM = (
     "{{%- if messages[0]['role'] != 'system' -%}}"
     "{{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}{{%- endif -%}}"
 )
 _SYSTEM_AS_USER = (
-    "{%- if messages[0]['role'] == 'system' -%}{%- set messages = [{'role': messages[1]['role'], 'content': "
+    "{%- if messages[0]['role'] == 'system' and messages | length > 1 -%}"
+    "{%- set messages = [{'role': messages[1]['role'], 'content': "
     "messages[0]['content'] + \"\\n\\n\" + messages[1]['content']}] + messages[2:] -%}{%- endif -%}"
 )
+_REFUSED_SYSTEM = "{{%- if messages[0]['role'] == 'system' -%}}{{{{- raise_exception({reason}) -}}}}{{%- endif -%}}"

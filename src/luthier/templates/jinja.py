@@ -19,6 +19,9 @@ from luthier.types import Message, Span, TrainOn
 
 Render = Callable[[Sequence[Message], bool], str]
 _PROBE = "probe-reply"
+# The date for templates that insert one (Llama 3's own fallback), so that training and chat prompts are the same.
+DATE = "26 Jul 2024"
+WRITTEN = "{#- Written by luthier: the chat template of the training. -#}"  # the start of every exported template
 
 
 class RefusedConversation(ValueError):

@@ -44,10 +44,12 @@ class Question:
 class Answer:
     """The outputs of llama.cpp.
 
-    prompts: text of each chat. ids, replies: token ids of each text and its reply. stops: whether each id ends a reply.
+    prompts, prompt_ids: text of each chat, and its token ids. ids, replies: token ids of each text and its reply.
+    stops:               whether each id ends a reply.
     """
 
     prompts: list[str]
+    prompt_ids: list[list[int]]
     ids: list[list[int]]
     replies: list[list[int]]
     stops: list[bool]
@@ -122,8 +124,10 @@ def _serve(question: Question) -> Answer:
         return post("/tokenize", {"content": text, "parse_special": True, "add_special": True})["tokens"]
 
     ids = [tokenise(text) for text in question.texts]
+    prompts = [post("/apply-template", {"messages": chat})["prompt"] for chat in question.chats]
     return Answer(
-        prompts=[post("/apply-template", {"messages": chat})["prompt"] for chat in question.chats],
+        prompts=prompts,
+        prompt_ids=[tokenise(prompt) for prompt in prompts],
         ids=ids,
         replies=[reply(prompt, question.tokens)["tokens"] for prompt in ids],
         stops=[reply(ids[0], 2, logit_bias=[[s, 1e4]])["stop_type"] == "eos" for s in question.stops],

@@ -15,13 +15,14 @@ import torch
 
 from luthier.adapters.locate import TunedModel
 from luthier.errors import ModelError
+from luthier.exporting.chat_files import Probe, probes
 from luthier.exporting.gguf import llamacpp, writer
 from luthier.exporting.gguf.llamacpp import Answer, Question
 from luthier.exporting.verify import chats, tuned_model
 from luthier.models.chat_format import ChatFormat
 from luthier.models.protocols import CausalLM
 from luthier.models.streamed import streamed
-from luthier.types import Log, Message
+from luthier.types import Log
 
 TOKENS = 32  # of each reply
 NEAR = {
@@ -57,6 +58,7 @@ def verify_model(tuned: TunedModel, chat_format: ChatFormat, file: Path, quantiz
     log("verifying the file with llama.cpp")
     answer = llamacpp.ask(_question(tuned, chat_format, file))
     _check_prompts(tuned, chat_format, file, answer)
+    _check_stops(chat_format, file, answer)
     reference = agreement(tuned_model(tuned, chat_format)[0], answer)
     if quantization == "f16":
         _check_agreement(reference, quantization, file)
@@ -75,7 +77,7 @@ def verify_lora(tuned: TunedModel, chat_format: ChatFormat, base: Path, lora: Pa
     """Verify the file of an adapter, loaded over the file of its base model. Raises ModelError if that fails."""
     log("verifying the adapter with llama.cpp")
     answer = llamacpp.ask(_question(tuned, chat_format, base, lora))
-    _check_ids(tuned, chat_format, lora, answer)
+    _check_prompts(tuned, chat_format, lora, answer)
     reference = agreement(tuned_model(tuned, chat_format)[0], answer)
     _check_agreement(reference, "f16", lora)
     return ["over the base model's GGUF in f16, " + reference.summary("those of base+adapter in fp32")]
@@ -107,14 +109,16 @@ _PROMPTS = (
 
 
 def _question(tuned: TunedModel, chat_format: ChatFormat, model: Path, lora: Path | None = None) -> Question:
-    """Build the inputs for llama.cpp; an adapter file has no template, so only token ids are compared for it."""
-    conversations = [[{"role": m.role, "content": m.content} for m in chat] for chat in _conversations(None)]
+    """Build the inputs for llama.cpp. An adapter file has no stop tokens; its template is a file beside it."""
+    conversations = [
+        [{"role": m.role, "content": m.content} for m in probe.messages] for probe in _accepted(tuned, chat_format)
+    ]
     prompts = chats(tuned.system)
     longest = max(len(chat_format.prompt_ids(chat)) for chat in prompts)
     tokens = max(1, min(TOKENS, int(chat_format.config.max_position_embeddings) - longest))
     return Question(
         model=model,
-        chats=[] if lora else conversations,
+        chats=conversations,
         texts=[chat_format.prompt_text(chat) for chat in prompts],
         stops=[] if lora else chat_format.stop_ids[:3],
         tokens=tokens,
@@ -123,19 +127,23 @@ def _question(tuned: TunedModel, chat_format: ChatFormat, model: Path, lora: Pat
     )
 
 
-def _conversations(system: str | None) -> list[list[Message]]:
-    """Return the fixed prompts, and one conversation of two of them."""
-    first, second, *_ = prompts = chats(system)
-    return [*prompts, [*first, Message("assistant", "I am who I am."), second[-1]]]
+def _accepted(tuned: TunedModel, chat_format: ChatFormat) -> list[Probe]:
+    """Return the probe conversations that the template accepts."""
+    return [probe for probe in probes(chat_format, tuned.system) if probe.prompt is not None]
 
 
 def _check_prompts(tuned: TunedModel, chat_format: ChatFormat, file: Path, answer: Answer) -> None:
-    """Raise ModelError unless the file's template, tokenizer and stop tokens are those of the tuned model."""
-    prompts = [chat_format.prompt_text(chat) for chat in _conversations(tuned.system)]
-    for ours, theirs in zip(prompts, answer.prompts, strict=True):
-        if ours != theirs:
+    """Raise ModelError unless the file's template and tokenizer give the prompts of the tuned model."""
+    for probe, theirs, ids in zip(_accepted(tuned, chat_format), answer.prompts, answer.prompt_ids, strict=True):
+        if (ours := probe.prompt or "") != theirs:
             raise _failed(file, f"its template writes {theirs[:200]!r} instead of {ours[:200]!r}")
-    _check_ids(tuned, chat_format, file, answer)
+        _check_ids(chat_format, file, ours, ids)
+    for chat, ids in zip(chats(tuned.system), answer.ids, strict=True):
+        _check_ids(chat_format, file, chat_format.prompt_text(chat), ids)
+
+
+def _check_stops(chat_format: ChatFormat, file: Path, answer: Answer) -> None:
+    """Raise ModelError unless the stop tokens of the tuned model end a reply."""
     ignored = [
         chat_format.tokenizer.text_of(s)
         for s, ends in zip(chat_format.stop_ids, answer.stops, strict=False)
@@ -145,13 +153,11 @@ def _check_prompts(tuned: TunedModel, chat_format: ChatFormat, file: Path, answe
         raise _failed(file, f"the stop token {', '.join(map(str, ignored))} does not end a reply")
 
 
-def _check_ids(tuned: TunedModel, chat_format: ChatFormat, file: Path, answer: Answer) -> None:
-    """Raise ModelError unless llama.cpp tokenises the prompts as luthier does."""
-    for chat, theirs in zip(chats(tuned.system), answer.ids, strict=True):
-        ours = chat_format.prompt_ids(chat)
-        if ours != theirs:
-            text = chat_format.prompt_text(chat)
-            raise _failed(file, f"it tokenises {text[:200]!r} differently: {_first_difference(ours, theirs)}")
+def _check_ids(chat_format: ChatFormat, file: Path, text: str, theirs: Sequence[int]) -> None:
+    """Raise ModelError unless llama.cpp tokenises a prompt as luthier does."""
+    ours = list(chat_format.tokenizer.encode_batch([text])[0].ids)
+    if ours != theirs:
+        raise _failed(file, f"it tokenises {text[:200]!r} differently: {_first_difference(ours, theirs)}")
 
 
 def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:

@@ -31,6 +31,7 @@ from transformers import PretrainedConfig
 from luthier.adapters.locate import TunedModel
 from luthier.adapters.original_names import Update
 from luthier.errors import ConfigError, ModelError
+from luthier.exporting.chat_files import template_text
 from luthier.exporting.gguf import vocabulary
 from luthier.exporting.gguf.architectures import (
     architecture,
@@ -40,7 +41,7 @@ from luthier.exporting.gguf.architectures import (
     tensor_name,
     write_hyperparameters,
 )
-from luthier.exporting.merge import merged_tensors, template_text
+from luthier.exporting.merge import merged_tensors
 from luthier.lora.layers import scaling
 from luthier.models.chat_format import ChatFormat
 from luthier.models.native_model import empty_model, native_names

@@ -21,12 +21,14 @@ from luthier.models.checkpoint_reader import read_json
 from luthier.models.protocols import HfTokenizer
 from luthier.models.tokenizer import sentencepiece, tiktoken
 from luthier.templates import RefusedConversation
+from luthier.templates.jinja import DATE
 from luthier.types import Encoding, Message
 
 _VOCABULARY = "tokenizer.model"
+TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = (
     *("tokenizer.json", _VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "merges.txt", TEMPLATE_FILE),
 )
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _RESERVED = re.compile(r"<reserved_\d+>")  # Baichuan's turn markers are two of these
@@ -35,8 +37,6 @@ _MARKER = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?[A-Z_]+\]")
 _HTML = re.compile(
     r"</?(a|b|br|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|span|strong|sub|sup|table|tbody|td|th|thead|tr|ul)/?>"
 )
-# The date for templates that insert one (Llama 3's own fallback), so that training and chat prompts are the same.
-_DATE = "26 Jul 2024"
 
 
 class Tokenizer:
@@ -122,7 +122,7 @@ class Tokenizer:
         plain = [{"role": m.role, "content": m.content} for m in messages]
         try:
             text: str = self.hf.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE
+                plain, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
             )
         except (JinjaError, TypeError, ValueError) as e:
             raise RefusedConversation(str(e)) from None
@@ -240,7 +240,7 @@ def _wrap(path: Path, fast: FastTokenizer, tokens: dict[str, str]) -> HfTokenize
         raise ModelError(f"{path}: {', '.join(unknown)} is not in its vocabulary", "download the model again")
     hf: HfTokenizer = PreTrainedTokenizerFast(
         tokenizer_object=fast,
-        chat_template=_chat_template(path),
+        chat_template=read_template(path),
         model_input_names=["input_ids", "attention_mask"],
         padding_side="left",
         clean_up_tokenization_spaces=False,
@@ -288,8 +288,9 @@ def _declared(path: Path) -> dict[int, AddedToken]:
         raise ModelError(f"{path}: its added tokens cannot be read ({e!r})", "download the model again") from None
 
 
-def _chat_template(path: Path) -> str | None:
-    file = path / "chat_template.jinja"
+def read_template(path: Path) -> str | None:
+    """Read a directory's default chat template; None if it has none."""
+    file = path / TEMPLATE_FILE
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = read_json(path / "tokenizer_config.json").get("chat_template")
