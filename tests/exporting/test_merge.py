@@ -254,6 +254,76 @@ def test_merged_models_have_a_template_with_the_run_s_system_prompt(luthier: Run
             assert text == template.prompt([Message("system", system or SYSTEM), *asked])
 
 
+def older_reading(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings and the dtype as transformers 4.57 does, without ``rope_parameters``."""
+    scaling = content.get("rope_scaling") or {}
+    return {
+        "theta": content.get("rope_theta", 10000.0),
+        "partial": content.get("partial_rotary_factor", 1.0),
+        "type": scaling.get("rope_type", scaling.get("type", "default")),
+        "factor": scaling.get("factor"),
+        "dtype": content.get("torch_dtype", "float32"),
+    }
+
+
+NEW_FORM = {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}
+ROPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "older keys": (
+        {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float32"},
+        {"theta": 500.0, "type": "linear", "factor": 2.0, "dtype": "float32"},
+    ),
+    "new keys": (
+        {"rope_parameters": NEW_FORM, "dtype": "float32"},
+        {"theta": 500.0, "type": "linear", "factor": 2.0, "dtype": "float32"},
+    ),
+    "older keys without scaling": (
+        {"rope_theta": 500.0, "rope_scaling": None, "torch_dtype": "float32"},
+        {"theta": 500.0, "type": "default", "factor": None, "dtype": "float32"},
+    ),
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_a_merged_config_says_the_same_to_older_readers(
+    rope: str, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    keys, expected = ROPES[rope]
+    base = tmp_path / "base"
+    shutil.copytree(model_dir("llama"), base)
+    content = json.loads((base / "config.json").read_text())
+    for key in ("rope_parameters", "rope_theta", "dtype", "torch_dtype"):
+        content.pop(key, None)
+    (base / "config.json").write_text(json.dumps({**content, **keys, "custom_note": "kept", "_name_or_path": "mine"}))
+    library.merge(tuned(base, tmp_path / "run"), tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert older_reading(merged) == {**expected, "partial": 1.0}
+    assert merged["rope_parameters"]["rope_theta"] == 500.0  # for readers of today
+    assert merged["custom_note"] == "kept" and "_name_or_path" not in merged
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_merged_config_of_a_family_says_the_same_to_older_readers(name: str, tmp_path: Path) -> None:
+    base = PUBLISHED[name](tmp_path / "base")
+    library.merge(tuned(base, tmp_path / "run", None), tmp_path / "merged")
+    rope = load_chat_format(base).config.rope_parameters
+    read = older_reading(json.loads((tmp_path / "merged" / "config.json").read_text()))
+    expected = {"theta": rope["rope_theta"], "partial": rope.get("partial_rotary_factor", 1.0), "dtype": "bfloat16"}
+    assert read == {**expected, "type": "default", "factor": None}
+
+
+def test_a_config_that_older_readers_misread_is_refused(
+    model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_dir("llama"), base)
+    content = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**content, "rope_parameters": NEW_FORM}))
+    monkeypatch.setattr(merge, "with_older_keys", lambda config, _: config)
+    with pytest.raises(ModelError, match="readers without rope_parameters would compute rotary positions with"):
+        library.merge(tuned(base, tmp_path / "run"), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 # --- refused, with outputs untouched -----------------------------------------------------------------------------
 
 EXPORTS: list[list[str]] = [["merge"], ["export", "--to", "hf"], ["export", "--to", "gguf"], ["export", "--to", "peft"]]

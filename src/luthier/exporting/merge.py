@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from luthier._util import files
 from luthier.adapters.directory import updates
@@ -211,12 +212,55 @@ def _temporary(number: int) -> str:
 
 def _native_files(folder: Path, tuned: TunedModel, chat_format: ChatFormat) -> None:
     """Write configuration, stop ids, tokenizer and template for stock transformers."""
-    config = chat_format.config
-    config.architectures = [type(empty_model(config)).__name__]
-    config.save_pretrained(folder)
+    _write_config(folder, tuned.base, chat_format.config)
     chat_files.write_generation_config(folder, tuned.base, chat_format)
     chat_files.write(folder, tuned.base, chat_format, tuned.system)
     chat_files.verify_own(folder, chat_format, tuned.system)
+
+
+def _write_config(folder: Path, base: Path, config: PretrainedConfig) -> None:
+    """Write config.json for readers of today and for older ones. Raises ModelError if an older one reads another model.
+
+    transformers 5 moves the rotary settings to ``rope_parameters`` and names the dtype ``dtype``. A reader that does
+    not know these keys (transformers 4.57, vLLM) would silently use its defaults.
+    """
+    config.architectures = [type(empty_model(config)).__name__]
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    content = with_older_keys(read_json(file), read_json(base / "config.json"))
+    files.write_json(file, content)
+    older = type(config)(**{k: v for k, v in content.items() if k not in ("rope_parameters", "dtype", "model_type")})
+    rope, read = (getattr(c.get_text_config(), "rope_parameters", None) for c in (config, older))
+    if isinstance(rope, dict) and "rope_type" in rope and read != rope:
+        raise ModelError(
+            f"{base}: readers without rope_parameters would compute rotary positions with {read} instead of {rope}",
+            "report this bug of luthier, with the output of luthier doctor",
+        )
+
+
+def with_older_keys(config: Mapping[str, object], published: Mapping[str, object]) -> dict[str, object]:
+    """Add the keys that older readers need to the content of a config.json that transformers 5 has written.
+
+    published: the base model's config.json; its keys stay as they are if both have the same ``model_type``.
+    """
+    native = published.get("model_type") == config.get("model_type")
+    content = {k: v for k, v in published.items() if native and k not in _OF_THE_FILES} | dict(config)
+    for key, value in config.items():
+        if isinstance(value, dict) and "model_type" in value:  # the text model of a larger one
+            part = published.get(key)
+            content[key] = with_older_keys(value, part if isinstance(part, dict) else {})
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_type" in rope:
+        alone = {k: v for k, v in rope.items() if k in ("rope_theta", "partial_rotary_factor")}
+        scaling = {k: v for k, v in rope.items() if k not in alone}
+        content |= alone
+        content.setdefault("rope_scaling", None if rope["rope_type"] == "default" else scaling)
+    if dtype := published.get("torch_dtype", published.get("dtype")):
+        content |= {"dtype": dtype, "torch_dtype": dtype}
+    return content
+
+
+_OF_THE_FILES = ("_name_or_path", "auto_map", "transformers_version", "quantization_config")  # not of the model
 
 
 def _original_files(folder: Path, tuned: TunedModel, chat_format: ChatFormat) -> None:
