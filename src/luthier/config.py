@@ -150,8 +150,14 @@ class TrainConfig(Section):
     seed: int = Field(42, ge=0, lt=2**32, description="seed of the row order, the adapter's initial values and dropout")
     save_steps: int = Field(50, ge=1, description="save a checkpoint every N steps")
     save_total_limit: int = Field(2, ge=1, description="number of checkpoints to keep; older ones are deleted")
+    eval_rows: int = Field(
+        256, ge=0, description="held-out rows whose loss is computed at the end, spread evenly over all; 0: all of them"
+    )
     eval_time_ratio: float = Field(
-        0.1, ge=0, le=10, description="longest time for the evaluation at the end, as a fraction of the training time"
+        0.1,
+        ge=0,
+        le=10,
+        description="longest time for sample replies at the end, as a fraction of the training time; 0: no evaluation",
     )
     logging_steps: int = Field(1, ge=1, description="write a line of metrics.jsonl every N steps")
 

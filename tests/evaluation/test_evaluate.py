@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +17,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import luthier as library
 from luthier import personas
+from luthier.config import TrainConfig
 from luthier.errors import AdapterError, ConfigError, ModelError
+from luthier.evaluation import scoring
 from luthier.models.tokenizer.tokenizer import Tokenizer
+from luthier.training import loop
 from luthier.training.forward import verify_segments
+from luthier.types import Example
 from luthier.verbs.check import inspect
 from tests.conftest import ARCHITECTURES, Result, make_model
 from tests.conftest import teahouse as config
-from tests.helpers.rows import examples, padded_losses
+from tests.helpers.rows import examples, padded_losses, with_adapter
 
 Run = Callable[..., Result]
 FEW = ("--samples", 3, "--max-new-tokens", 8)
@@ -111,14 +117,55 @@ def test_the_losses_equal_those_of_stock_transformers(teahouse_run: Path, model:
     assert comparison.tuned.held_out.loss < comparison.base.held_out.loss
 
 
-def test_reaching_the_time_limit_is_reported(model: Path, tmp_path: Path) -> None:
+def test_reaching_the_time_limit_shortens_the_replies_only(model: Path, tmp_path: Path) -> None:
+    """The held-out loss never depends on the time: whatever the limit, it covers the same rows."""
     messages: list[str] = []
-    settings = config(model, tmp_path / "run", {"eval_fraction": 0.3}, eval_time_ratio=1e-9, max_steps=2)
-    library.train(settings, log=messages.append)
-    assert any("evaluation stopped at its time limit" in m and "luthier eval" in m for m in messages)
-    result = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    losses = []
+    for name, ratio in (("short", 1e-9), ("long", 10)):
+        data = {"eval_fraction": 0.3}
+        settings = config(model, tmp_path / name, data, eval_time_ratio=ratio, max_steps=2, eval_rows=5)
+        losses.append(library.train(settings, log=messages.append)["held_out"])
+    assert any("sample replies stopped at their time limit" in m and "luthier eval" in m for m in messages)
+    result = json.loads((tmp_path / "short" / "evaluation.json").read_text(encoding="utf-8"))
     assert result["tuned"]["complete"] is False
     assert result["tuned"]["stop_rate"] is None
+    for which in ("base", "tuned"):
+        short, long = (held_out[which] for held_out in losses)
+        assert short["loss"] == long["loss"] and short["rows"] == long["rows"] == 5
+    held_out = len((tmp_path / "short" / "held-out.jsonl").read_text(encoding="utf-8").splitlines())
+    assert held_out > 5 and any(f"(5 of {held_out} rows)" in m for m in messages)
+
+
+def test_the_scored_rows_are_spread_over_all_held_out_rows(tokenizer: Tokenizer) -> None:
+    rows = examples(tokenizer, 10)
+    assert scoring.spread(rows, 3) == [rows[0], rows[3], rows[6]]
+    assert scoring.spread(rows, 0) == scoring.spread(rows, 10) == scoring.spread(rows, 99) == rows
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_held_out_losses_of_training_are_those_of_fp32(
+    dtype: torch.dtype, fused: bool, tokenizer: Tokenizer
+) -> None:
+    """With the compiled layers and with the model's own, without dropout, for the tuned and the base model."""
+    rows = examples(tokenizer, 40)
+    model = make_model("llama").to(dtype)
+    base = held_out_in_fp32(model, rows)
+    layers = with_adapter(model, lora_dropout=0.5)
+    losses: list[scoring.Losses] = []
+    session = loop.Session(evaluate=lambda loss_of: losses.append(scoring.compare_losses(model, layers, rows, loss_of)))
+    loop.train(model, layers, rows, TrainConfig(max_steps=2, learning_rate=1e-2, fused=fused), session)
+    tuned = held_out_in_fp32(model, rows)
+    tolerance = 1e-5 if dtype is torch.float32 or not fused else 0.002
+    assert len(losses) == 1
+    assert losses[0].tuned.loss == pytest.approx(tuned.loss, abs=tolerance)
+    assert losses[0].base.loss == pytest.approx(base.loss, abs=tolerance)
+    assert abs(tuned.loss - base.loss) > 0.05 and losses[0].tuned.rows == losses[0].base.rows == 40
+
+
+def held_out_in_fp32(model: Any, rows: Sequence[Example]) -> scoring.HeldOut:
+    """Compute the loss by a copy of the model that is stored in fp32."""
+    return scoring.held_out_loss(copy.deepcopy(model).float(), rows)
 
 
 def test_reaching_the_time_limit_for_replies_to_training_prompts_is_reported(model: Path, tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from luthier.batching.collate import Segments, collate, to_device
 from luthier.kernels import attention as kernels
 from luthier.kernels.attention import KERNELS
 from luthier.models.tokenizer.tokenizer import Tokenizer
-from luthier.training.forward import segment_attention, token_losses
+from luthier.training.forward import segment_attention, supervised_logits
 from luthier.types import Batch, Example, RowRef
 from tests.conftest import ARCHITECTURES, make_model
 from tests.helpers.documented import flash_attn_varlen_func
@@ -33,8 +34,9 @@ def documented(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def losses(model: Any, batch: Batch, kernel: str = "auto") -> torch.Tensor:
-    with segment_attention(model, kernel):
-        return token_losses(model, to_device(batch, "cpu"))
+    on_device = to_device(batch, "cpu")
+    with segment_attention(model, kernel), torch.no_grad():
+        return F.cross_entropy(supervised_logits(model, on_device), on_device.target_ids, reduction="none")
 
 
 def law(model: Any, rows: list[Example], batch: Batch, kernel: str = "auto") -> None:

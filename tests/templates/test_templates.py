@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from luthier import templates
 from luthier.data.loader import DataReport
 from luthier.errors import TemplateError
-from luthier.models.tokenizer.tokenizer import Tokenizer
+from luthier.models.chat_format import load_chat_format
+from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from luthier.templates import ChatML, Jinja
+from luthier.templates.exported import OwnTemplate, chat_template
 from luthier.types import Conversation, Message, RowRef, Span
 from tests.conftest import TOKENIZER
 from tests.helpers.rows import encode, encoder
@@ -20,8 +27,6 @@ TWO = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Me
 
 
 def with_template(source: str | None) -> Tokenizer:
-    from luthier.models.tokenizer.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(TOKENIZER)
     tokenizer.hf.chat_template = source
     return tokenizer
@@ -76,6 +81,25 @@ def test_a_template_that_rewrites_history_is_refused_unless_only_the_last_reply_
     assert e.value.fix
     last = template.spans(TWO, "last_reply")
     assert [s.text for s in last if s.written] == ["d<|im_end|>"]
+
+
+THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}"
+)
+
+
+def test_a_template_that_writes_only_the_last_reply_with_a_thought_is_refused_for_earlier_replies() -> None:
+    """As in Qwen3's template: in chat the model begins each reply with a thought, which is then removed."""
+    template = pick(THOUGHTS + HEAD)
+    with pytest.raises(TemplateError, match="writes reply 1 in another form once the conversation continues") as e:
+        template.spans(TWO)
+    assert "--set data.train_on=last_reply" in e.value.fix
+    spans = template.spans(TWO, "last_reply")
+    assert [s.text for s in spans if s.written] == ["<think>\n\n</think>\n\nd<|im_end|>"]
+    assert "".join(s.text for s in spans if not s.written).endswith("<|im_start|>assistant\n\n")
+    assert template.spans(TWO[:2])[1].text == "<think>\n\n</think>\n\nb<|im_end|>"
 
 
 def test_a_prompt_that_is_not_a_prefix_is_refused() -> None:
@@ -165,3 +189,41 @@ def test_todays_date_never_occurs_in_a_prompt() -> None:
     assert pick(dated + LOOP + HEAD).prompt(TWO[:1]).startswith("26 Jul 2024\n")
     with pytest.raises(TemplateError, match="today's date"):
         pick("{{ strftime_now('%d %b %Y') }}" + LOOP + HEAD)
+
+
+@pytest.mark.parametrize("choice", ["chatml", "llama3"])
+def test_another_template_can_be_chosen_if_the_model_s_own_writes_todays_date(choice: str) -> None:
+    """As the message about the date proposes."""
+    tokenizer = with_template("{{ strftime_now('%d %b %Y') }}" + LOOP + HEAD)
+    template = templates.pick(choice, tokenizer.render, tokenizer.chat_template, ("<|im_end|>",))
+    assert template.name == choice
+    own = OwnTemplate(tokenizer.render, tokenizer.chat_template or "")
+    assert "strftime_now" not in chat_template(template, own, None)
+
+
+def test_the_default_of_several_named_templates_is_the_model_s_own(model_dir: Any, tmp_path: Path) -> None:
+    """As a list in tokenizer_config.json, and as files in additional_chat_templates."""
+    for form in ("list", "files"):
+        path = tmp_path / form
+        shutil.copytree(model_dir("llama"), path)
+        if form == "list":
+            (path / "chat_template.jinja").unlink(missing_ok=True)
+            file = path / "tokenizer_config.json"
+            named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": LOOP + HEAD}]
+            file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": named}))
+        else:
+            (path / "chat_template.jinja").write_text(LOOP + HEAD)
+            (path / "additional_chat_templates").mkdir()
+            (path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+        chat_format = load_chat_format(path)
+        assert chat_format.template == ChatML()
+        assert chat_format.prompt_text(TWO[:1]) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_thoughts_are_text_and_not_control_tokens() -> None:
+    """A pair of ordinary added tokens, such as <think> and </think>, is markup that a reply may contain."""
+    hf = copy.deepcopy(with_template(LOOP + HEAD).hf)
+    markup = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    hf.add_tokens([AddedToken(t, special=False) for t in [*markup, "<start_of_turn>", "<|eot|>"]])
+    control = Tokenizer(hf).control_tokens
+    assert not {*markup} & {*control} and {"<start_of_turn>", "<|eot|>", "<|im_end|>"} <= {*control}

@@ -169,6 +169,8 @@ class Group:
         self._b = torch.zeros(self.n, self.wide - self.k, dtype=arena.dtype)
         self.dropout = self.parts[0].layer.dropout if self.parts else 0.0
         keep = 1 / (1 - self.dropout)
+        scales = [torch.full((p.layer.lora_A.shape[0],), p.layer.scaling) for p in self.parts]
+        self._scaling = torch.cat(scales) if scales else torch.zeros(0)
         scales = [torch.full((p.layer.lora_A.shape[0],), p.layer.scaling * keep) for p in self.parts]
         self.factor = torch.cat(scales) if scales else torch.zeros(0)
         self.bias = self._stacked_bias(arena.dtype)
@@ -246,8 +248,8 @@ class Group:
 
     def lora(self, places: Int[Tensor, " outputs"] | None = None) -> tuple[Argument, ...]:
         """Return the arguments that the row kernels share. places: rows of the stream to compute; None: all."""
-        if not self.rank or not self.dropout:
-            return (self.rank, self.a, self.factor, 0, 0, None)
+        if not self.rank or not self.dropout or self._dropout_state.off:
+            return (self.rank, self.a, self._scaling, 0, 0, None)
         key = self._dropout_state.key(self.parts[0].layer.dropout_group)
         return (self.rank, self.a, self.factor, key, threshold(self.dropout), places)
 

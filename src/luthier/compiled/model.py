@@ -132,8 +132,18 @@ class CompiledModel:
 
     def loss_sum(self, batch: DeviceBatch) -> Float[Tensor, ""]:
         """Sum the cross-entropy of the batch's supervised tokens, [] fp32, with gradients for the adapters."""
+        if not torch.is_grad_enabled():
+            return self._loss_only(batch)
         loss: Tensor = _Loss.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
+
+    def _loss_only(self, batch: DeviceBatch) -> Float[Tensor, ""]:
+        """Compute the loss without a state for ``backward``, in the memory of one layer."""
+        x, stream = self.embedded(batch, backward=False)
+        for i, layer in enumerate(self.layers):
+            self._arena.layers.reset()
+            x, _ = layer.forward(x, stream, i == len(self.layers) - 1)
+        return self.head_loss(x, stream, batch, gradient=False)[0]
 
     def forward(self, batch: DeviceBatch) -> tuple[Float[Tensor, ""], MicroBatchState]:
         """Compute the loss and the state for ``backward``, which includes the gradient of the last layer's output."""
@@ -149,9 +159,12 @@ class CompiledModel:
         loss, grad = self.head_loss(x, stream, batch)
         return loss, MicroBatchState(stream, saved, grad, self._arena.generation)
 
-    def embedded(self, batch: DeviceBatch) -> tuple[Float[Tensor, "tokens hidden"], Stream]:
-        """Begin a micro-batch with the adapters' current values; return its embeddings [T, H] and index tensors."""
-        self._begin(batch.input_ids.shape[1])
+    def embedded(self, batch: DeviceBatch, backward: bool = True) -> tuple[Float[Tensor, "tokens hidden"], Stream]:
+        """Begin a micro-batch with the adapters' current values; return its embeddings [T, H] and index tensors.
+
+        backward: a backward pass follows, so layers are saved.
+        """
+        self._begin(batch.input_ids.shape[1], backward)
         for layer in self.layers:
             for group in layer.groups():
                 group.refresh()
@@ -176,16 +189,17 @@ class CompiledModel:
             layer.backward(grad, saved, stream, last, gradients, below)
         return LayerPass(out.clone(), below, {n: g for n, g in enumerate(gradients) if g is not None})
 
-    def _begin(self, tokens: int) -> None:
-        """Reserve the memory that the layers save for ``tokens`` tokens."""
+    def _begin(self, tokens: int, backward: bool) -> None:
+        """Reserve the memory that the layers save for ``tokens`` tokens; of one layer if there is no backward pass."""
         layers = [layer.saved_elements(tokens) for layer in self.layers]
         streams = Bump.rounded(tokens * int(self._decoder.norm.weight.shape[0]), self._arena.dtype)
-        self._arena.begin(streams * len(self.layers), max(layers) if self.recompute else sum(layers))
+        one = self.recompute or not backward
+        self._arena.begin(streams * len(self.layers), max(layers) if one else sum(layers))
 
     def head_loss(
-        self, x: Float[Tensor, "outputs hidden"], stream: Stream, batch: DeviceBatch
+        self, x: Float[Tensor, "outputs hidden"], stream: Stream, batch: DeviceBatch, gradient: bool = True
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "outputs hidden"]]:
-        """Compute the loss of the last layer's output x [U, H] and its gradient [U, H]."""
+        """Compute the loss of the last layer's output x [U, H] and its gradient [U, H]; zero without ``gradient``."""
         order = torch.argsort(batch.target_index, stable=True)
         targets = batch.target_ids[order]
         # the row of each target, needed if a row has several targets
@@ -207,11 +221,15 @@ class CompiledModel:
                 self.kernels.cross_entropy(
                     len(inputs), vocabulary, logits, vocabulary, targets[part].contiguous(), losses[part]
                 )  # in place: the gradient overwrites the logits
-                part_grad = self._logits_backward(logits)
+                part_grad = self._logits_backward(logits) if gradient else None
+            if part_grad is None:
+                continue
             if which is None:
                 grad[part] = part_grad
             else:
                 grad.index_add_(0, which[part], part_grad)
+        if not gradient:
+            return losses.double().sum().float(), grad.zero_()
         below = torch.empty_like(x)
         self.kernels.norm_backward(n, k, x, norm.weight, rstd, *none, grad, k, torch.zeros_like(x), below, None)
         return losses.double().sum().float(), below

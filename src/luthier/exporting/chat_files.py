@@ -119,6 +119,7 @@ def write_template(folder: Path, chat_format: ChatFormat, system: str | None, ke
     """
     text = template_text(chat_format, system)
     files.write_text(folder / TEMPLATE_FILE, text)
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)  # not trained
     settings = read_json(folder / _CONFIG)
     if "chat_template" in settings and not keep_config:
         files.write_json(folder / _CONFIG, {**settings, "chat_template": text})

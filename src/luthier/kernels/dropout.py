@@ -32,11 +32,12 @@ def mixed(x: int) -> int:
 
 @dataclass(slots=True)
 class DropoutState:
-    """Seed, step and micro-batch, from which all adapter layers of a model derive their masks."""
+    """Seed, step and micro-batch, from which all adapter layers of a model derive their masks. off: no dropout."""
 
     seed: int = 0
     step: int = 0
     micro: int = 0
+    off: bool = False
 
     def key(self, group: int) -> int:
         """Return the 32-bit key of the mask for one input of one layer."""

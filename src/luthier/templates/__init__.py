@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 from luthier.errors import TemplateError, nearest
 from luthier.templates import baichuan2, deepseek, glm4, llama3, phi3
@@ -67,6 +68,8 @@ def _pick(
             "the model has no chat template (is it a base model?), so its prompt format is unknown",
             f"use a chat model, or choose a template: --set data.template={family or 'chatml'}",
         )
+    with suppress(RefusedConversation):
+        render(_PROBES[0], True)  # raises TemplateError if the text depends on today's date
     native = next((n for n in _natives(render) if same_text(n, render)), None)
     if native and source.startswith(WRITTEN) and not _has_system(native) and not _refuses_system(render):
         native = None  # the training accepted system messages that the native template refuses
@@ -178,7 +181,7 @@ def _chatml_default(render: Render) -> str | None:
     """Return the system prompt that a ChatML-like template adds by itself, or None if it adds none."""
     try:
         text = render([Message("user", "probe")], True)
-    except RefusedConversation:
+    except (RefusedConversation, TemplateError):
         return None
     head = f"{START}system\n"
     body = text.partition(f"{END}\n{START}user\n")[0]
@@ -202,7 +205,7 @@ def same_text(native: ChatML | Turns, render: Render) -> bool:
                 allowed.append(prompt + spans[-2].text.removesuffix(native.stop[0]) + _ENDINGS[native.name])
             if prompt != render(probe, True) or render((*probe, reply), False) not in allowed:
                 return False
-    except RefusedConversation:
+    except (RefusedConversation, TemplateError):  # or a template that depends on the date
         return False
     return True
 

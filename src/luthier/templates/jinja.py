@@ -1,8 +1,9 @@
 """Run a model's own jinja ``chat_template``, and find the replies in the text that it writes.
 
-For every reply that is trained, the prompt rendered up to that reply must be a prefix of the rendered conversation, and
-a stop token must follow the reply. If not (the template rewrites earlier turns, or never ends a reply), the template is
-refused with the reason, because the loss mask would be a guess.
+For every reply that is trained, the prompt rendered up to that reply must be a prefix of the rendered conversation, a
+stop token must follow the reply, and the reply must be written as it is when it is the last one, which is the form that
+the model writes in chat. If not (the template rewrites earlier turns, or never ends a reply), the template is refused
+with the reason, because the loss mask would be a guess.
 
     render(history + reply)   <|im_start|>user ... <|im_start|>assistant\\n Hello <|im_end|> \\n
     render(history, prompt)   <|im_start|>user ... <|im_start|>assistant\\n
@@ -91,10 +92,10 @@ class Jinja:
         """Return the start and end of the reply ``messages[i]`` in the rendered conversation, stop token included."""
         prompt = self.render(messages[:i], True)
         number = sum(m.role == "assistant" for m in messages[: i + 1])
+        fix = "use a template that does not change earlier turns"
+        if train_on == "all_replies" and i != len(messages) - 1:
+            fix = "train the last reply of each conversation only: --set data.train_on=last_reply"
         if not rendered.startswith(prompt):
-            fix = "use a template that does not change earlier turns"
-            if train_on == "all_replies" and i != len(messages) - 1:
-                fix = "train the last reply of each conversation only: --set data.train_on=last_reply"
             raise TemplateError(
                 f"the model's chat template writes a conversation with reply {number} differently from the prompt "
                 f"before it: training text and inference prompt would not match ({_difference(prompt, rendered)})",
@@ -113,6 +114,14 @@ class Jinja:
             raise TemplateError(
                 f"the model's chat template changes the text of reply {number}, or never ends it",
                 "use another template, such as --set data.template=chatml",
+            )
+        as_last = rendered if i == len(messages) - 1 else self.render(messages[: i + 1], False)
+        if not as_last.startswith(rendered[:pos]):
+            raise TemplateError(
+                f"the model's chat template writes reply {number} in another form once the conversation continues, so "
+                "a model trained on it would see a form that it never writes in chat "
+                f"({_difference(as_last, rendered)})",
+                fix,
             )
         return len(prompt), end
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,19 @@ from luthier.types import Example
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+LossOf = Callable[[DeviceBatch], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LossFunction:
+    """Sums the cross-entropy of a batch's supervised tokens, [] fp32. compiled: with the compiled layers."""
+
+    of: LossOf
+    compiled: bool
+
+    def __call__(self, batch: DeviceBatch) -> Float[Tensor, ""]:
+        return self.of(batch)
+
 
 def supervised_logits(model: CausalLM, batch: DeviceBatch) -> Float[Tensor, "targets vocab"]:
     """Return the logits [N, V] at the N supervised positions; the head skips all others."""
@@ -45,12 +58,6 @@ def supervised_logits(model: CausalLM, batch: DeviceBatch) -> Float[Tensor, "tar
 def loss_sum(model: CausalLM, batch: DeviceBatch) -> Float[Tensor, ""]:
     """Sum the cross-entropy of the batch's supervised tokens, [] fp32; the caller divides by the step's token count."""
     return F.cross_entropy(supervised_logits(model, batch).float(), batch.target_ids, reduction="sum")
-
-
-@torch.no_grad()
-def token_losses(model: CausalLM, batch: DeviceBatch) -> Float[Tensor, " targets"]:
-    """Return the cross-entropy of each supervised token, [N] fp32."""
-    return F.cross_entropy(supervised_logits(model, batch).float(), batch.target_ids, reduction="none")
 
 
 @contextmanager
@@ -274,6 +281,18 @@ def _random_adapters(compiled: CompiledModel, generator: torch.Generator) -> Ite
     finally:
         for b, value in zip(matrices, before, strict=True):
             b.data.copy_(value)
+
+
+@contextmanager
+def in_fp32(model: CausalLM) -> Iterator[None]:
+    """Let the model compute in fp32 within the block, from its frozen weights as they are."""
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _module, _input, out: out.float())
+    try:
+        with _linears_in_fp32(cast(nn.Module, model)):
+            yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

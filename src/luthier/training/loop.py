@@ -34,15 +34,13 @@ from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype, share_dropout_state
 from luthier.models.protocols import CausalLM
 from luthier.training.checkpoint import Checkpoint, restore
-from luthier.training.forward import checkpointing, loss_sum, segment_attention, verify_compiled
+from luthier.training.forward import LossFunction, LossOf, checkpointing, loss_sum, segment_attention, verify_compiled
 from luthier.training.metrics import Progress, StepRecord
 from luthier.training.optimizer import Optimizer, learning_rate
 from luthier.types import Batch, Example, Log
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-    LossOf = Callable[[DeviceBatch], Float[Tensor, ""]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +52,7 @@ class Session:
     stop:    called after every step; true ends the session.
     attention: ``model.attn_implementation``.
     log:     called with lines of text for the user, such as why training is slower than it could be.
+    evaluate: called after the last step, without dropout, with the function that computes the loss of a batch.
     """
 
     on_step: Callable[[StepRecord], None] = lambda _: None
@@ -61,6 +60,7 @@ class Session:
     stop: Callable[[], bool] = lambda: False
     attention: str = "auto"
     log: Log = lambda _: None
+    evaluate: Callable[[LossFunction], None] = lambda _: None
 
 
 def train(
@@ -110,8 +110,14 @@ def train(
                     start += time.perf_counter() - began  # the time of saving does not count as training
                 if stopped:
                     break
+            if done.step == schedule.steps:
+                model.eval()
+                dropout.off = True
+                with torch.no_grad():
+                    session.evaluate(loss_of)
     finally:
         model.eval()
+        dropout.off = False
     return done
 
 
@@ -123,7 +129,7 @@ def loss_function(
     config: TrainConfig,
     session: Session,
     dropout: DropoutState,
-) -> Iterator[LossOf]:
+) -> Iterator[LossFunction]:
     """Yield the function that computes a batch's loss: the compiled layers, verified on two rows, or transformers' own.
 
     Raises ConfigError if ``train.fused`` is true and the compiled layers are not available.
@@ -145,11 +151,11 @@ def loss_function(
                     raise ConfigError(f"train.fused: {e}", "--set train.fused=auto") from None
                 session.log(f"note: luthier's compiled layers are not used ({e}); training is slower without them")
             else:
-                yield compiled.loss_sum
+                yield LossFunction(compiled.loss_sum, compiled=True)
                 return
         stack.enter_context(segment_attention(model, session.attention))
         stack.enter_context(checkpointing(model, recompute))
-        yield partial(loss_sum, model)
+        yield LossFunction(partial(loss_sum, model), compiled=False)
 
 
 @dataclass(frozen=True, slots=True)

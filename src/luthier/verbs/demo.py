@@ -9,7 +9,7 @@ from pathlib import Path
 from luthier._util import files
 from luthier.adapters.run_dir import RunDir, Summary
 from luthier.evaluation import report
-from luthier.evaluation.scoring import HELD_OUT, RESULTS, Comparison, Scores, score
+from luthier.evaluation.scoring import HELD_OUT, RESULTS, Comparison, Scores, held_out_loss, score
 from luthier.inference.generation import Reply
 from luthier.personas import config as demo_config
 from luthier.training.metrics import StepRecord
@@ -71,10 +71,12 @@ def demo(
     rows = inspect(config).prepared().rows
     conversations = rows.report.conversations
     log(f"asking the base model {len(conversations)} held-out questions")
-    before = score(chat(base).generator, rows.held_out, conversations)
+    generator = chat(base).generator
+    before = score(generator, held_out_loss(generator.model, rows.held_out), conversations)
     summary = train(config, on_step, log, stop)
     log("asking the tuned model the same questions")
-    after = score(chat(output_dir).generator, rows.held_out, conversations)
+    generator = chat(output_dir).generator
+    after = score(generator, held_out_loss(generator.model, rows.held_out), conversations)
     prompts = [c.messages[-2].content for c in conversations]
     references = tuple(c.messages[-1].content for c in conversations)
     run = Path(output_dir)

@@ -11,7 +11,17 @@ from luthier.data.text import encoding_of
 from luthier.encoding.rows import read_held_out
 from luthier.encoding.store import ExampleStore
 from luthier.errors import ConfigError
-from luthier.evaluation.scoring import HELD_OUT, NEW_TOKENS, REPLIES, Comparison, compare, write_rows
+from luthier.evaluation.scoring import (
+    HELD_OUT,
+    NEW_TOKENS,
+    REPLIES,
+    Comparison,
+    Losses,
+    compare,
+    held_out_loss,
+    write_rows,
+)
+from luthier.lora.layers import disable_adapter
 from luthier.verbs.chat import chat
 
 
@@ -42,7 +52,10 @@ def eval(  # noqa: A001 - the verb's name
         file = (run or Path()) / "eval-rows.jsonl"  # one file that any tool can read
         write_rows(file, report.conversations)
     generator, layers = opened.generator, opened.layers
-    return compare(generator, layers, examples, report.conversations, file, None, samples, max_new_tokens)
+    tuned = held_out_loss(generator.model, examples)
+    with disable_adapter(layers):
+        losses = Losses(held_out_loss(generator.model, examples), tuned)
+    return compare(generator, layers, losses, report.conversations, file, None, samples, max_new_tokens)
 
 
 def _held_out_files(run: Path | None) -> list[Path]:

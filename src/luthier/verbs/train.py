@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from luthier.adapters import directory as adapters
@@ -13,6 +13,7 @@ from luthier.config import RunConfig, TrainConfig
 from luthier.devices.device import peak_rss_bytes, pick_device
 from luthier.errors import ConfigError
 from luthier.evaluation import report, scoring
+from luthier.evaluation.scoring import Losses
 from luthier.inference.generation import Generator
 from luthier.kernels import attention
 from luthier.lora.layers import LoraLinear, attach, trainable_parameters
@@ -23,7 +24,7 @@ from luthier.models.protocols import CausalLM
 from luthier.templates import digest as template_digest
 from luthier.training import checkpoint, loop, resources
 from luthier.training.checkpoint import Checkpoint
-from luthier.training.forward import verify_segments
+from luthier.training.forward import LossFunction, verify_segments
 from luthier.training.metrics import MetricsFile, Progress, StepRecord
 from luthier.training.optimizer import Optimizer, substitute
 from luthier.training.resources import Requirements
@@ -83,7 +84,14 @@ def train(
         def save(optimizer: Optimizer, progress: Progress) -> None:
             checkpoint.write(run.checkpoints, layers, optimizer, progress, identity, settings.save_total_limit)
 
-        session = loop.Session(record, save, stop, config.model.attn_implementation, log)
+        losses: list[Losses] = []
+
+        def evaluate(loss_of: LossFunction) -> None:
+            if len(rows.held_out) and settings.eval_time_ratio:
+                chosen = scoring.spread(rows.held_out, settings.eval_rows)
+                losses.append(scoring.compare_losses(model, layers, chosen, loss_of))
+
+        session = loop.Session(record, save, stop, config.model.attn_implementation, log, evaluate)
         progress = loop.train(model, layers, rows.train, settings, session, resume)
     steps = Plan.of(len(rows.train), settings).steps
     if progress.step < steps:
@@ -102,7 +110,7 @@ def train(
     adapters.save(run.adapter, layers, config.lora, targets, facts, config.model.path)
     summary = _summary(prepared, model, layers, progress, identity)
     generator = Generator(model, chat_format)
-    held_out = _evaluate(run, prepared, generator, layers, progress.seconds * settings.eval_time_ratio, log)
+    held_out = _evaluate(run, prepared, generator, layers, losses, progress.seconds * settings.eval_time_ratio, log)
     if held_out:
         summary["held_out"] = held_out
     report.write(run.path, config.model_copy(update={"train": settings}), summary, rows.train.lengths())
@@ -205,17 +213,23 @@ def _summary(
 
 
 def _evaluate(
-    run_dir: RunDir, run: Prepared, generator: Generator, layers: dict[str, LoraLinear], seconds: float, log: Log
+    run_dir: RunDir,
+    run: Prepared,
+    generator: Generator,
+    layers: dict[str, LoraLinear],
+    losses: Sequence[Losses],
+    seconds: float,
+    log: Log,
 ) -> dict[str, dict[str, object]] | None:
-    """Score base and tuned model on the held-out rows within ``seconds``; without such rows, only sample replies."""
+    """Report the held-out losses and write sample replies of both models, generated within ``seconds``."""
     held_out, rows_report = run.rows.held_out, run.rows.report
     if len(held_out):
         scoring.write_rows(run_dir.path / scoring.HELD_OUT, rows_report.conversations)
     if not run.config.train.eval_time_ratio:
         return None
-    if len(held_out):
+    if losses:
         result = scoring.evaluate_run(
-            run_dir.path, generator, layers, held_out, rows_report.conversations, seconds, log
+            run_dir.path, generator, layers, losses[0], rows_report.conversations, seconds, log
         )
         return {"base": result.base.as_dict(), "tuned": result.tuned.as_dict()}
     scoring.write_sample_replies(run_dir.path, generator, layers, rows_report.samples, seconds, log)

@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _RESERVED = re.compile(r"<reserved_\d+>")  # Baichuan's turn markers are two of these
 _MARKER = re.compile(r"<[|｜]?[^<>\s]+[|｜]?>|\[/?[A-Z_]+\]")
+_PAIR = re.compile(r"</?(\w+)>")  # <think> and </think>: markup that the model writes as text
 # Ordinary text that is one token in some vocabularies (Baichuan, Gemma).
 _HTML = re.compile(
     r"</?(a|b|br|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|span|strong|sub|sup|table|tbody|td|th|thead|tr|ul)/?>"
@@ -66,9 +67,17 @@ class Tokenizer:
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """The special added tokens, and others that look like markers (``<|im_end|>``, ``[INST]``) but not HTML."""
-        added = [(t.special, t.content) for t in self._fast.get_added_tokens_decoder().values()]
-        return tuple(t for special, t in added if special or (_MARKER.fullmatch(t) and not _HTML.fullmatch(t)))
+        """The special added tokens, and others that look like markers (``<|im_end|>``, ``[INST]``) but not like markup.
+
+        Markup is HTML, and every pair such as ``<think>`` and ``</think>``.
+        """
+        added = {t.content: t.special for t in self._fast.get_added_tokens_decoder().values()}
+
+        def is_markup(text: str) -> bool:
+            pair = _PAIR.fullmatch(text)
+            return bool(_HTML.fullmatch(text) or (pair and {f"<{pair[1]}>", f"</{pair[1]}>"} <= added.keys()))
+
+        return tuple(t for t, special in added.items() if special or (_MARKER.fullmatch(t) and not is_markup(t)))
 
     def token_id(self, text: str) -> int | None:
         """Return the id of a text that is exactly one token, else None."""
@@ -104,9 +113,9 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The source of the model's own chat template, if it has one."""
+        """The source of the model's own chat template, if it has one; of several named ones, the default."""
         template = self.hf.chat_template
-        return template if isinstance(template, str) else None
+        return template.get("default") if isinstance(template, dict) else template
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """Render messages with the model's own chat template.
