@@ -102,8 +102,34 @@ def test_a_template_that_writes_only_the_last_reply_with_a_thought_is_refused_fo
     assert template.spans(TWO[:2])[1].text == "<think>\n\n</think>\n\nb<|im_end|>"
 
 
+OPENED = (  # as in DeepSeek-R1's template, thoughts are left out of a conversation
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [("b", "\n</think>\n\nb<|im_end|>"), ("<think>\nhm\n</think>\n\nb", "hm\n</think>\n\nb<|im_end|>")],
+)
+def test_a_reply_goes_on_after_the_thought_that_the_prompt_opens(content: str, written: str) -> None:
+    template = pick(OPENED)
+    messages = (Message("user", "a"), Message("assistant", content))
+    prompt = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert template.spans(messages) == [Span(prompt, False), Span(written, True), Span("\n", False)]
+    assert template.prompt(messages[:1]) == prompt
+    assert template.reply_prefix == "\n</think>\n\n"  # hidden in chat
+    (row,) = encode(encoder(with_template(OPENED), template=template), [Conversation(messages, RowRef("a", 1))])
+    assert with_template(OPENED).hf.decode(row.ids[row.trained]) == written
+    with pytest.raises(TemplateError, match="differently from the prompt") as e:  # the first reply has no thought
+        template.spans((*messages, *TWO))
+    assert "last_reply" in e.value.fix
+    last = template.spans((*messages, Message("user", "c"), Message("assistant", "d")), "last_reply")
+    assert [s.text for s in last if s.written] == ["\n</think>\n\nd<|im_end|>"]
+
+
 def test_a_prompt_that_is_not_a_prefix_is_refused() -> None:
-    template = pick(LOOP + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
+    template = pick(LOOP + "{% if add_generation_prompt %}<|im_start|>assistant\n<answer>\n{% endif %}")
     with pytest.raises(TemplateError, match="differently from the prompt") as e:
         template.spans(TWO)
     assert "they differ from character" in e.value.message

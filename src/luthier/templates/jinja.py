@@ -5,6 +5,9 @@ stop token must follow the reply, and the reply must be written as it is when it
 the model writes in chat. If not (the template rewrites earlier turns, or never ends a reply), the template is refused
 with the reason, because the loss mask would be a guess.
 
+A prompt may open a thought that the template then leaves out of the conversation (DeepSeek-R1: ``<think>\\n``). The
+trained reply then goes on from there: with its own thought, or with the end of an empty one.
+
     render(history + reply)   <|im_start|>user ... <|im_start|>assistant\\n Hello <|im_end|> \\n
     render(history, prompt)   <|im_start|>user ... <|im_start|>assistant\\n
                               `------------------ read -------------------' `--- written ---' `read'
@@ -12,6 +15,7 @@ with the reason, because the loss mask would be a guess.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +24,8 @@ from luthier.types import Message, Span, TrainOn
 
 Render = Callable[[Sequence[Message], bool], str]
 _PROBE = "probe-reply"
+_OPENED_THOUGHT = re.compile(r"(<think>\s*)?\Z")  # the end of a prompt
+_NO_THOUGHT = "\n</think>\n\n"  # how a reply without a thought goes on after it
 # The date for templates that insert one (Llama 3's own fallback), so that training and chat prompts are the same.
 DATE = "26 Jul 2024"
 WRITTEN = "{#- Written by luthier: the chat template of the training. -#}"  # the start of every exported template
@@ -49,9 +55,9 @@ class Jinja:
         spans: list[Span] = []
         done = 0
         for i in replies:
-            start, end = self._reply(messages, i, rendered, train_on)
-            spans += [Span(rendered[done:start], False), Span(rendered[start:end], True)]
-            done = end
+            reply = self._reply(messages, i, rendered, train_on)
+            spans += [Span(rendered[done : reply.start] + reply.opened, False), Span(reply.written, True)]
+            done = reply.end
         return [*spans, Span(rendered[done:], False)]
 
     def prompt(self, messages: Sequence[Message]) -> str:
@@ -64,15 +70,12 @@ class Jinja:
     @property
     def reply_prefix(self) -> str:
         """Text that the template puts before a reply (a space, an empty thought), detected with a probe reply."""
-        history = (Message("user", "a"),)
+        messages = (Message("user", "a"), Message("assistant", _PROBE))
         try:
-            prompt, rendered = self.render(history, True), self.render((*history, Message("assistant", _PROBE)), False)
-        except RefusedConversation:
+            reply = self._reply(messages, 1, self.render(messages, False), "last_reply")
+        except (RefusedConversation, TemplateError):
             return ""
-        if not rendered.startswith(prompt):
-            return ""
-        prefix, probe, _ = rendered[len(prompt) :].partition(_PROBE)
-        return prefix if probe else ""
+        return reply.written.partition(_PROBE)[0]
 
     def describe(self) -> dict[str, str]:
         return {"name": self.name, "source": self.source}
@@ -88,9 +91,13 @@ class Jinja:
             )
         return text
 
-    def _reply(self, messages: Sequence[Message], i: int, rendered: str, train_on: TrainOn) -> tuple[int, int]:
-        """Return the start and end of the reply ``messages[i]`` in the rendered conversation, stop token included."""
+    def _reply(self, messages: Sequence[Message], i: int, rendered: str, train_on: TrainOn) -> _Reply:
+        """Find the reply ``messages[i]`` in the rendered conversation. Raises TemplateError."""
         prompt = self.render(messages[:i], True)
+        opened = ""
+        if i == len(messages) - 1 and not rendered.startswith(prompt):
+            opened = _OPENED_THOUGHT.search(prompt)[0]  # type: ignore[index] - it matches the empty text
+        prompt = prompt.removesuffix(opened)
         number = sum(m.role == "assistant" for m in messages[: i + 1])
         fix = "use a template that does not change earlier turns"
         if train_on == "all_replies" and i != len(messages) - 1:
@@ -110,7 +117,9 @@ class Jinja:
             )
         end, pos = min(ends, key=lambda e: e[1])
         # the written text must be the reply, which the template may have trimmed or put a prefix before
-        if not rendered[len(prompt) : pos].rstrip().endswith(messages[i].content.strip()):
+        content = messages[i].content
+        answer = content.rpartition("</think>")[2] if opened else content
+        if not rendered[len(prompt) : pos].rstrip().endswith(answer.strip()):
             raise TemplateError(
                 f"the model's chat template changes the text of reply {number}, or never ends it",
                 "use another template, such as --set data.template=chatml",
@@ -123,7 +132,25 @@ class Jinja:
                 f"({_difference(as_last, rendered)})",
                 fix,
             )
-        return len(prompt), end
+        written = rendered[len(prompt) : end]
+        if opened and content.lstrip().startswith("<think>"):
+            written = content.lstrip().removeprefix("<think>").lstrip("\n") + rendered[pos:end]
+        elif opened:
+            written = _NO_THOUGHT + written
+        return _Reply(len(prompt), end, opened, written)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """A reply's place [start, end) in the rendered conversation, stop token included, and the text that is written.
+
+    opened: the end of the prompt, if it opens a thought that the rendered conversation leaves out.
+    """
+
+    start: int
+    end: int
+    opened: str
+    written: str
 
 
 def _difference(prompt: str, rendered: str) -> str:
