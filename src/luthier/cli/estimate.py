@@ -51,6 +51,8 @@ def run(
         f"{result.parameters:,} parameters, {result.trainable:,} of them trainable; "
         f"{result.available / 1e9:.1f} GB of memory available"
     )
+    for note in result.notes:
+        print(f"note: {note}")
     print("\n".join(table(result.by_precision)))
     print(result.line())
     for fix in result.fixes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,16 +16,19 @@ from torch import Tensor, nn
 from luthier.config import LoraConfig
 from luthier.errors import ConfigError
 from luthier.kernels.dropout import DropoutState, dropout
-from luthier.models.directory import check_names
+from luthier.models.directory import check_names, same_role
 from luthier.models.families import Modules
 from luthier.models.protocols import ModuleTree
-from luthier.models.quantization import QuantLinear
+from luthier.models.quantization import QuantLinear, is_linear
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 # layers that read the same input share its dropout mask
 _INPUTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+_ROUTER = re.compile(r"(.*\.)?(\w*router\w*|gate|shared_expert_gate)(\..*)?")  # a module that weighs experts
+_LAYER = re.compile(r".*?\.\d+\.")  # the start of a module's name, up to the number of its layer
+_NOTABLE = 0.05  # share of the model's parameters
 
 
 class LoraLinear(nn.Module):
@@ -87,28 +91,94 @@ def resolve(model: ModuleTree, requested: Sequence[str] | None, published: Modul
     """Choose the linear layers that get an adapter; works on the meta device, before weights are read.
 
     requested: names that match as in PEFT: a full module name, or the end of one after a dot. None: every linear layer
-        of the decoder except the head.
+        of the decoder except the head and the routers of experts.
     published: the checkpoint's own module names (``Family.modules``), replaced by their native modules.
+    A note reports weights that are not in linear layers, such as those of experts, if they are many.
     Raises ConfigError listing every name that matches nothing.
     """
     head_of: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = head_of()
     decoder_of: Any = getattr(model, "get_decoder", lambda: None)
     inside = {id(m) for m in (decoder_of() or model).modules()}  # excludes a vision tower, for example
-    kinds = (nn.Linear, QuantLinear)
-    linear = [n for n, m in model.named_modules() if isinstance(m, kinds) and m is not head and id(m) in inside]
-    leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in linear))
-    if not linear:
-        name = str(getattr(getattr(model, "config", None), "model_type", "this model"))
+    linear = [n for n, m in model.named_modules() if is_linear(m) and m is not head and id(m) in inside]
+    default = [n for n in linear if not _ROUTER.fullmatch(n)]
+    name = str(getattr(getattr(model, "config", None), "model_type", "this model"))
+    if not default:
         raise ConfigError(f"{name} models have no linear layer for an adapter", "use another model")
+    frozen = _frozen_weights(model, inside)
     if requested is None:
-        return Targets(tuple(linear), tuple(leaves))
+        return Targets(tuple(default), _leaves(default), _notes(model, frozen, _leaves(default)))
     requested, notes = _to_native_names(requested, linear, published or {})
     unknown = [r for r in requested if not any(_matches(n, r) for n in linear)]
-    name = str(getattr(getattr(model, "config", None), "model_type", "this model"))
-    check_names(unknown, leaves, f"a {name} model", ConfigError)
+    reasons = {r: f.reason for r in unknown for f in frozen[::-1] if f.includes(r)}  # the first that includes it
+    check_names(unknown, _leaves(linear), f"a {name} model", ConfigError, reasons)
     chosen = tuple(n for n in linear if any(_matches(n, r) for r in requested))
-    return Targets(chosen, tuple(dict.fromkeys(requested)), notes)
+    leaves = tuple(dict.fromkeys(requested))
+    return Targets(chosen, leaves, (*notes, *_notes(model, frozen, leaves)))
+
+
+def _leaves(modules: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(n.rpartition(".")[2] for n in modules))
+
+
+@dataclass(frozen=True, slots=True)
+class _Frozen:
+    """Weights of a module that no adapter can change, because it is not a linear layer.
+
+    module: its name within the decoder layer. kind: its class. parameters: their names. size: elements in all layers.
+    """
+
+    module: str
+    kind: str
+    parameters: tuple[str, ...]
+    size: int
+
+    @property
+    def is_router(self) -> bool:
+        return _ROUTER.fullmatch(self.module) is not None
+
+    @property
+    def is_expert(self) -> bool:
+        return not self.is_router and "expert" in f"{self.module} {self.kind}".lower()
+
+    @property
+    def reason(self) -> str:
+        """Why a name that means these weights is refused."""
+        if self.is_router or self.is_expert:
+            return f"it belongs to the {'router' if self.is_router else 'experts'} ({self.module}, {self.kind})"
+        return f"it belongs to {self.module}, which is not a linear layer but {self.kind}"
+
+    def includes(self, requested: str) -> bool:
+        """Whether a requested name means these weights, or those of one expert (``experts.0.w1``)."""
+        names = [self.module, *(f"{self.module}.{p}" for p in self.parameters)]
+        leaf = requested.rpartition(".")[2]
+        return any(_matches(n, requested) or _matches(requested, n) for n in names) or (
+            self.is_expert and any(same_role(leaf, p) for p in self.parameters)
+        )
+
+
+def _frozen_weights(model: ModuleTree, inside: Collection[int]) -> list[_Frozen]:
+    """Collect the matrices in the decoder's layers that are not in linear layers. inside: the decoder's modules."""
+    sizes: dict[tuple[str, str], dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        module, layer = model.get_submodule(path), _LAYER.match(path)
+        if parameter.ndim > 1 and layer and id(module) in inside and not is_linear(module):
+            own = sizes.setdefault((path[layer.end() :], type(module).__name__), {})
+            own[leaf] = own.get(leaf, 0) + parameter.numel()
+    return [_Frozen(module, kind, tuple(own), sum(own.values())) for (module, kind), own in sizes.items()]
+
+
+def _notes(model: ModuleTree, frozen: Sequence[_Frozen], leaves: Sequence[str]) -> tuple[str, ...]:
+    """Report weights that stay frozen although they do much of the work. leaves: what is trained."""
+    total = sum(p.numel() for p in model.parameters())
+    largest = [f for f in frozen if f.size > total / 100]
+    share = sum(f.size for f in largest) / total
+    if share < _NOTABLE:
+        return ()
+    names = f"{', '.join(f.module for f in largest)}, {share:.0%} of the parameters"
+    what = "the experts" if all(f.is_expert for f in largest) else "weights outside linear layers"
+    return (f"{what} ({names}) stay frozen: LoRA trains linear layers only, here {', '.join(leaves)}",)
 
 
 def _to_native_names(

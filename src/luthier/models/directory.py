@@ -162,19 +162,29 @@ def _sample(shards: Shards, name: str) -> bytes:
 
 
 def check_names(
-    requested: Sequence[str], leaves: Sequence[str], model_name: str, fail: Callable[[str, str], Exception]
+    requested: Sequence[str],
+    leaves: Sequence[str],
+    model_name: str,
+    fail: Callable[[str, str], Exception],
+    reasons: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise ``fail`` listing every requested module name that the model lacks, with the most similar existing names."""
+    """Raise ``fail`` listing every requested module name that the model lacks, with the most similar existing names.
+
+    reasons: of the names that the model has, but not for linear layers: why they cannot be adapted.
+    """
     unknown = [n for n in requested if n not in leaves]
     if not unknown:
         return
     listed = ", ".join(leaves)
     names = ", ".join(f"'{n}'" for n in unknown)
     verb = "is not a module" if len(unknown) == 1 else "are not modules"
-    guesses = [(n, _counterpart(n, leaves)) for n in unknown]
+    reasons = reasons or {}
+    guesses = [(n, _counterpart(n, leaves)) for n in unknown if n not in reasons]
     advice = [f"write {g} for {n}" for n, g in guesses if g]
+    advice += [f"leave {' and '.join(reasons)} out"] if reasons else []
+    because = "".join(f"; {n} cannot be adapted: {reason}" for n, reason in reasons.items())
     raise fail(
-        f"lora.target_modules: {names} {verb} of {model_name}; its linear layers are {listed}",
+        f"lora.target_modules: {names} {verb} of {model_name}; its linear layers are {listed}{because}",
         f"{', '.join(advice) or 'use names from that list'}, or leave target_modules out to train them all",
     )
 
@@ -188,11 +198,15 @@ _COUNTERPARTS = (  # modules with the same role in different models
 )
 
 
+def same_role(name: str, other: str) -> bool:
+    """Whether two modules have the same name, or the same role in different models."""
+    return name == other or any(name in group and other in group for group in _COUNTERPARTS)
+
+
 def _counterpart(name: str, leaves: Sequence[str]) -> str | None:
     """Return the names of the modules with the same role in this model, otherwise the most similar name."""
     leaf = name.rpartition(".")[2]
-    role = next((group for group in _COUNTERPARTS if leaf in group), ())
-    return ", ".join(n for n in leaves if n in role) or nearest(name, leaves, cutoff=0.5)
+    return ", ".join(n for n in leaves if same_role(n, leaf)) or nearest(name, leaves, cutoff=0.5)
 
 
 def recognise(raw: Mapping[str, object]) -> Family:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # tables stored in older checkpoints that every native class computes itself
 _BUFFERS = re.compile(r"(.*\.)?(inv_freq|rotary_emb\.\w+_cached|masked_bias|rotary_pos_emb\.\w+)")
 
+_EXPERT = re.compile(r"unexpected: .*\.experts\.\d")
+
 
 @dataclass(slots=True)
 class Fit:
@@ -178,6 +180,12 @@ def native_tensors(
 
 def refuse_unfit(shards: Shards, fit: Fit) -> None:
     """Raise ModelError if a checkpoint does not fit the model."""
+    if any(_EXPERT.match(p) for p in fit.problems) and any(p.startswith("missing: ") for p in fit.problems):
+        raise ModelError(
+            f"{shards.path}: stores each expert on its own; transformers joins them while it loads the model, and "
+            "luthier can neither quantise, merge nor export such a model",
+            "train with --set model.load_in_4bit=false --set model.load_in_8bit=false, and use the adapter with peft",
+        )
     if fit.problems:
         raise ModelError(
             f"{shards.path}: the weights do not fit the model ({fit.summary()})", "download the model again"

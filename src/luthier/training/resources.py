@@ -56,7 +56,7 @@ class Estimate:
     """The estimate of a run. Memory in bytes.
 
     chosen: the run with its configured precision. by_precision: the run at every precision. fixes: ``--set`` options
-    that make it fit; empty if it fits already.
+    that make it fit; empty if it fits already. notes: what to know about the trained layers (``Targets.notes``).
     """
 
     parameters: int
@@ -65,6 +65,7 @@ class Estimate:
     chosen: PrecisionEstimate
     by_precision: tuple[PrecisionEstimate, ...]
     fixes: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -74,6 +75,7 @@ class Estimate:
             "chosen": self.chosen.as_dict(),
             "rows": [e.as_dict() for e in self.by_precision],
             "fixes": list(self.fixes),
+            "model_notes": list(self.notes),
         }
 
     def line(self) -> str:
@@ -111,7 +113,8 @@ def estimate_run(wanted: Requirements, every_precision: bool = True) -> Estimate
     by_precision = tuple(_estimate_at(wanted, precision, config.train, free) for precision in precisions)
     trainable = int(chosen.memory.adapter / 4)
     fixes = () if chosen.fits else tuple(_fixes(wanted, free))
-    return Estimate(base_parameters(wanted.native) + trainable, trainable, free, chosen, by_precision, fixes)
+    parameters, notes = base_parameters(wanted.native) + trainable, wanted.targets.notes
+    return Estimate(parameters, trainable, free, chosen, by_precision, fixes, notes)
 
 
 def require_memory(expected: Estimate) -> None:
