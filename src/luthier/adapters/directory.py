@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier import __version__
 from luthier._util import files
@@ -30,7 +30,7 @@ from luthier.lora.layers import LoraLinear, Targets, attach
 from luthier.models.directory import Fingerprint
 from luthier.models.families import Modules
 from luthier.models.protocols import ModuleTree
-from luthier.models.quantization import QuantLinear
+from luthier.models.quantization import is_linear
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -226,7 +226,7 @@ def apply(model: ModuleTree, adapter: Adapter, modules: Modules | None = None) -
     modules: published module names of the base model's family, for adapters that use them. Raises AdapterError.
     """
     native = to_native(updates(adapter), modules or {})
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
+    linear = {n: m for n, m in model.named_modules() if is_linear(m)}
     unknown = [n for n in native if n not in linear]
     if unknown:
         raise AdapterError(

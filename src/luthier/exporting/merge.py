@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from luthier._util import files
@@ -29,6 +29,7 @@ from luthier.models.chat_format import ChatFormat
 from luthier.models.checkpoint_reader import read_json
 from luthier.models.families import Rule
 from luthier.models.native_model import empty_model, published_tensors
+from luthier.models.quantization import is_linear
 from luthier.types import Log
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def pending_updates(tuned: TunedModel, chat_format: ChatFormat) -> dict[str, Upd
     shapes = {
         name: (m.out_features, m.in_features)
         for name, m in empty_model(chat_format.config).named_modules()
-        if isinstance(m, nn.Linear)
+        if is_linear(m)
     }
     unknown = [n for n in pending if n not in shapes]
     if unknown:

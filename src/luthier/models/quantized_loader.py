@@ -32,7 +32,7 @@ from luthier.models.checkpoint_reader import Place, Shards, write_safetensors
 from luthier.models.directory import family_of, fingerprint
 from luthier.models.native_model import Fit, empty_with_buffers, finish, match, native_tensors, put, widened
 from luthier.models.protocols import CausalLM
-from luthier.models.quantization import Quantisation, QuantLinear, quantise
+from luthier.models.quantization import Quantisation, QuantLinear, is_linear, quantise
 from luthier.types import Log
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def load_quantised(
 
 def _replace_linear_layers(model: CausalLM, options: QuantisedOptions) -> set[str]:
     """Replace every linear layer of the decoder by an empty ``QuantLinear``; returns the names of their weights."""
-    linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()}
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_linear(m) and m is not head}
     for name, module in linear.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, QuantLinear(module, options.how, options.compute))

@@ -25,7 +25,7 @@ from luthier.kernels import native
 from luthier.lora.layers import LoraLinear, Targets, attach, trainable_parameters
 from luthier.models.native_model import empty_model
 from luthier.models.protocols import CausalLM
-from luthier.models.quantization import Quantisation
+from luthier.models.quantization import Quantisation, is_linear
 from luthier.training.forward import checkpointing, loss_sum, segment_attention
 from luthier.types import Example, RowRef
 
@@ -114,7 +114,7 @@ def estimate(
     wide = precision.dtype.itemsize
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is None or head.weight is embedding.weight
-    linears = [m for m in model.modules() if type(m) is nn.Linear and m is not head]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and is_linear(m) and m is not head]
     inside = sum(m.weight.numel() for m in linears)
     ends = embedding.weight.numel() + (0 if tied else head.weight.numel())
     others = sum(p.numel() for p in model.parameters()) - inside - ends
