@@ -25,20 +25,27 @@ class Packing:
 
     tokens: regroup the rows into micro-batches of at most this many computed tokens; 0: the micro-batches of the plan.
     share:  compute shared prefixes once.
+    rotary_limit: rows of up to this many tokens never share a micro-batch with longer ones (see ``apart``).
     """
 
     tokens: int = 0
     share: bool = False
+    rotary_limit: int | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Packing:
+    def of(cls, config: TrainConfig, rotary_limit: int | None = None) -> Packing:
         """Return the packing that the settings ask for."""
         tokens = AUTO_TOKENS if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
-        return cls(tokens, config.shared_prefix)
+        return cls(tokens, config.shared_prefix, rotary_limit)
 
-    def cut(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """Group the rows of a step into micro-batches of at most ``tokens`` computed tokens. Not for ``tokens`` 0."""
-        return [[examples[i] for i in rows] for rows in by_tokens(examples, self.tokens, self.share)]
+    def group(self, micro_batches: Sequence[Sequence[Example]]) -> list[list[Example]]:
+        """Group the rows of a step into micro-batches, starting from those of the plan."""
+        if self.tokens:
+            micro_batches = [[e for micro_batch in micro_batches for e in micro_batch]]
+        groups = [rows for micro_batch in micro_batches for rows in apart(micro_batch, self.rotary_limit)]
+        if not self.tokens:
+            return groups
+        return [[rows[i] for i in cut] for rows in groups for cut in by_tokens(rows, self.tokens, self.share)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +100,7 @@ class Plan:
     ) -> Iterator[tuple[int, list[Batch]]]:
         """Yield every step from ``first`` on, with its micro-batches."""
         for index in range(first, self.steps):
-            micro_batches = [[examples[i] for i in rows] for rows in self.step(index)]
-            if packing.tokens:
-                micro_batches = packing.cut([e for micro_batch in micro_batches for e in micro_batch])
+            micro_batches = packing.group([[examples[i] for i in rows] for rows in self.step(index)])
             yield index, [collate(rows, packing.share) for rows in micro_batches]
 
 
@@ -109,6 +114,17 @@ def _order(rows: int, seed: int, epoch: int) -> Ids:
         _latest.clear()
         _latest[key] = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
     return _latest[key]
+
+
+def apart(examples: Sequence[Example], rotary_limit: int | None) -> list[list[Example]]:
+    """Separate rows of up to ``rotary_limit`` tokens from longer ones; the last token, never read, does not count.
+
+    rotary_limit: ``models.directory.rotary_limit``; None leaves the rows together.
+    """
+    if rotary_limit is None:
+        return [list(examples)]
+    sides = [[e for e in examples if (len(e) - 1 > rotary_limit) is beyond] for beyond in (False, True)]
+    return [rows for rows in sides if rows]
 
 
 def by_tokens(examples: Sequence[Example], budget: int, share: bool) -> list[list[int]]:

@@ -16,10 +16,12 @@ import torch
 
 from luthier._util import files
 from luthier.batching.collate import collate, to_device
+from luthier.batching.plan import apart
 from luthier.evaluation import text_metrics
 from luthier.evaluation.text_metrics import TextMetrics, measure
 from luthier.inference.generation import Generator, Reply, Sampling
 from luthier.lora.layers import LoraLinear, disable_adapter, frozen_dtype
+from luthier.models.directory import rotary_limit
 from luthier.models.protocols import CausalLM
 from luthier.training.forward import LossFunction, LossOf, in_fp32, loss_sum, segment_attention
 from luthier.types import Batch, Conversation, Example, Log, Message
@@ -96,23 +98,25 @@ def held_out_loss(model: CausalLM, examples: Sequence[Example], loss_of: LossOf 
         if loss_of is None:
             stack.enter_context(segment_attention(model))
             loss_of = partial(loss_sum, model)
-        for batch in _batches(examples):
+        for batch in _batches(examples, rotary_limit(model.config)):
             total += float(loss_of(to_device(batch, model.device)).double())
             tokens += batch.supervised
             rows += len(batch.sources)
     return HeldOut(total / tokens, tokens, rows)
 
 
-def _batches(examples: Sequence[Example]) -> Iterator[Batch]:
-    """Group rows in order: at most ``_ROWS`` and, unless one row is longer, ``_TOKENS`` tokens."""
+def _batches(examples: Sequence[Example], rotary_limit: int | None) -> Iterator[Batch]:
+    """Group rows in order: at most ``_ROWS`` and, unless one row is longer, ``_TOKENS`` tokens.
+
+    rotary_limit: as for ``apart``.
+    """
     rows: list[Example] = []
     for example in examples:
         if rows and (len(rows) == _ROWS or sum(map(len, rows)) + len(example) > _TOKENS):
-            yield collate(rows)
+            yield from map(collate, apart(rows, rotary_limit))
             rows = []
         rows.append(example)
-    if rows:
-        yield collate(rows)
+    yield from map(collate, apart(rows, rotary_limit) if rows else ())
 
 
 def spread(examples: Sequence[Example], most: int) -> list[Example]:

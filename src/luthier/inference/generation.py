@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from luthier.config import GenerationSettings
 from luthier.errors import ConfigError, UserError
 from luthier.models.chat_format import ChatFormat
-from luthier.models.directory import context_length
+from luthier.models.directory import context_length, rotary_limit
 from luthier.models.protocols import CausalLM
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.types import Message
@@ -140,12 +141,17 @@ class Generator:
         return [replies[i] for i in range(len(encoded))]
 
     def _batches(self, lengths: Sequence[int], s: Sampling) -> Iterator[list[int]]:
-        """Yield the prompt indices of each batch, longest first; the replies of a batch share one length limit."""
-        one_by_one = s.repetition_penalty != 1 or s.no_repeat_ngram_size > 0
+        """Yield the prompt indices of each batch, longest first; the replies of a batch share one length limit.
+
+        Conversations that may exceed the model's ``rotary_limit`` run one by one: their length decides the rotation.
+        """
+        alone = s.repetition_penalty != 1 or s.no_repeat_ngram_size > 0
+        limit = rotary_limit(self.model.config) or math.inf
         batch: list[int] = []
         longest = room = 0
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             own = self._room(lengths[i], s.max_new_tokens)
+            one_by_one = alone or longest + room > limit
             if batch and (one_by_one or own != room or (len(batch) + 1) * (longest + room) > _BATCH_TOKENS):
                 yield batch
                 batch = []

@@ -95,6 +95,33 @@ def context_length(config: PretrainedConfig) -> int | None:
     return limit
 
 
+def attention_windows(config: PretrainedConfig) -> int | dict[str, int | None] | None:
+    """Return the attention window: one for all layers, or one per type of layer as named in the configuration.
+
+    None: no window.
+    """
+    config = config.get_text_config()
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds:
+        return window
+    if "sliding_attention" not in kinds:
+        return None
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def rotary_limit(config: PretrainedConfig) -> int | None:
+    """Return the tokens beyond which all positions of a row are rotated by other factors; None: they never change.
+
+    transformers chooses the factors of longrope (Phi-3-128k, Phi-3.5, Phi-4-mini) by the longest row of a call, so rows
+    of up to this many tokens and longer ones must not share a call. Those of dynamic NTK change beyond the context.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    tables = [parameters, *parameters.values()]  # some models have a table per type of layer
+    longrope = [t for t in tables if isinstance(t, dict) and t.get("rope_type") == "longrope"]
+    return min((int(t["original_max_position_embeddings"]) for t in longrope), default=None)
+
+
 def family_of(path: Path) -> Family:
     """Return the family of a model directory, from its config.json."""
     return recognise(read_json(path / "config.json"))

@@ -11,7 +11,7 @@ per row, at the end of that row:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -132,26 +132,26 @@ def layers_in(cache: DynamicCache) -> Layers:
 class Prefixes:
     """Keys and values of earlier prompts, so that a new prompt with the same prefix need not compute it again.
 
-    Least recently used entries are evicted to stay within ``max_bytes``. Keys and values depend on the adapter, so
-    entries are shared only between requests for the same one.
+    Least recently used entries are evicted to stay within ``max_bytes``. Entries are shared only between requests with
+    the same ``owner``: what keys and values depend on besides the tokens, such as the adapter.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
-        self._entries: OrderedDict[tuple[str | None, tuple[int, ...]], Layers] = OrderedDict()
+        self._entries: OrderedDict[tuple[Hashable, tuple[int, ...]], Layers] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def longest(self, adapter: str | None, ids: Sequence[int]) -> Layers:
+    def longest(self, owner: Hashable, ids: Sequence[int]) -> Layers:
         """Return the keys and values of the longest prefix of ``ids`` in any entry, [] if there is none.
 
         The last token of ``ids`` is never included, since its logits must be computed.
         """
         length, best = 0, None
         for entry in self._entries:
-            if entry[0] == adapter and (n := _shared_length(entry[1], ids)) > length:
+            if entry[0] == owner and (n := _shared_length(entry[1], ids)) > length:
                 length, best = n, entry
         length = min(length, len(ids) - 1)
         if best is None or length == 0:
@@ -159,17 +159,17 @@ class Prefixes:
         self._entries.move_to_end(best)
         return [(k[:, :, :length], v[:, :, :length]) for k, v in self._entries[best]]
 
-    def keep(self, adapter: str | None, ids: Sequence[int], layers: Layers) -> None:
+    def keep(self, owner: Hashable, ids: Sequence[int], layers: Layers) -> None:
         """Store a prompt's keys and values, unless an entry already covers it; drops entries that it covers."""
         new = tuple(ids)
-        for entry in [e for e in self._entries if e[0] == adapter]:
+        for entry in [e for e in self._entries if e[0] == owner]:
             if entry[1][: len(new)] == new:
                 self._entries.move_to_end(entry)
                 return
             if new[: len(entry[1])] == entry[1]:
                 self.bytes -= _size(self._entries.pop(entry))
         if (size := _size(layers)) <= self.max_bytes:
-            self._entries[adapter, new] = layers
+            self._entries[owner, new] = layers
             self.bytes += size
         while self.bytes > self.max_bytes:
             self.bytes -= _size(self._entries.popitem(last=False)[1])

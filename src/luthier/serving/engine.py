@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import Cache, PretrainedConfig
+from transformers import Cache
 
 from luthier.errors import ModelError, UserError
 from luthier.inference.generation import Sampling
-from luthier.models.directory import context_length
+from luthier.models.directory import attention_windows, context_length, rotary_limit
 from luthier.models.protocols import CausalLM
 from luthier.serving.adapters import Routes
 from luthier.serving.cache import BatchCache, Prefixes, dynamic_cache, layers_in
 from luthier.serving.head import slice_head
+from luthier.serving.rotary import rotate_by_row
 from luthier.serving.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -122,7 +124,8 @@ class Engine:
         self._wake = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._windows = _windows(model.config.get_text_config())
+        self._windows = attention_windows(model.config)
+        self._rotary = rotate_by_row(model)
         slice_head(model)
 
     @property
@@ -205,16 +208,25 @@ class Engine:
         logits, layers, request.reused = self._prefill(request.adapter, request.ids)
         self.counts.prompt_tokens += len(request.ids)
         self.counts.reused_tokens += request.reused
-        self._prefixes.keep(request.adapter, request.ids, layers)
+        self._prefixes.keep(self._owner(request.adapter, len(request.ids)), request.ids, layers)
         if self._next_tokens([row], logits):
             self._cache.add(layers)
             self._rows.append(row)
         return len(request.ids) - request.reused
 
-    def _prefill(self, adapter: str | None, ids: Sequence[int]) -> tuple[Float[Tensor, "1 vocab"], Layers, int]:
-        """Return a prompt's last logits [1, vocabulary], its keys and values, and how many tokens were cached."""
-        device = self.model.device
-        prefix = self._prefixes.longest(adapter, ids)
+    def _owner(self, adapter: str | None, length: int) -> Hashable:
+        """Return what the keys and values of a row of ``length`` tokens depend on besides its tokens."""
+        return adapter, self._rotary is not None and length > self._rotary.limit
+
+    def _prefill(
+        self, adapter: str | None, ids: Sequence[int], row_length: int | None = None
+    ) -> tuple[Float[Tensor, "1 vocab"], Layers, int]:
+        """Return a prompt's last logits [1, vocabulary], its keys and values, and how many tokens were cached.
+
+        row_length: of the row that the prompt is the start of, if more tokens follow that are already known.
+        """
+        device, row_length = self.model.device, row_length or len(ids)
+        prefix = self._prefixes.longest(self._owner(adapter, row_length), ids)
         start = reused = prefix[0][0].shape[2] if prefix else 0
         cache = dynamic_cache(prefix)
         self._routes.set([adapter], device)
@@ -223,12 +235,22 @@ class Engine:
             part = ids[start : start + PROMPT_TOKENS_PER_STEP]
             end = start + len(part)
             positions = torch.arange(start, end, device=device)[None]
-            logits = self._forward(torch.tensor([part], device=device), positions, end, cache)
+            row_lengths = torch.tensor([[row_length]], device=device)
+            logits = self._forward(torch.tensor([part], device=device), positions, end, cache, row_lengths)
             start = end
         return logits, layers_in(cache), reused
 
+    def _rotate_anew(self, row: _BatchRow) -> None:
+        """Compute a row's keys and values again, as transformers' ``generate`` does at this length."""
+        self._remove(row)
+        _, layers, _ = self._prefill(row.request.adapter, row.ids[:-1], len(row.ids))
+        self._cache.add(layers)
+        self._rows.append(row)
+
     def _decode(self) -> None:
         device = self.model.device
+        for row in [r for r in self._rows if self._rotary and len(r.ids) == self._rotary.limit + 1]:
+            self._rotate_anew(row)
         positions = self._cache.begin(device)
         self._routes.set([r.request.adapter for r in self._rows], device)
         ids = torch.tensor([[r.ids[-1]] for r in self._rows], device=device)
@@ -242,20 +264,27 @@ class Engine:
                 self._remove(row)
 
     def _forward(
-        self, ids: Int[Tensor, "rows tokens"], positions: Int[Tensor, "rows tokens"], length: int, cache: Cache
+        self,
+        ids: Int[Tensor, "rows tokens"],
+        positions: Int[Tensor, "rows tokens"],
+        length: int,
+        cache: Cache,
+        row_lengths: Int[Tensor, "rows 1"] | None = None,
     ) -> Float[Tensor, "rows vocab"]:
         """Run the model on ids and positions [rows, tokens]; returns the last tokens' logits [rows, vocabulary].
 
-        length: number of keys, cached ones included.
+        length: number of keys, cached ones included. row_lengths: default: up to the one token of each row.
         """
-        out = self.model(
-            input_ids=ids,
-            attention_mask=self._mask(positions, length),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        lengths = positions + 1 if row_lengths is None else row_lengths
+        with self._rotary.rows_of(lengths) if self._rotary else nullcontext():
+            out = self.model(
+                input_ids=ids,
+                attention_mask=self._mask(positions, length),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return out.logits[:, -1].float()
 
     def _mask(
@@ -307,7 +336,8 @@ class Engine:
     def _remove(self, row: _BatchRow) -> None:
         """Remove a row from the batch and cache its prompt and reply, which the next prompt may start with."""
         i = self._rows.index(row)
-        self._prefixes.keep(row.request.adapter, row.ids[: self._cache.lengths[i]], self._cache.layers_of(i))
+        ids = row.ids[: self._cache.lengths[i]]
+        self._prefixes.keep(self._owner(row.request.adapter, len(ids)), ids, self._cache.layers_of(i))
         self._cache.remove(i)
         self._rows[i] = self._rows[-1]
         self._rows.pop()
@@ -319,6 +349,7 @@ def verify_batching(engine: Engine, adapter: str | None = None, tokens: int = 24
     It does not for models that carry state from token to token (convolutions, recurrences).
     """
     vocabulary = engine.model.config.get_text_config().vocab_size
+    tokens = min(tokens, rotary_limit(engine.model.config) or tokens)
     ids = [(7 + 13 * i) % vocabulary for i in range(tokens)]
     half = tokens // 2
     try:
@@ -350,20 +381,6 @@ def _cannot(model: CausalLM, why: str) -> ModelError:
 def _distance(a: Float[Tensor, "1 vocab"], b: Float[Tensor, "1 vocab"]) -> float:
     b = b.float()
     return float((a - b).norm() / (b - b.mean()).norm().clamp_min(1e-30))
-
-
-def _windows(config: PretrainedConfig) -> int | dict[str, int | None] | None:
-    """Return the attention window: one for all layers, or one per type of layer as named in the configuration.
-
-    None: no window.
-    """
-    window: int | None = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds:
-        return window
-    if "sliding_attention" not in kinds:
-        return None
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 
 def _with_logprobs(token: int, logits: Float[Tensor, " vocab"], count: int | None) -> Token:

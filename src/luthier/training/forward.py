@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from luthier.compiled.model import CompiledModel, Unsuitable
 from luthier.devices.device import returning_freed_memory
 from luthier.errors import ModelError
 from luthier.kernels import attention as _attention  # noqa: F401 - registers the attention functions
+from luthier.models.directory import context_length, rotary_limit
 from luthier.models.native_model import widened
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import QuantLinear
@@ -98,7 +100,9 @@ def verify_segments(model: CausalLM, examples: Sequence[Example], kernel: str = 
     Some architectures carry state from token to token (convolutions, recurrences) or use an attention that the segment
     kernels do not support: rows of a flat batch would influence each other. Raises ModelError for those.
     """
-    rows = [short(examples[0]), short(examples[min(1, len(examples) - 1)])]
+    _verify_rotary(model)
+    tokens = min(24, rotary_limit(model.config) or 24)
+    rows = [short(examples[0], tokens), short(examples[min(1, len(examples) - 1)], tokens)]
     other = replace(rows[0], ids=rows[0].ids[::-1].copy())  # reversed, so that even its last token differs
     batch, changed_batch = (to_device(collate([first, rows[1]]), model.device) for first in (rows[0], other))
     unpacked = torch.from_numpy(rows[1].ids[:-1]).to(model.device)[None]
@@ -114,6 +118,29 @@ def verify_segments(model: CausalLM, examples: Sequence[Example], kernel: str = 
     # measured with 30 layers: 0.06 in bf16 from the order of sums only; 1e-6 in fp32
     if _distance(flat, expected) > (1e-3 if model.dtype is torch.float32 else 0.2):
         raise _cannot(model, "its own attention differs from causal self-attention")
+
+
+@torch.no_grad()
+def _verify_rotary(model: CausalLM) -> None:
+    """Verify that a row is rotated alike alone and beside the longest row that may share its micro-batch."""
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    arguments = set(inspect.signature(rotary.forward).parameters) if rotary else set()
+    if not rotary or not arguments <= {"x", "position_ids", "layer_type"}:
+        return
+    limit, longest = rotary_limit(model.config), context_length(model.config) or 2**17
+    kinds = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()))
+    options = [{"layer_type": kind} for kind in kinds] if "layer_type" in arguments else [{}]
+    x = torch.zeros(1, 1, 1, dtype=model.dtype, device=model.device)
+
+    def rotated(*positions: int) -> list[Tensor]:
+        ids = torch.tensor([positions], device=model.device)
+        results = [rotary(x, position_ids=ids, **option) for option in options]
+        return [t for result in results for t in (result if isinstance(result, tuple) else (result,))]
+
+    for row, other in [(24, longest)] if limit is None else [(min(24, limit), limit), (limit + 1, longest)]:
+        pairs = zip(rotated(1, row - 1), rotated(1, row - 1, other - 1), strict=True)
+        if any(not torch.equal(single, beside[:, :2]) for single, beside in pairs):
+            raise _cannot(model, "the rotation of a row depends on longer rows beside it")
 
 
 def _distance(a: Float[Tensor, "targets vocab"], b: Float[Tensor, "targets vocab"]) -> float:

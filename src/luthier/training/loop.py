@@ -32,6 +32,7 @@ from luthier.errors import ConfigError, TrainError, listed
 from luthier.kernels import native
 from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype, share_dropout_state
+from luthier.models.directory import rotary_limit
 from luthier.models.protocols import CausalLM
 from luthier.training.checkpoint import Checkpoint, restore
 from luthier.training.forward import LossFunction, LossOf, checkpointing, loss_sum, segment_attention, verify_compiled
@@ -85,6 +86,7 @@ def train(
     if resume:
         restore(resume, layers, optimizer)
         done = copy.deepcopy(resume.progress)
+    packing = Packing.of(config, rotary_limit(model.config))
     dropout = share_dropout_state(layers)
     before = done.seconds
     model.train()
@@ -95,7 +97,7 @@ def train(
         ):
             start = time.perf_counter()  # compiling and verifying the kernels does not count as training
             steps = _Steps(loss_of, layers, optimizer, dropout, schedule, config)
-            for step, batches in schedule.batches(examples, done.step, Packing.of(config)):
+            for step, batches in schedule.batches(examples, done.step, packing):
                 record = steps.take(step, batches)
                 done.step = step + 1
                 done.losses.append(record.loss)

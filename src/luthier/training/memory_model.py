@@ -23,6 +23,7 @@ from luthier.config import LoraConfig, TrainConfig
 from luthier.devices.device import resident_now
 from luthier.kernels import native
 from luthier.lora.layers import LoraLinear, Targets, attach, trainable_parameters
+from luthier.models.directory import rotary_limit
 from luthier.models.native_model import empty_model
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation, is_linear
@@ -125,7 +126,7 @@ def estimate(
     biggest = max(m.weight.numel() for m in linears)
     layers = attach(model, lora, targets, seed=0)
     trainable = trainable_parameters(layers)
-    heaviest = _heaviest(rows, train)
+    heaviest = _heaviest(rows, train, rotary_limit(config))
     supervised, vocabulary = sum(e.supervised for e in heaviest), embedding.weight.shape[0]
     compiled = bool(train.fused) and kernel == "auto" and is_compiled(model, layers, precision.dtype)
     if compiled:
@@ -168,10 +169,10 @@ def _on_load(linear: int, ends: int, wide: int, how: Quantisation | None, tied: 
     return max(2 * linear * (2 * wide + 1), ends * (2 + wide if tied else 2))
 
 
-def _heaviest(rows: RowLengths, train: TrainConfig) -> list[Example]:
+def _heaviest(rows: RowLengths, train: TrainConfig, limit: int | None) -> list[Example]:
     """Build the micro-batch with the most computed tokens among those of the run's own plan."""
     lengths = np.asarray(rows.lengths)
-    plan, packing = Plan.of(len(lengths), train), Packing.of(train)
+    plan, packing = Plan.of(len(lengths), train), Packing.of(train, limit)
     common = rows.common if packing.share else 0
     seen, best, most = 0, [0], -1
     for step in range(plan.steps):
@@ -184,9 +185,7 @@ def _heaviest(rows: RowLengths, train: TrainConfig) -> list[Example]:
         if seen > _BATCHES:
             break
     examples = [_synthetic_row(int(rows.lengths[i]), int(rows.supervised[i]), common, i + 1) for i in best]
-    if not packing.tokens:
-        return examples
-    return max(packing.cut(examples), key=lambda micro: len(collate(micro, packing.share).input_ids))
+    return max(packing.group([examples]), key=lambda micro: len(collate(micro, packing.share).input_ids))
 
 
 def _synthetic_row(length: int, supervised: int, common: int = 0, token: int = 0) -> Example:
