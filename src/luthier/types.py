@@ -212,6 +212,10 @@ class ChatTokenizer(Protocol):
         """Return the id of ``text`` if it is exactly one token, else None."""
         ...
 
+    def text_of(self, token: int) -> str | None:
+        """Return the text of a token id, or None if the id is unused."""
+        ...
+
     def digest(self) -> str:
         """Return the hex SHA-256 of everything that determines which ids a text becomes."""
         ...

@@ -6,13 +6,15 @@ A row or chat message that contains ``<|im_end|>`` as text would end its turn ea
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from luthier.data.loader import DataReport
 from luthier.errors import DataError
-from luthier.types import ChatTokenizer, Conversation, Message, Template
+from luthier.types import ChatTokenizer, Conversation, Ids, Message, Template
 
 Choice = Literal["refuse", "drop", "escape"]
 
@@ -75,3 +77,18 @@ def check_text(text: str, what: str, tokenizer: ChatTokenizer, template: Templat
     control = ControlTokens.of([*tokenizer.control_tokens, *template.markers], "refuse")
     if control:
         control.check(text, what)
+
+
+OUTSIDE_FIX = "leave the token out, or use the checkpoint that the tokenizer belongs to"
+
+
+def outside_table(ids: Sequence[int] | Ids, tokenizer: ChatTokenizer, rows: int | None) -> str | None:
+    """Describe the first token that the model's embedding table has no row for; None if it has one for every token.
+
+    Checkpoints may define more tokens than their table has rows, which is harmless until a text contains one.
+    rows: of the table; None: not known.
+    """
+    if rows is None or int(np.max(ids, initial=0)) < rows:
+        return None
+    token = next(int(i) for i in ids if i >= rows)
+    return f"{tokenizer.text_of(token)}, token {token} of the tokenizer; the model's embedding table has {rows} rows"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.control_tokens import ControlTokens
+from luthier.data.control_tokens import OUTSIDE_FIX, ControlTokens, outside_table
 from luthier.data.loader import DataReport
 from luthier.errors import TemplateError
 from luthier.templates import RefusedConversation
@@ -29,7 +29,7 @@ _Encoded = tuple[NDArray[np.int32], list[_ReplyTokens]]
 class Encoder:
     """Encodes conversations. Its fields are everything that the result depends on besides the conversation.
 
-    max_length: in tokens. too_long: what to do with a longer row.
+    max_length: in tokens. too_long: what to do with a longer row. table: rows of the model's embedding table, if known.
     """
 
     template: Template
@@ -39,6 +39,7 @@ class Encoder:
     too_long: TooLong = "truncate"
     train_on: TrainOn = "all_replies"
     control: ControlTokens | None = None
+    table: int | None = None
 
     def stream(
         self, conversations: Iterable[Conversation], report: DataReport
@@ -173,7 +174,12 @@ class Encoder:
                     "choose another template: --set data.template=jinja",
                 )
             replies.append((start, stop + 1))
-        return self._fit(ids, replies, conversation, report)
+        example = self._fit(ids, replies, conversation, report)
+        outside = outside_table(example.ids, self.tokenizer, self.table) if example else None
+        if outside:
+            report.add(source, f"contains {outside}", "refused", OUTSIDE_FIX)
+            return None
+        return example
 
     def _fit(
         self, ids: NDArray[np.int32], replies: list[tuple[int, int]], conversation: Conversation, report: DataReport

@@ -5,7 +5,7 @@
     <cache>/rows/<key>/sha256.json           a digest of each of these files
 
 The key covers everything that the rows depend on: FORMAT, luthier's version, the content of the data files, the data
-settings, tokenizer, template and stop tokens.
+settings, tokenizer, template, stop tokens and the size of the embedding table.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def entry(config: RunConfig, encoder: Encoder) -> CacheEntry | None:
             "tokenizer": encoder.tokenizer.digest(),
             "template": digest(encoder.template),
             "stop_ids": encoder.stop_ids,
+            "table": encoder.table,
         }
     except (OSError, UserError):
         return None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from luthier.config import DataConfig, RunConfig
-from luthier.data.control_tokens import ControlTokens, check_text
+from luthier.data.control_tokens import OUTSIDE_FIX, ControlTokens, check_text, outside_table
 from luthier.encoding.encoder import Encoder
-from luthier.errors import TemplateError
+from luthier.errors import DataError, TemplateError
 from luthier.models.directory import eos_ids, family_of, read_config
 from luthier.models.families import Family, Modules
 from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -46,8 +47,11 @@ class ChatFormat:
             ) from None
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Encode the prompt of a conversation; no other function does this. Raises TemplateError."""
-        return list(self.tokenizer.encode_batch([self.prompt_text(messages)])[0].ids)
+        """Encode the prompt of a conversation; no other function does this. Raises TemplateError or DataError."""
+        ids = list(self.tokenizer.encode_batch([self.prompt_text(messages)])[0].ids)
+        if outside := outside_table(ids, self.tokenizer, _table(self.config)):
+            raise DataError(f"the prompt contains {outside}", OUTSIDE_FIX)
+        return ids
 
     def check_text(self, text: str, what: str) -> None:
         """Raise DataError if a text is not valid text or contains one of the model's control tokens."""
@@ -57,7 +61,16 @@ class ChatFormat:
         """Build the encoder from conversations to token ids and loss masks, with the run's data settings."""
         template, tokenizer = self.template, self.tokenizer
         control = ControlTokens.of([*tokenizer.control_tokens, *template.markers], data.control_tokens)
-        return Encoder(template, tokenizer, self.stop_ids, data.max_length, data.too_long, data.train_on, control)
+        return Encoder(
+            template=template,
+            tokenizer=tokenizer,
+            stop_ids=self.stop_ids,
+            max_length=data.max_length,
+            too_long=data.too_long,
+            train_on=data.train_on,
+            control=control,
+            table=_table(self.config),
+        )
 
     def modules(self) -> Modules:
         """Map the checkpoint's own names of linear modules to native ones; empty if they are the same."""
@@ -89,6 +102,8 @@ def load_chat_format(
     ids = list(eos_ids(path, config))
     if tokenizer.hf.eos_token_id is not None:
         ids.append(int(tokenizer.hf.eos_token_id))
+    rows = _table(config)
+    ids = [i for i in ids if rows is None or i < rows]  # the model can write no others
     texts = tuple(dict.fromkeys(t for i in ids if (t := tokenizer.text_of(i)) is not None))
     render = tokenizer.render if tokenizer.chat_template else None
     if described is None:
@@ -96,6 +111,7 @@ def load_chat_format(
     else:
         template = from_description(described, render, tokenizer.chat_template, texts)
     stop = tuple(dict.fromkeys([*template_stop_ids(template, tokenizer), *ids]))
+    _check_template(template, tokenizer, rows)
     return ChatFormat(config, tokenizer, template, stop, family)
 
 
@@ -103,3 +119,24 @@ def chat_format_of(config: RunConfig) -> ChatFormat:
     """Load the chat format of a run's base model, with the run's settings. Raises UserError."""
     data = config.data
     return load_chat_format(config.model.path, data.template, None, data.system_role, config.model.rope_theta)
+
+
+def _table(config: PretrainedConfig) -> int | None:
+    """Return how many rows the model's embedding table has."""
+    rows: int | None = getattr(config.get_text_config(), "vocab_size", None)
+    return rows
+
+
+def _check_template(template: Template, tokenizer: Tokenizer, rows: int | None) -> None:
+    """Raise TemplateError if the template writes a token that the embedding table has no row for."""
+    texts = [*template.stop, *template.markers]
+    question, answer = Message("user", "a"), Message("assistant", "b")
+    with suppress(RefusedConversation):  # by templates that require a system prompt, for example
+        texts.append(tokenizer.render((question, answer), False) if template.name == "jinja" else "")
+        texts.append(template.prompt((question,)))
+    for encoding in tokenizer.encode_batch(texts):
+        if outside := outside_table(encoding.ids, tokenizer, rows):
+            raise TemplateError(
+                f"the template {template.name} contains {outside}",
+                "choose another template: --set data.template=..., or use the checkpoint that the tokenizer belongs to",
+            )

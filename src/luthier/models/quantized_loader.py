@@ -106,7 +106,7 @@ def load_quantised(
 def _replace_linear_layers(model: CausalLM, options: QuantisedOptions) -> set[str]:
     """Replace every linear layer of the decoder by an empty ``QuantLinear``; returns the names of their weights."""
     head = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_linear(m) and m is not head}
+    linear = {n: m for n, m in model.named_modules() if is_linear(m) and isinstance(m, nn.Linear) and m is not head}
     for name, module in linear.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, QuantLinear(module, options.how, options.compute))

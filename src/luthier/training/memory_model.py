@@ -115,7 +115,7 @@ def estimate(
     wide = precision.dtype.itemsize
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is None or head.weight is embedding.weight
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and is_linear(m) and m is not head]
+    linears = [m for m in model.modules() if is_linear(m) and isinstance(m, nn.Linear) and m is not head]
     inside = sum(m.weight.numel() for m in linears)
     ends = embedding.weight.numel() + (0 if tied else head.weight.numel())
     others = sum(p.numel() for p in model.parameters()) - inside - ends
