@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,39 @@ def _build(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Causal
             "download the model again",
         ) from None
     return model
+
+
+@contextmanager
+def first_layers(model: CausalLM) -> Iterator[int]:
+    """Keep only the first decoder layers within the block, up to the first one of the last kind; yields their number.
+
+    What holds for one layer of each kind (attention over all tokens or over a window, with experts or without) holds
+    for the model, and a large model takes seconds instead of a minute.
+    """
+    decoder, config = model.get_decoder(), model.config.get_text_config()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        yield int(config.num_hidden_layers)
+        return
+    names = getattr(config, "layer_types", None) or [None] * len(layers)
+    kinds = [(name, _kind(layer)) for name, layer in zip(names, layers, strict=False)]
+    depth = 1 + max((kinds.index(kind) for kind in kinds), default=0)
+    decoder.layers = layers[:depth]
+    try:
+        yield depth
+    finally:
+        decoder.layers = layers
+
+
+def _kind(layer: nn.Module) -> tuple[object, ...]:
+    """Return what distinguishes kinds of layers: their modules, sizes and options, but not their number."""
+    options = [
+        (name, key, value)
+        for name, module in layer.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | str | None) and not key.startswith(("_", "training", "layer_i"))
+    ]
+    return str(layer), *options
 
 
 def finish(model: CausalLM, path: Path, fit: Fit, device: torch.device | str) -> CausalLM:

@@ -22,12 +22,14 @@ from transformers import Cache
 from luthier.errors import ModelError, UserError
 from luthier.inference.generation import Sampling
 from luthier.models.directory import attention_windows, context_length, rotary_limit
+from luthier.models.native_model import first_layers
 from luthier.models.protocols import CausalLM
 from luthier.serving.adapters import Routes
 from luthier.serving.cache import BatchCache, Prefixes, dynamic_cache, layers_in
 from luthier.serving.head import slice_head
 from luthier.serving.rotary import rotate_by_row
 from luthier.serving.sampler import Sampler
+from luthier.training.forward import relative_distance, rounding_bound
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -353,7 +355,7 @@ def verify_batching(engine: Engine, adapter: str | None = None, tokens: int = 24
     ids = [(7 + 13 * i) % vocabulary for i in range(tokens)]
     half = tokens // 2
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), first_layers(engine.model) as depth:
             whole, _, _ = engine._prefill(adapter, ids)
             engine._cache.add(engine._prefill(adapter, ids[:half])[1])
             engine._cache.add(engine._prefill(adapter, ids[: half - 3])[1])
@@ -369,18 +371,13 @@ def verify_batching(engine: Engine, adapter: str | None = None, tokens: int = 24
         raise _cannot(engine.model, f"decoding a batch fails ({' '.join(str(e).split())[:120]})") from None
     finally:
         engine._cache = BatchCache()
-    allowed = 1e-3 if engine.model.dtype is torch.float32 else 0.2
-    if max(_distance(whole, expected), _distance(stepped[:1], expected)) > allowed:
+    distance = max(relative_distance(logits, expected.float()) for logits in (whole, stepped[:1]))
+    if distance > rounding_bound(engine.model.dtype, depth):
         raise _cannot(engine.model, "decoding token by token gives other results than one forward pass")
 
 
 def _cannot(model: CausalLM, why: str) -> ModelError:
     return ModelError(f"models of type {model.config.model_type} cannot be served: {why}", "use luthier chat instead")
-
-
-def _distance(a: Float[Tensor, "1 vocab"], b: Float[Tensor, "1 vocab"]) -> float:
-    b = b.float()
-    return float((a - b).norm() / (b - b.mean()).norm().clamp_min(1e-30))
 
 
 def _with_logprobs(token: int, logits: Float[Tensor, " vocab"], count: int | None) -> Token:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,10 +24,10 @@ from luthier.devices.device import returning_freed_memory
 from luthier.errors import ModelError
 from luthier.kernels import attention as _attention  # noqa: F401 - registers the attention functions
 from luthier.models.directory import context_length, rotary_limit
-from luthier.models.native_model import widened
+from luthier.models.native_model import first_layers, widened
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import QuantLinear
-from luthier.types import Example
+from luthier.types import Example, Log
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -93,31 +95,92 @@ def checkpointing(model: CausalLM, enabled: bool) -> Iterator[None]:
         getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_disable")()
 
 
+@contextmanager
+def announced(log: Log, text: str, seconds: float = 2.0) -> Iterator[None]:
+    """Log ``text`` if the block takes longer than ``seconds``, as soon as it has."""
+    timer = threading.Timer(seconds, log, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+_FAILURES = (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, KeyError, IndexError)
+
+
 @torch.no_grad()
-def verify_segments(model: CausalLM, examples: Sequence[Example], kernel: str = "auto") -> None:
+def verify_segments(
+    model: CausalLM, examples: Sequence[Example], kernel: str = "auto", log: Log = lambda _: None
+) -> None:
     """Verify on two rows that this model keeps the rows of a flat batch apart and gives the same logits as unpacked.
 
     Some architectures carry state from token to token (convolutions, recurrences) or use an attention that the segment
     kernels do not support: rows of a flat batch would influence each other. Raises ModelError for those.
+
+    Runs the first layers, up to one of the last kind (see ``first_layers``), and compares a few hundred of the logits;
+    all layers and all logits if that fails.
     """
     _verify_rotary(model)
     tokens = min(24, rotary_limit(model.config) or 24)
     rows = [short(examples[0], tokens), short(examples[min(1, len(examples) - 1)], tokens)]
-    other = replace(rows[0], ids=rows[0].ids[::-1].copy())  # reversed, so that even its last token differs
-    batch, changed_batch = (to_device(collate([first, rows[1]]), model.device) for first in (rows[0], other))
-    unpacked = torch.from_numpy(rows[1].ids[:-1]).to(model.device)[None]
-    count = rows[1].supervised
-    try:
-        with segment_attention(model, kernel):
-            flat, changed = (supervised_logits(model, b)[-count:].float() for b in (batch, changed_batch))
-        expected = model(input_ids=unpacked, use_cache=False).logits[0].float()[torch.from_numpy(rows[1].trained[1:])]
-    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, KeyError) as e:
-        raise _cannot(model, f"it fails on a flat batch ({' '.join(str(e).split())[:120]})") from None
-    if _distance(changed, flat) > 1e-3:
+    with announced(log, "verifying on two short rows that the model keeps the rows of a batch apart"):
+        try:
+            with first_layers(model) as depth, _few_logits(model):
+                others, own = _influences(model, rows, kernel)
+        except _FAILURES:
+            try:
+                depth = int(model.config.get_text_config().num_hidden_layers)
+                others, own = _influences(model, rows, kernel)
+            except _FAILURES as e:
+                raise _cannot(model, f"it fails on a flat batch ({' '.join(str(e).split())[:120]})") from None
+    if others > 1e-3:
         raise _cannot(model, "its layers carry state from one row of a flat batch to the next")
-    # measured with 30 layers: 0.06 in bf16 from the order of sums only; 1e-6 in fp32
-    if _distance(flat, expected) > (1e-3 if model.dtype is torch.float32 else 0.2):
+    if own > rounding_bound(model.dtype, depth):
         raise _cannot(model, "its own attention differs from causal self-attention")
+
+
+@contextmanager
+def _few_logits(model: CausalLM) -> Iterator[None]:
+    """Compute only every n-th logit within the block: the head of a large vocabulary costs more than a layer."""
+    head = model.get_output_embeddings()
+    model.set_output_embeddings(_FewLogits(head.weight.detach()))
+    try:
+        yield
+    finally:
+        model.set_output_embeddings(head)
+
+
+class _FewLogits(nn.Module):
+    """A head with about ``count`` rows of ``weight``: x [..., in] -> [..., count]."""
+
+    def __init__(self, weight: Float[Tensor, "vocab hidden"], count: int = 512) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight[:: max(1, len(weight) // count)], requires_grad=False)
+
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch few"]:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def _influences(model: CausalLM, rows: Sequence[Example], kernel: str) -> tuple[float, float]:
+    """Return by how much the logits of the second row change with the first row, and if it is computed by itself."""
+    first, second = rows
+    other = replace(first, ids=first.ids[::-1].copy())  # reversed, so that even its last token differs
+    batches = [to_device(collate([row, second]), model.device) for row in (first, other)]
+    unpacked = torch.from_numpy(second.ids[:-1]).to(model.device)[None]
+    with segment_attention(model, kernel):
+        flat, changed = (supervised_logits(model, b)[-second.supervised :].float() for b in batches)
+    logits = model(input_ids=unpacked, use_cache=False).logits[0].float()
+    return relative_distance(changed, flat), relative_distance(flat, logits[torch.from_numpy(second.trained[1:])])
+
+
+def rounding_bound(dtype: torch.dtype, layers: int) -> float:
+    """Return the relative difference of logits that rounding explains if sums are taken in another order.
+
+    Measured: 1e-6 in fp32; in bf16 0.007 after one layer, 0.012 after four and up to 0.06 after thirty.
+    """
+    return 1e-3 if dtype is torch.float32 else 0.03 * math.sqrt(layers)
 
 
 @torch.no_grad()
@@ -143,7 +206,7 @@ def _verify_rotary(model: CausalLM) -> None:
             raise _cannot(model, "the rotation of a row depends on longer rows beside it")
 
 
-def _distance(a: Float[Tensor, "targets vocab"], b: Float[Tensor, "targets vocab"]) -> float:
+def relative_distance(a: Float[Tensor, "targets vocab"], b: Float[Tensor, "targets vocab"]) -> float:
     """Norm of the difference, divided by the norm of ``b`` minus its mean."""
     return float((a - b).norm() / (b - b.mean()).norm().clamp_min(1e-30))
 

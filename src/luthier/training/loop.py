@@ -35,7 +35,15 @@ from luthier.lora.layers import LoraLinear, frozen_dtype, share_dropout_state
 from luthier.models.directory import rotary_limit
 from luthier.models.protocols import CausalLM
 from luthier.training.checkpoint import Checkpoint, restore
-from luthier.training.forward import LossFunction, LossOf, checkpointing, loss_sum, segment_attention, verify_compiled
+from luthier.training.forward import (
+    LossFunction,
+    LossOf,
+    announced,
+    checkpointing,
+    loss_sum,
+    segment_attention,
+    verify_compiled,
+)
 from luthier.training.metrics import Progress, StepRecord
 from luthier.training.optimizer import Optimizer, learning_rate
 from luthier.types import Batch, Example, Log
@@ -146,7 +154,8 @@ def loss_function(
                     session.log("compiling the training step for this processor, once (about 10 s)")
                 with ExitStack() as tried:
                     compiled = tried.enter_context(compiled_model(model, layers, dropout, recompute))
-                    verify_compiled(compiled, model, examples)
+                    with announced(session.log, "verifying the compiled layers on two short rows"):
+                        verify_compiled(compiled, model, examples)
                     stack.push(tried.pop_all())
             except Unsuitable as e:
                 if config.fused is True:

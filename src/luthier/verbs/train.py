@@ -162,7 +162,7 @@ def _open_model(run: Prepared, log: Log) -> CausalLM:
     if instead := substitute(config.train.optim, device.type):
         log(f"note: {config.train.optim} needs a GPU; {instead} is used instead")
     model = open_base(config.model, dtype, device, run.chat_format.config, log)
-    verify_segments(model, run.rows.train, config.model.attn_implementation)
+    verify_segments(model, run.rows.train, config.model.attn_implementation, log)
     return model
 
 
