@@ -24,7 +24,7 @@ from luthier.types import Message, Span, TrainOn
 
 Render = Callable[[Sequence[Message], bool], str]
 _PROBE = "probe-reply"
-_OPENED_THOUGHT = re.compile(r"(<think>\s*)?\Z")  # the end of a prompt
+_OPENED_THOUGHT = re.compile(r"<think>\s*\Z")  # the end of a prompt
 _NO_THOUGHT = "\n</think>\n\n"  # how a reply without a thought goes on after it
 # The date for templates that insert one (Llama 3's own fallback), so that training and chat prompts are the same.
 DATE = "26 Jul 2024"
@@ -96,7 +96,8 @@ class Jinja:
         prompt = self.render(messages[:i], True)
         opened = ""
         if i == len(messages) - 1 and not rendered.startswith(prompt):
-            opened = _OPENED_THOUGHT.search(prompt)[0]  # type: ignore[index] - it matches the empty text
+            thought = _OPENED_THOUGHT.search(prompt)
+            opened = thought[0] if thought else ""
         prompt = prompt.removesuffix(opened)
         number = sum(m.role == "assistant" for m in messages[: i + 1])
         fix = "use a template that does not change earlier turns"
