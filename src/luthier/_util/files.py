@@ -8,11 +8,15 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from luthier.errors import UserError
+
+if sys.platform != "win32":
+    import fcntl
 
 _LIMITS = {  # limits that a write can reach, and what lifts them
     errno.ENOSPC: ("there is not enough disk space", "free some disk space"),
@@ -141,6 +145,71 @@ def sweep(path: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
+
+
+_locks: set[int] = set()  # the descriptors of the locks that this process holds
+
+
+@contextmanager
+def locked(path: Path, owner: str) -> Iterator[bool]:
+    """Lock a file, which is created, contains ``owner`` and is deleted at the end, until the block or process ends.
+
+    Yields false if the system has no locks. Raises BlockingIOError with the other owner's text if the file is locked.
+    """
+    lock = _lock(path)
+    if lock is None:
+        yield False
+        return
+    _locks.add(lock)
+    try:
+        with suppress(OSError):  # a full disk costs the text only
+            os.ftruncate(lock, 0)
+            os.write(lock, owner.encode("utf-8", "replace"))
+        yield True
+    finally:
+        if lock in _locks:  # not in a forked child
+            _locks.remove(lock)
+            with suppress(OSError):  # while it is locked: whoever has it open finds it deleted (see _lock)
+                path.unlink()
+            os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """Return the descriptor of a locked file, which programs do not inherit; None if the system has no locks."""
+    if sys.platform == "win32":
+        return None
+    while True:
+        ensure_dir(path.parent)
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another process has just deleted the directory, which it had created
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        except FileNotFoundError:
+            pass  # its owner deleted it between both calls
+        except BlockingIOError as e:
+            owner = os.pread(lock, 1000, 0).decode("utf-8", "replace")
+            os.close(lock)
+            raise BlockingIOError(e.errno, owner) from None
+        except OSError:
+            os.close(lock)
+            path.unlink(missing_ok=True)
+            return None
+        os.close(lock)
+
+
+def _close_inherited_locks() -> None:
+    """Close the locks in a forked child, which would otherwise hold them after the death of its parent."""
+    for lock in _locks:
+        os.close(lock)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 def cache_root() -> Path:

@@ -11,9 +11,13 @@ summary.json        written last; a run with it is finished
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -24,6 +28,9 @@ from luthier.adapters import directory as adapters
 from luthier.config import RunConfig
 from luthier.config import load as load_config
 from luthier.errors import ConfigError, UserError
+from luthier.types import Log
+
+LOCK = ".luthier-lock"
 
 
 class Summary(TypedDict):
@@ -91,10 +98,35 @@ class RunDir:
         """Read ``run.yaml``. Raises ConfigError."""
         return load_config(self.config_file)
 
+    @contextmanager
+    def locked(self, log: Log) -> Iterator[None]:
+        """Create the directory, and lock it for this process; without files at the end, it is deleted again.
+
+        Raises UserError if another training holds the lock. Without locks (Windows, some network file systems) the
+        training goes on with a note.
+        """
+        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        owner = f"process {os.getpid()} on {platform.node()}, started {datetime.now():%Y-%m-%d %H:%M:%S}"
+        try:
+            with ExitStack() as stack:
+                try:
+                    supported = stack.enter_context(files.locked(self.path / LOCK, owner))
+                except BlockingIOError as e:
+                    raise UserError(
+                        f"{self.path}: is in use by another training ({e.strerror})",
+                        "wait for it or stop it, or choose another --output-dir",
+                    ) from None
+                if not supported:
+                    log(f"note: {self.path}: cannot be locked here; do not start a second training in it")
+                yield
+        finally:
+            if new and self.path.is_dir() and not any(self.path.iterdir()):
+                with suppress(OSError):  # another process has begun to use it
+                    for folder in new:
+                        folder.rmdir()
+
     def claim(self, config: RunConfig) -> None:
         """Raise ConfigError if the directory holds a run with other settings, or files that luthier did not write."""
-        if self.path.exists():
-            files.ensure_dir(self.path)
         if self.adapter.exists() and not (self.adapter / adapters.META).is_file():
             raise ConfigError(f"{self.adapter}: was not written by luthier", "choose another --output-dir")
         if not self.config_file.exists():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from luthier._util import files
 from luthier.adapters.run_dir import RunDir, Summary
+from luthier.config import RunConfig
 from luthier.evaluation import report
 from luthier.evaluation.scoring import HELD_OUT, RESULTS, Comparison, Scores, held_out_loss, score
 from luthier.inference.generation import Reply
@@ -17,7 +18,7 @@ from luthier.types import Log
 from luthier.verbs.chat import chat
 from luthier.verbs.check import inspect
 from luthier.verbs.pull import pull
-from luthier.verbs.train import absolute, train
+from luthier.verbs.train import absolute, train_locked
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +67,28 @@ def demo(
 ) -> DemoResult:
     """Pull the embedded model, train it on the shipped persona, and score both models on held-out prompts."""
     base = pull("smollm2-135m", log=log)
-    config = demo_config(base, Path(output_dir))
-    RunDir(Path(output_dir)).claim(absolute(config))
+    config = absolute(demo_config(base, Path(output_dir)))
+    run = RunDir(config.output_dir or Path())
+    with run.locked(log):
+        return _demo_locked(run, config, on_step, log, stop)
+
+
+def _demo_locked(
+    run: RunDir, config: RunConfig, on_step: Callable[[StepRecord], None], log: Log, stop: Callable[[], bool]
+) -> DemoResult:
+    run.claim(config)
     rows = inspect(config).prepared().rows
     conversations = rows.report.conversations
     log(f"asking the base model {len(conversations)} held-out questions")
-    generator = chat(base).generator
+    generator = chat(config.model.path).generator
     before = score(generator, held_out_loss(generator.model, rows.held_out), conversations)
-    summary = train(config, on_step, log, stop)
+    summary = train_locked(run, config, on_step, log, stop)
     log("asking the tuned model the same questions")
-    generator = chat(output_dir).generator
+    generator = chat(run.path).generator
     after = score(generator, held_out_loss(generator.model, rows.held_out), conversations)
     prompts = [c.messages[-2].content for c in conversations]
     references = tuple(c.messages[-1].content for c in conversations)
-    run = Path(output_dir)
-    comparison = Comparison(str(run / HELD_OUT), before, after, "float32", tuple(prompts), references)
-    files.write_json(run / RESULTS, comparison.as_dict())
-    report.write(run, absolute(config), summary, rows.train.lengths())  # again, now with the replies
+    comparison = Comparison(str(run.path / HELD_OUT), before, after, "float32", tuple(prompts), references)
+    files.write_json(run.path / RESULTS, comparison.as_dict())
+    report.write(run.path, config, summary, rows.train.lengths())  # again, now with the replies
     return DemoResult(before, after, prompts, summary)

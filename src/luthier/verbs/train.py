@@ -54,6 +54,19 @@ def train(
         raise ConfigError("output_dir: is missing", "give --output-dir RUN")
     config = absolute(config)
     run = RunDir(config.output_dir or Path())
+    with run.locked(log):
+        return train_locked(run, config, on_step, log, stop, force)
+
+
+def train_locked(
+    run: RunDir,
+    config: RunConfig,
+    on_step: Callable[[StepRecord], None],
+    log: Log,
+    stop: Callable[[], bool],
+    force: bool = False,
+) -> Summary:
+    """Train in a locked directory with absolute paths in the configuration; otherwise as ``train``."""
     run.claim(config)
 
     inspection = inspect(config, log=log)
