@@ -211,3 +211,45 @@ def test_a_configuration_is_frozen() -> None:
     parsed = configs.build(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
         parsed.train.seed = 3  # type: ignore[misc]
+
+
+DUPLICATES = {
+    "a key": ("train:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", ["line 4: key 'seed' occurs twice, first in line 2"]),
+    "a section": (
+        "train:\n  seed: 1\nlora:\n  r: 2\ntrain:\n  max_steps: 3\n",
+        ["line 5: key 'train' occurs twice, first in line 1"],
+    ),
+    "a quoted key in braces": (
+        'data: {system: a, "system": b, rename: {q: output, q: input}}\n',
+        ["line 1: key 'q' occurs twice, first in line 1", "line 1: key 'system' occurs twice, first in line 1"],
+    ),
+    "a key in a list": ("- [{a: 1, a: 1}]\n", ["line 1: key 'a' occurs twice, first in line 1"]),
+    "a key beside a merged mapping": (
+        "lora: &x\n  r: 1\ntrain:\n  <<: *x\n  r: 2\n  r: 3\n",
+        ["line 6: key 'r' occurs twice, first in line 5"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DUPLICATES)
+def test_a_key_that_occurs_twice_is_refused(name: str, tmp_path: Path) -> None:
+    text, lines = DUPLICATES[name]
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as e:
+        configs.load(path)
+    assert e.value.message.splitlines() == [f"{path}, {line}" for line in lines]
+    assert e.value.fix == "delete one of the two, or join them if they are sections"
+
+
+def test_a_key_that_replaces_a_merged_one_is_no_duplicate(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("a: &a {r: 1, x: &b {<<: {s: 1}, s: 2}}\nb: {<<: *a, r: 2, x: *b}\nc: {<<: [*a, *b], r: 3}\n")
+    assert configs.read(path)["b"] == {"r": 2, "x": {"s": 2}}
+
+
+def test_a_key_that_occurs_twice_in_a_setting_is_refused_and_the_last_of_two_settings_counts() -> None:
+    with pytest.raises(ConfigError, match="--set data.rename, line 1: key 'q' occurs twice, first in line 1"):
+        configs.build(MINIMAL, settings=["data.rename={q: output, q: input}"])
+    assert configs.build(MINIMAL, settings=["train.seed=1", "train.seed=2"]).train.seed == 2
+    assert configs.build(MINIMAL, rename=["q=output", "q=input"]).data.rename == {"q": "input"}

@@ -251,6 +251,9 @@ def test_problems_of_rows_are_named(tmp_path: Path) -> None:
     assert "already has a key 'output', so no other key can be renamed" in bad_rows(
         path, '{"instruction": "a", "output": "b", "answer": "c"}', rename={"answer": "output"}
     )
+    assert "already has a key 'output', so no other key can be renamed" in bad_rows(
+        path, '{"instruction": "a", "reply": "b", "answer": "c"}', rename={"answer": "output", "reply": "output"}
+    )
     assert "is the same as" in bad_rows(path, (ROWS[1:-1] + "\n") * 2, dedupe=True)
     assert "that are not text" in bad_rows(path, '{"instruction": "a", "output": "\\ud800"}')
     assert "key 'output' occurs twice" in bad_rows(path, '{"instruction": "a", "output": "b", "output": "c"}')

@@ -1,4 +1,4 @@
-"""Read YAML safely, with numbers such as ``1e-4`` read as numbers."""
+"""Read YAML safely and strictly: ``1e-4`` is a number, and a key that occurs twice is an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,23 @@ from luthier.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """Read ``1e-4`` as a number, which YAML 1.1 does not."""
+    """Read ``1e-4`` as a number, which YAML 1.1 does not, and collect keys that occur twice, of which YAML loses one."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.duplicates: list[str] = []
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Compare the keys as they are written: those of a merged mapping (``<<``), added later, may be replaced."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    self.duplicates.append(f"line {line}: key '{key.value}' occurs twice, first in line {lines[name]}")
+                lines.setdefault(name, line)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -21,6 +37,13 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, where: str) -> object:
     """Read YAML without any of its object tags. Raises ConfigError that begins with ``where``."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number form
+        loader = _Loader(text)
+        value: object = loader.get_single_data()
     except (yaml.YAMLError, ValueError) as e:
         raise ConfigError(f"{where}: is not YAML ({' '.join(str(e).split())})", "correct the text") from None
+    if loader.duplicates:
+        raise ConfigError(
+            "\n".join(f"{where}, {duplicate}" for duplicate in loader.duplicates),
+            "delete one of the two, or join them if they are sections",
+        )
+    return value

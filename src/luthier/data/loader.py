@@ -165,7 +165,8 @@ class Loader:
     def _renamed(self, row: Mapping[str, object]) -> dict[str, object]:
         if self.unused:
             self.unused.difference_update(row)
-        conflicts = [new for old, new in self._rename.items() if old in row and new in row]
+        names = [*row, *(new for old, new in self._rename.items() if old in row)]
+        conflicts = [new for new in self._rename.values() if names.count(new) > 1]
         if conflicts:
             raise RowProblem(f"already has a key '{conflicts[0]}', so no other key can be renamed to it")
         return {self._rename.get(k, k): v for k, v in row.items()}
