@@ -19,9 +19,9 @@ import pytest
 import luthier as library
 from luthier import config as configs
 from luthier import personas
-from luthier.adapters.run_dir import LOCK
+from luthier.adapters.run_dir import LOCK, RunDir
 from luthier.config import RunConfig
-from luthier.errors import DataError, UserError
+from luthier.errors import ConfigError, DataError, UserError
 from tests.conftest import Result
 
 Run = Callable[..., Result]
@@ -160,3 +160,119 @@ def test_only_one_process_at_a_time_holds_a_lock_that_is_deleted_when_it_is_rele
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
     assert [p.wait(120) for p in processes] == [0] * 4
     assert list(tmp_path.iterdir()) == []
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+FOREIGN = ["summary.json", "metrics.jsonl", "report.html", "data-report.json", "checkpoints/a", "adapter/a", "rows.csv"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_directory_with_other_files_is_refused(name: str, config: RunConfig) -> None:
+    assert config.output_dir
+    file = config.output_dir / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(ConfigError) as e:
+        library.train(config)
+    first = name.partition("/")[0]
+    assert e.value.message == f"{config.output_dir}: holds files that luthier did not write for a run: {first}"
+    assert e.value.fix == "choose a directory for this run only, as --output-dir runs/NAME"
+    assert files_in(config.output_dir) == {name: b"mine"}
+
+
+def test_a_configuration_of_the_user_is_not_overwritten(
+    config: RunConfig, luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, rows = str(config.model.path), str(personas.TEAHOUSE)
+    common = ["init", "--model", model, "--data", rows, "--output-dir"]
+    for argv in ([*common, "."], [*common, "runs/a", "--to", "runs/a/b/run.yaml"]):
+        refused = luthier(*argv)
+        assert refused.code == 2
+        assert "run.yaml: would be in the directory of the run, " in refused.err
+        assert "--output-dir runs/NAME" in refused.err
+    assert list(tmp_path.iterdir()) == []
+    assert luthier(*common, "runs/a").code == 0
+    text = (tmp_path / "run.yaml").read_text(encoding="utf-8")
+    for argv in (["train", "run.yaml", "--output-dir", "."], [*common, ".", "--to", str(tmp_path.parent / "x.yaml")]):
+        refused = luthier(*argv)
+        assert refused.code == 2
+        assert "holds files that luthier did not write for a run: run.yaml" in refused.err
+    assert (tmp_path / "run.yaml").read_text(encoding="utf-8") == text
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_hidden_files_and_an_empty_directory_are_accepted_and_other_files_of_a_run_stay(config: RunConfig) -> None:
+    run = config.output_dir
+    assert run
+    run.mkdir()
+    (run / ".DS_Store").write_bytes(b"\0")
+    (run / ".gitignore").write_text("*\n")
+    seen: list[int] = []
+    with pytest.raises(library.Stopped):
+        library.train(config, lambda r: seen.append(r.step), stop=lambda: True)
+    mine = ["notes.txt", "talk.jsonl", "checkpoints/notes.txt", "checkpoints/step-00000001-best/a", "events/a"]
+    for name in mine:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("mine")
+    library.train(config, lambda r: seen.append(r.step))
+    assert seen == [1, 2, 3]
+    assert {name: (run / name).read_text() for name in mine} == dict.fromkeys(mine, "mine")
+    assert (run / ".DS_Store").exists() and (run / ".gitignore").exists()
+    library.train(config)
+    assert seen == [1, 2, 3]
+
+
+def test_the_configuration_of_a_run_must_not_be_edited_but_comments_and_places_may(
+    config: RunConfig, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = config.output_dir
+    assert run
+    file = run / "run.yaml"
+    with pytest.raises(library.Stopped):
+        library.train(config, stop=lambda: True)
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("seed: 42", "seed: 7"), encoding="utf-8")
+    before = files_in(run)
+    with pytest.raises(ConfigError) as e:
+        library.train(library.load(file))
+    assert e.value.message == f"{file}: was edited after the run had started"
+    assert f"luthier train {file} --output-dir runs/NAME trains with these settings" in e.value.fix
+    assert files_in(run) == before
+    moved = tmp_path / "moved"
+    config.model.path.rename(moved)
+    text = text.replace(str(config.model.path), str(moved)).replace("max_new_tokens: 512", "max_new_tokens: 9")
+    commented = text + "# my comment\n"
+    file.write_text(commented, encoding="utf-8")
+    try:
+        library.train(library.load(file))
+    finally:
+        moved.rename(config.model.path)
+    assert file.read_text(encoding="utf-8") == commented
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_starts_again_with_its_edited_configuration(
+    config: RunConfig,
+) -> None:
+    run = RunDir(config.output_dir or Path())
+    run.start(config, {})
+    text = run.config_file.read_text(encoding="utf-8")
+    run.config_file.write_text(text.replace("seed: 42", "seed: 7 # better"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="was edited"):
+        library.train(config)
+    library.train(library.load(run.config_file))
+    assert "seed: 7 # better" in run.config_file.read_text(encoding="utf-8")
+    assert run.config().train.seed == 7
+    library.train(library.load(run.config_file))
+
+
+def test_results_without_an_adapter_are_not_overwritten_by_another_run(config: RunConfig) -> None:
+    run = RunDir(config.output_dir or Path())
+    run.start(config, {})
+    run.summary_file.write_text("{}")
+    with pytest.raises(ConfigError, match="holds an unfinished run with other settings: train.seed: 42 -> 7"):
+        library.train(config.model_copy(update={"train": config.train.model_copy(update={"seed": 7})}))
+    assert run.summary_file.read_text() == "{}"

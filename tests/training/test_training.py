@@ -219,8 +219,9 @@ def test_a_run_continues_if_its_profile_cannot_be_written(
     model_dir: Callable[[str], Path], luthier: Callable[..., Result], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    (run / "trace.json").mkdir(parents=True)
     command = ["train", "--model", model_dir("llama"), "--data", personas.TEAHOUSE, "--output-dir", run]
+    assert luthier(*command, "--set", "train.learning_rate=1e30", "--set", "train.max_grad_norm=0").code == 2
+    (run / "trace.json").mkdir()
     done = luthier(*command, "--profile", "--set", "train.max_steps=3")
     assert done.code == 0, done.err
     assert "trace.json could not be written" in done.err

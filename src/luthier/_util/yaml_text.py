@@ -10,7 +10,7 @@ from luthier.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """Read ``1e-4`` as a number, which YAML 1.1 does not, and collect keys that occur twice, of which YAML loses one."""
+    """Read ``1e-4`` as a number, which YAML 1.1 does not, and collect keys that occur twice: YAML would lose one."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)

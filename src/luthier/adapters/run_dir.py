@@ -10,6 +10,7 @@ summary.json        written last; a run with it is finished
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -24,13 +25,16 @@ from typing import NotRequired, TypedDict
 import yaml
 
 from luthier._util import files
+from luthier._util.yaml_text import parse_yaml
 from luthier.adapters import directory as adapters
 from luthier.config import RunConfig
 from luthier.config import load as load_config
-from luthier.errors import ConfigError, UserError
+from luthier.config import read as read_config
+from luthier.errors import ConfigError, UserError, listed
 from luthier.types import Log
 
 LOCK = ".luthier-lock"
+_SEAL = "# Written by luthier to resume this run; for other settings, edit a copy. Settings: sha256 "
 
 
 class Summary(TypedDict):
@@ -125,8 +129,19 @@ class RunDir:
                     for folder in new:
                         folder.rmdir()
 
+    def refuse_foreign_files(self) -> None:
+        """Raise ConfigError if there are files, hidden ones apart, and the directory is not that of a run."""
+        names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        names = [name for name in names if not name.startswith(".")]
+        if names and not _is_a_runs(self.config_file):
+            raise ConfigError(
+                f"{self.path}: holds files that luthier did not write for a run: {listed(names)}",
+                "choose a directory for this run only, as --output-dir runs/NAME",
+            )
+
     def claim(self, config: RunConfig) -> None:
         """Raise ConfigError if the directory holds a run with other settings, or files that luthier did not write."""
+        self.refuse_foreign_files()
         if self.adapter.exists() and not (self.adapter / adapters.META).is_file():
             raise ConfigError(f"{self.adapter}: was not written by luthier", "choose another --output-dir")
         if not self.config_file.exists():
@@ -135,9 +150,21 @@ class RunDir:
             old = self.config()
         except ConfigError as e:
             raise ConfigError(f"{e.message}: this is not a run of luthier", "choose another --output-dir") from None
-        if not self.adapter.exists() and not self.checkpoints.exists():
-            return  # it failed before the first checkpoint, so nothing is lost
-        self._refuse(differences(_comparable(old), _comparable(config)))
+        changes = differences(_comparable(old), _comparable(config))
+        saved = any(path.exists() for path in (self.adapter, self.checkpoints, self.summary_file))
+        if self._edited() and (saved or changes):
+            raise ConfigError(
+                f"{self.config_file}: was edited after the run had started",
+                f"luthier train {self.config_file} --output-dir runs/NAME trains with these settings; to resume the "
+                "run, undo the changes",
+            )
+        if saved:  # otherwise it failed before the first checkpoint, so nothing is lost
+            self._refuse(changes)
+
+    def _edited(self) -> bool:
+        """Whether ``run.yaml`` has other settings than when it was written; false for runs of earlier versions."""
+        seal = self.config_file.read_text(encoding="utf-8-sig").partition("\n")[0]
+        return seal.startswith(_SEAL) and seal != _seal(read_config(self.config_file))
 
     def same_identity(self, old: Mapping[str, str], new: Mapping[str, str]) -> None:
         """Raise ConfigError if the content of the data or the base model has changed since the run started."""
@@ -156,13 +183,45 @@ class RunDir:
         files.ensure_dir(self.path)
         self.summary_file.unlink(missing_ok=True)
         shutil.rmtree(self.adapter, ignore_errors=True)
-        text = yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True, width=120)
-        files.write_text(self.config_file, text)
+        values = config.dump()
+        text = _yaml(values)
+        if self.config_file.exists() and read_config(self.config_file) == values:
+            text = self.config_file.read_text(encoding="utf-8-sig")  # with the user's comments
+            text = text.partition("\n")[2] if text.startswith(_SEAL) else text
+        files.write_text(self.config_file, f"{_seal(values)}\n{text}")
         files.write_json(self.path / "data-report.json", report)
 
     def finish(self, summary: Summary) -> None:
         """Write the summary, which marks the run as finished."""
         files.write_json(self.summary_file, summary)
+
+
+def _yaml(values: object) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _seal(values: Mapping[str, object]) -> str:
+    """Return the first line of ``run.yaml``: a digest of its settings, by which later changes are detected.
+
+    Paths may be corrected after a move, since the content of the files is compared; ``generation`` is for chats.
+    """
+    training = {key: value for key, value in values.items() if key not in ("generation", "output_dir")}
+    for section, *paths in (("model", "path"), ("data", "train", "eval")):
+        settings = training.get(section)
+        if isinstance(settings, dict):
+            training[section] = {key: value for key, value in settings.items() if key not in paths}
+    return _SEAL + hashlib.sha256(json.dumps(training, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_a_runs(file: Path) -> bool:
+    """Whether a ``run.yaml`` was written for a run: it has the seal, or the form that earlier versions wrote."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        values = parse_yaml(text, str(file))
+    except (OSError, ValueError, ConfigError):
+        return False
+    complete = isinstance(values, dict) and values.keys() >= {"model", "data", "lora", "train", "output_dir"}
+    return text.startswith(_SEAL) or (complete and text == _yaml(values))
 
 
 def _comparable(config: RunConfig) -> dict[str, object]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 TENSORS, STATE = "state.safetensors", "state.json"
 _PARTS = ("lora_A", "lora_B")
+_STEP = re.compile("step-[0-9]+")  # not a user's copy, such as step-00000040-best
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ def write(
 
 def steps(folder: Path) -> list[Path]:
     """List checkpoint directories, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
+    return sorted(p for p in folder.glob("step-*") if _STEP.fullmatch(p.name) and p.is_dir()) if folder.is_dir() else []
 
 
 def latest(folder: Path, log: Log = lambda _: None) -> Checkpoint | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from luthier._util import files
+from luthier.adapters.run_dir import RunDir
 from luthier.errors import ConfigError
 from luthier.recipes import blank, filled
 
@@ -17,11 +18,25 @@ def init(
     output_dir: Path | str | None = None,
     recipe: str | None = None,
 ) -> Path:
-    """Write a commented ``run.yaml``, from a recipe if one is named. Raises ConfigError if the file exists."""
-    to = Path(to)
+    """Write a commented ``run.yaml``, from a recipe if one is named.
+
+    Raises ConfigError if the file exists, or if ``output_dir`` holds other files than a run's.
+    """
+    to = files.user_path(to)
     if to.exists():
         raise ConfigError(f"{to}: already exists", "choose another name with --to, or delete it")
-    paths = str(model or "MODEL_DIR"), [str(p) for p in data] or ["ROWS.jsonl"], str(output_dir or "run")
+    run = RunDir(files.user_path(output_dir or "run"))
+    if to.absolute().is_relative_to(run.path.absolute()):
+        raise ConfigError(
+            f"{to}: would be in the directory of the run, {run.path}, which luthier fills itself",
+            "choose a directory for this run only, as --output-dir runs/NAME",
+        )
+    run.refuse_foreign_files()
+    paths = (
+        str(files.user_path(model or "MODEL_DIR")),
+        [str(files.user_path(p)) for p in data] or ["ROWS.jsonl"],
+        str(run.path),
+    )
     text = filled(recipe, *paths) if recipe is not None else blank(*paths)
     files.write_text(to, text)
     return to
