@@ -14,7 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from luthier._util.validation import Mistake, mistakes
+from luthier._util.files import user_path
+from luthier._util.validation import Mistake, UserPath, mistakes
 from luthier._util.yaml_text import parse_yaml
 from luthier.errors import ConfigError
 from luthier.types import SystemRole, TooLong, TrainOn
@@ -44,7 +45,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: Path = Field(description="directory of the base model")
+    path: UserPath = Field(description="directory of the base model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the frozen weights; auto: bfloat16 if the device computes in it natively"
     )
@@ -69,10 +70,10 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] = Field(
+    train: Annotated[tuple[UserPath, ...], BeforeValidator(_one_or_many)] = Field(
         min_length=1, description="data files or patterns such as rows/*.jsonl"
     )
-    eval: Annotated[tuple[Path, ...], BeforeValidator(_one_or_many)] = Field(
+    eval: Annotated[tuple[UserPath, ...], BeforeValidator(_one_or_many)] = Field(
         (), description="files of held-out rows; base and tuned model are evaluated on them after training"
     )
     eval_fraction: float = Field(
@@ -190,7 +191,7 @@ class RunConfig(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)  # type: ignore[arg-type]
     train: TrainConfig = Field(default_factory=TrainConfig)  # type: ignore[arg-type]
     generation: GenerationSettings = Field(default_factory=GenerationSettings)  # type: ignore[arg-type]
-    output_dir: Path | None = Field(None, description="the run's directory")
+    output_dir: UserPath | None = Field(None, description="the run's directory")
 
     def dump(self) -> dict[str, dict[str, object]]:
         """Return plain values, as in ``run.yaml``."""
@@ -348,12 +349,13 @@ def _remove_faults(combined: dict[str, object], errors: Iterable[ErrorDetails]) 
 
 
 def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> RunConfig:
-    """Read a ``run.yaml``."""
-    return build(read(Path(path)), overrides)
+    """Read a ``run.yaml``. Raises UserError."""
+    return build(read(path), overrides)
 
 
-def read(path: Path) -> dict[str, object]:
-    """Read the values of a YAML file, without checking them. Raises ConfigError."""
+def read(path: Path | str) -> dict[str, object]:
+    """Read the values of a YAML file, without checking them. Raises UserError."""
+    path = user_path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:

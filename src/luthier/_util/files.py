@@ -44,6 +44,14 @@ def user_error_of(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: {error.strerror or error}", "choose a path that can be written")
 
 
+def user_path(path: Path | str) -> Path:
+    """Return a path that a user typed, with ``~`` expanded. Raises UserError if that home directory is unknown."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: the home directory is unknown", "write the whole path") from None
+
+
 def ensure_dir(path: Path) -> Path:
     """Create a directory and its parents. Raises UserError if it cannot be created or written to."""
     try:

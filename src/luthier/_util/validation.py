@@ -1,18 +1,34 @@
-"""Turn pydantic's errors into messages with what to type: one per key, an unknown key with its nearest name."""
+"""Turn pydantic's errors into messages with what to type: one per key, an unknown key with its nearest name.
+
+Also the type of a setting that is a path.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import UnionType
-from typing import Union, get_args, get_origin
+from typing import Annotated, Union, get_args, get_origin
 
+from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from luthier.errors import nearest
+from luthier._util.files import user_path
+from luthier.errors import UserError, nearest
 
 Mistake = tuple[str, str]  # what is wrong, and what to type
+
+
+def _checked(path: Path) -> Path:
+    try:
+        return user_path(path)
+    except UserError as e:  # reported together with all other mistakes
+        raise ValueError(e.message) from None
+
+
+UserPath = Annotated[Path, AfterValidator(_checked)]
 
 
 def mistakes(

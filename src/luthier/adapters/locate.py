@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from luthier._util.files import user_path
 from luthier.adapters import directory as adapters
 from luthier.adapters.directory import Adapter
 from luthier.adapters.run_dir import RunDir
@@ -67,10 +68,10 @@ def locate(path: Path | str | None, model: Path | str | None = None, adapter: Pa
             raise ConfigError(
                 "--model and --adapter must be given together, without another directory", "give both, or only a RUN"
             )
-        return _source(TunedModel(adapters.load(Path(adapter)), Path(model)))
+        return _source(TunedModel(adapters.load(user_path(adapter)), user_path(model)))
     if path is None:
         raise ConfigError("no directory was given", "give a run or model directory, or --model BASE --adapter DIR")
-    path = Path(path)
+    path = user_path(path)
     run = RunDir(path)
     directory = run.adapter if (run.adapter / adapters.CONFIG).is_file() else path
     if not (directory / adapters.CONFIG).is_file():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier._util.files import user_path
 from luthier.cli.common import fail, print_stderr
 from luthier.errors import ConfigError, UserError, nearest
 
@@ -106,7 +107,7 @@ class InteractiveChat:
     def _save(self, name: str) -> None:
         if not name:
             raise ConfigError("/save needs a file name", "type /save talk.jsonl")
-        path = Path(name).expanduser().absolute()
+        path = user_path(name).absolute()
         overwrite = path in self.saved
         self.chat.save(path, over=overwrite)
         self.saved.add(path)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from luthier._util.files import user_path
 from luthier.cli.common import importing, print_stderr, step_progress, stopping
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ def run(
 
     try:
         with stopping() as stop, step_progress() as on_step:
-            result = demo(output_dir, on_step, print_stderr, stop)
+            result = demo(user_path(output_dir), on_step, print_stderr, stop)
     except Stopped as e:
         print_stderr(f"{e}\n  to resume: run the same command again")
         raise typer.Exit(130) from None
-    _print(result, output_dir)
+    _print(result, user_path(output_dir))
 
 
 def _print(result: DemoResult, output_dir: Path) -> None:

@@ -20,4 +20,5 @@ def run(
     """Write a run.yaml with every setting explained, for luthier train FILE."""
     from luthier.verbs.init import init
 
-    print(f"wrote {init(to, model, data or (), output_dir, recipe)}; review it, then run: luthier train {to}")
+    file = init(to, model, data or (), output_dir, recipe)
+    print(f"wrote {file}; review it, then run: luthier train {file}")

@@ -85,6 +85,7 @@ class Chat:
 
         Raises DataError if the conversation is not a valid row, ConfigError if ``path`` cannot be used.
         """
+        path = files.user_path(path)
         row = {"messages": [{"role": m.role, "content": m.content} for m in self.messages()]}
         try:
             parse_messages(row)

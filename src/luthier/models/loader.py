@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
+from luthier._util.files import user_path
 from luthier.config import ModelConfig
 from luthier.devices.device import DTYPES, pick_device, pick_dtype, trim_freed_memory
 from luthier.errors import ModelError
@@ -126,7 +127,7 @@ def load_model(path: Path | str, dtype: str = "float32") -> tuple[CausalLM, HfTo
 
     dtype: "auto" or the name of a torch dtype. The tokenizer is None if the directory has none. Raises ModelError.
     """
-    path = Path(path)
+    path = user_path(path)
     config = read_config(path)
     device = pick_device()
     tokenizer = load_tokenizer(path).hf if has_tokenizer(path) else None

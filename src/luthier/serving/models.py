@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from luthier._util.files import user_path
 from luthier.adapters import directory as adapters
 from luthier.adapters.locate import ModelSource, TunedModel, locate
 from luthier.adapters.run_dir import RunDir
@@ -65,7 +66,7 @@ def resolve_models(
     paths: run, adapter or model directories. model, adapter: a base model and a PEFT adapter for it.
     Raises UserError if a directory is not a model, or if they do not share a base model.
     """
-    models = [_named_model(p, locate(p)) for p in paths]
+    models = [_named_model(p, locate(p)) for p in map(user_path, paths)]
     if model is not None or adapter is not None:
         models.append(_named_model(adapter or "", locate(None, model, adapter)))
     if not models:

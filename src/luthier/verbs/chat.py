@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from luthier._util.files import user_path
 from luthier.adapters import directory as adapters
 from luthier.adapters.locate import locate
 from luthier.adapters.run_dir import RunDir
@@ -49,7 +50,7 @@ def chat(
     if checkpoint is not None:
         if path is None or model is not None or adapter is not None:
             raise ConfigError("--checkpoint: needs a run, not --model and --adapter", "give only the RUN")
-        return _at_checkpoint(RunDir(Path(path)), checkpoint, system, compute, device, changes)
+        return _at_checkpoint(RunDir(user_path(path)), checkpoint, system, compute, device, changes)
     source = locate(path, model, adapter)
     if source.tuned is None:
         if with_adapter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from luthier._util.files import user_path
 from luthier.config import DataConfig
 from luthier.data.loader import DataReport
 from luthier.data.text import encoding_of
@@ -40,8 +41,8 @@ def eval(  # noqa: A001 - the verb's name
     samples: number of prompts that both models answer, with at most ``max_new_tokens`` tokens each.
     """
     opened = chat(path, None, dtype, model, adapter, checkpoint, with_adapter=True)
-    run = Path(path) if path else None
-    files = list(data) or _held_out_files(run)
+    run = user_path(path) if path else None
+    files = [user_path(p) for p in data] or _held_out_files(run)
     settings = opened.config.data if opened.config else DataConfig.model_validate({"train": files})
     examples = ExampleStore()
     report = read_held_out(files, settings, opened.generator.chat_format.encoder(settings), examples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from luthier._util.files import user_path
 from luthier.adapters.locate import locate_tuned
 from luthier.exporting.formats import Exported, write_export
 from luthier.types import Log
@@ -24,4 +25,4 @@ def export(
     to: peft, hf, gguf, gguf-lora or ollama. layout: native or original, for peft and hf.
     quantization: f16, q8_0 or q4_0, for gguf and ollama.
     """
-    return write_export(locate_tuned(path, model, adapter), to, Path(output_dir), layout, quantization, log)
+    return write_export(locate_tuned(path, model, adapter), to, user_path(output_dir), layout, quantization, log)

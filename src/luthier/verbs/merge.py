@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from luthier._util.files import user_path
 from luthier.adapters.locate import locate_tuned
 from luthier.exporting.merge import Merged, write_merged
 from luthier.types import Log
@@ -21,4 +22,4 @@ def merge(
 
     layout: ``native``, or ``original`` for the tensor names and files of the published base model. Raises UserError.
     """
-    return write_merged(locate_tuned(path, model, adapter), Path(output_dir), log, layout)
+    return write_merged(locate_tuned(path, model, adapter), user_path(output_dir), log, layout)

