@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,3 +99,47 @@ def test_functions_expand_their_paths(home: Path) -> None:
 def test_pull_expands_its_directory(luthier: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.hub.embedded.pull", lambda _, target, __: target)
     assert luthier("pull", "smollm2-135m", "--to", "~/pulled").out.strip() == str(home / "pulled")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize("place", ["--model", "--data", "--output-dir", "a pattern", "run.yaml", "the current directory"])
+def test_a_path_that_is_not_utf_8_is_refused_before_anything_starts(
+    place: str, luthier: Run, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / os.fsdecode(b"caf\xe9")
+    paths = {"--model": home / "model", "--data": home / "rows.jsonl", "--output-dir": tmp_path / "run"}
+    argv: list[object] = ["train"]
+    if place in paths:
+        if paths[place].exists():
+            paths[place].rename(bad)
+        paths[place] = bad
+    elif place == "a pattern":
+        (tmp_path / "rows").mkdir()
+        bad = tmp_path / "rows" / os.fsdecode(b"caf\xe9.jsonl")
+        paths["--data"].rename(bad)
+        paths["--data"] = tmp_path / "rows" / "*"
+    elif place == "run.yaml":
+        bad.write_text("data: {max_length: 64}\n")
+        argv = ["train", bad]
+    else:
+        bad.mkdir()
+        monkeypatch.chdir(bad)
+        bad /= "run"
+        paths["--output-dir"] = Path("run")
+    argv += [word for pair in paths.items() for word in pair]
+    before = sorted(map(str, tmp_path.rglob("*")))
+    done = luthier(*argv, "--set", "train.max_steps=1")
+    assert done.code == 2, done.err
+    assert f"{tmp_path}" in done.err and "is not valid UTF-8" in done.err and "Traceback" not in done.err
+    assert str(bad).encode("utf-8", "backslashreplace").decode() in done.err
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+    if place not in ("--output-dir", "the current directory"):
+        assert luthier("check", *[w for w in argv[1:] if w not in ("--output-dir", paths["--output-dir"])]).code == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_not_utf_8_can_be_shown(home: Path) -> None:
+    with pytest.raises(UserError) as e:
+        library.chat(os.fsdecode(b"caf\xe9"))
+    assert e.value.message == r"caf\udce9: is not valid UTF-8, so it cannot be recorded in a file"
+    assert e.value.fix == "rename it"

@@ -45,11 +45,23 @@ def user_error_of(path: Path, error: OSError) -> UserError:
 
 
 def user_path(path: Path | str) -> Path:
-    """Return a path that a user typed, with ``~`` expanded. Raises UserError if that home directory is unknown."""
+    """Return a path that a user typed, with ``~`` expanded.
+
+    Raises UserError if that home directory is unknown, or for a path that is not valid UTF-8.
+    """
     try:
-        return Path(path).expanduser()
+        return require_utf8(Path(path).expanduser())
     except RuntimeError:
         raise UserError(f"{path}: the home directory is unknown", "write the whole path") from None
+
+
+def require_utf8(path: Path) -> Path:
+    """Return a path that can be written to a file. Raises UserError if its bytes are not valid UTF-8."""
+    text = str(path)
+    readable = text.encode("utf-8", "backslashreplace").decode()
+    if readable != text:
+        raise UserError(f"{readable}: is not valid UTF-8, so it cannot be recorded in a file", "rename it")
+    return path
 
 
 def ensure_dir(path: Path) -> Path:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Protocol
 
+from luthier._util.files import require_utf8
 from luthier._util.installation import install_command
 from luthier.data.text import check_file, encoding_of, lines, open_text, read_head
 from luthier.errors import DataError, MissingPackageError
@@ -38,13 +39,13 @@ class BadRow:
 def expand(pattern: Path) -> list[Path]:
     """Return the sorted files that match a pattern with ``*``, ``?`` or ``[``; return any other path itself.
 
-    Raises DataError if no file matches.
+    Raises DataError if no file matches, UserError if a name is not valid UTF-8.
     """
     text = str(pattern)
     if pattern.exists() or not any(c in text for c in "*?["):
         return [pattern]
     anchor = Path(pattern.anchor) if pattern.is_absolute() else Path()
-    matches = sorted(p for p in anchor.glob(str(pattern.relative_to(pattern.anchor))) if p.is_file())
+    matches = sorted(require_utf8(p) for p in anchor.glob(str(pattern.relative_to(pattern.anchor))) if p.is_file())
     if not matches:
         raise DataError(f"{pattern}: no file matches", "correct the pattern")
     return matches

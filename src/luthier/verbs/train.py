@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from luthier._util.files import require_utf8
 from luthier.adapters import directory as adapters
 from luthier.adapters.run_dir import RunDir, Summary, differences
 from luthier.batching.plan import Plan
@@ -132,10 +133,10 @@ def train_locked(
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """Make every path absolute, so that the run can be read from any directory."""
+    """Make every path absolute, so that the run can be read from any directory. Raises UserError."""
 
     def full_path(path: Path) -> Path:
-        return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
+        return require_utf8(Path(os.path.abspath(path)))  # noqa: PTH100 - resolve() would follow links
 
     data = {"train": tuple(map(full_path, config.data.train)), "eval": tuple(map(full_path, config.data.eval))}
     return config.model_copy(
