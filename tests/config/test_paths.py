@@ -102,7 +102,9 @@ def test_pull_expands_its_directory(luthier: Run, home: Path, monkeypatch: pytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-@pytest.mark.parametrize("place", ["--model", "--data", "--output-dir", "a pattern", "run.yaml", "the current directory"])
+@pytest.mark.parametrize(
+    "place", ["--model", "--data", "--output-dir", "a pattern", "run.yaml", "the current directory"]
+)
 def test_a_path_that_is_not_utf_8_is_refused_before_anything_starts(
     place: str, luthier: Run, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from luthier import personas
 from luthier.config import TrainConfig
 from luthier.errors import AdapterError, ConfigError, ModelError
 from luthier.evaluation import scoring
+from luthier.models.native_model import in_fp32
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.training import loop
 from luthier.training.forward import verify_segments
@@ -161,6 +162,30 @@ def test_the_held_out_losses_of_training_are_those_of_fp32(
     assert losses[0].tuned.loss == pytest.approx(tuned.loss, abs=tolerance)
     assert losses[0].base.loss == pytest.approx(base.loss, abs=tolerance)
     assert abs(tuned.loss - base.loss) > 0.05 and losses[0].tuned.rows == losses[0].base.rows == 40
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma2": {},
+    "starcoder2": {},  # norms with biases, in torch's own layer
+    "gpt_neox": {"rotary_pct": 0.5},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("arch", OTHERS)
+def test_models_without_compiled_layers_are_scored_in_fp32(arch: str, tokenizer: Tokenizer) -> None:
+    """Every parameter is widened, also those of norms and experts."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 640, "pad_token_id": 0}  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **{**sizes, **OTHERS[arch]})).bfloat16()
+    rows = examples(tokenizer, 10)
+    expected = held_out_in_fp32(model, rows).loss
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with in_fp32(model):
+        assert scoring.held_out_loss(model, rows).loss == pytest.approx(expected, abs=1e-5)
+    assert all(torch.equal(p, before[name]) and p.dtype is torch.bfloat16 for name, p in model.named_parameters())
+    assert scoring.held_out_loss(model, rows).loss != pytest.approx(expected, abs=1e-5)
 
 
 def held_out_in_fp32(model: Any, rows: Sequence[Example]) -> scoring.HeldOut:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import yaml
 
@@ -16,7 +17,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.duplicates: list[str] = []
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         """Compare the keys as they are written: those of a merged mapping (``<<``), added later, may be replaced."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}

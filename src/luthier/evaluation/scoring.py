@@ -22,8 +22,9 @@ from luthier.evaluation.text_metrics import TextMetrics, measure
 from luthier.inference.generation import Generator, Reply, Sampling
 from luthier.lora.layers import LoraLinear, disable_adapter, frozen_dtype
 from luthier.models.directory import rotary_limit
+from luthier.models.native_model import in_fp32
 from luthier.models.protocols import CausalLM
-from luthier.training.forward import LossFunction, LossOf, in_fp32, loss_sum, segment_attention
+from luthier.training.forward import LossFunction, LossOf, loss_sum, segment_attention
 from luthier.types import Batch, Conversation, Example, Log, Message
 
 REPLIES, NEW_TOKENS = 24, 200  # held-out prompts that are answered, and the maximum length of a reply

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from luthier.errors import ModelError, listed
 from luthier.models.checkpoint_reader import Shape, Shards
 from luthier.models.directory import family_of
 from luthier.models.families import Rule
-from luthier.models.protocols import CausalLM
+from luthier.models.protocols import CausalLM, ModuleTree
+from luthier.models.quantization import QuantLinear, is_linear
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -277,3 +279,49 @@ class _Widened(torch.autograd.Function):
         blocks = zip(torch.split(grad, _ROWS, dim=-1), torch.split(ctx.weight().detach(), _ROWS), strict=True)
         grad_input: Tensor = sum(g @ w.to(g.dtype) for g, w in blocks)  # type: ignore[assignment]
         return grad_input, None
+
+
+@contextmanager
+def in_fp32(model: CausalLM) -> Iterator[None]:
+    """Let the model compute in fp32 within the block, from its weights as they are; they are widened one at a time."""
+    with ExitStack() as stack:
+        stack.enter_context(linears_in_fp32(model))
+        for _, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_hook(lambda _module, _input, out: out.float()).remove)
+            elif not is_linear(module) and any(p.is_floating_point() for p in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_pre_hook(_widen).remove)
+                stack.callback(module.register_forward_hook(_narrow, always_call=True).remove)
+        yield
+
+
+def _widen(module: Any, _: object) -> None:
+    """Convert the module's own parameters, such as those of a norm or of experts, to fp32 for one call."""
+    module._narrow = [(p, p.data) for p in module.parameters(recurse=False)]
+    for p, values in module._narrow:
+        p.data = values.float() if p.is_floating_point() else values
+
+
+def _narrow(module: Any, _input: object, _output: object) -> None:
+    for p, values in module._narrow:
+        p.data = values
+    del module._narrow
+
+
+@contextmanager
+def linears_in_fp32(module: ModuleTree) -> Iterator[None]:
+    """Let the module's frozen linear layers compute in fp32 within the block; weights are converted piecewise."""
+    linears = [m for _, m in module.named_modules() if is_linear(m)]
+    for linear in linears:
+        vars(linear)["forward"] = partial(_linear, linear)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del vars(linear)["forward"]
+
+
+def _linear(linear: nn.Linear | QuantLinear, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+    """Compute a frozen linear layer in the dtype of ``x``."""
+    out = widened(x, linear.dequantised if isinstance(linear, QuantLinear) else lambda: linear.weight)
+    return out if linear.bias is None else out + linear.bias.to(x.dtype)

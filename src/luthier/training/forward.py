@@ -9,8 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,9 +23,8 @@ from luthier.devices.device import returning_freed_memory
 from luthier.errors import ModelError
 from luthier.kernels import attention as _attention  # noqa: F401 - registers the attention functions
 from luthier.models.directory import context_length, rotary_limit
-from luthier.models.native_model import first_layers, widened
+from luthier.models.native_model import first_layers, linears_in_fp32
 from luthier.models.protocols import CausalLM
-from luthier.models.quantization import QuantLinear
 from luthier.types import Example, Log
 
 if TYPE_CHECKING:
@@ -318,7 +316,7 @@ def _errors(
 ) -> list[_Error]:
     """Compare the tensors of ``ours`` (None: not computed) and of ``own`` with ``own`` in fp32."""
     rounded = own(x, grad)
-    with _linears_in_fp32(module):
+    with linears_in_fp32(module):
         expected = own(x.float(), grad.float())
     return [
         _Error(name, _relative_error(name, result, right), _relative_error(name, usual, right))
@@ -371,34 +369,3 @@ def _random_adapters(compiled: CompiledModel, generator: torch.Generator) -> Ite
     finally:
         for b, value in zip(matrices, before, strict=True):
             b.data.copy_(value)
-
-
-@contextmanager
-def in_fp32(model: CausalLM) -> Iterator[None]:
-    """Let the model compute in fp32 within the block, from its frozen weights as they are."""
-    embedding = model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda _module, _input, out: out.float())
-    try:
-        with _linears_in_fp32(cast(nn.Module, model)):
-            yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _linears_in_fp32(module: nn.Module) -> Iterator[None]:
-    """Let the module's frozen linear layers compute in fp32 within the block; weights are converted piecewise."""
-    linears = [m for m in module.modules() if isinstance(m, nn.Linear | QuantLinear)]
-    for linear in linears:
-        vars(linear)["forward"] = partial(_linear, linear)
-    try:
-        yield
-    finally:
-        for linear in linears:
-            del vars(linear)["forward"]
-
-
-def _linear(linear: nn.Linear | QuantLinear, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-    """Compute a frozen linear layer in the dtype of ``x``."""
-    out = widened(x, linear.dequantised if isinstance(linear, QuantLinear) else lambda: linear.weight)
-    return out if linear.bias is None else out + linear.bias.to(x.dtype)
