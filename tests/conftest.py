@@ -25,9 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from luthier import config as configs
 from luthier import hub, personas
 from luthier.config import RunConfig
-from luthier.data.formats import RowProblem
 from luthier.data.loader import DataReport
 from luthier.data.source import BadRow
+from luthier.data.turns import RowProblem
 from luthier.encoding import row_cache
 from luthier.errors import UserError
 from luthier.hub.directory import inspect_dir

@@ -111,7 +111,7 @@ CASES: dict[str, tuple[str, bytes | str, Outcome]] = {
     # conversations
     "two user turns": ("a.jsonl", chat(("user", "a"), ("user", "b"), ("assistant", "c")) + NL + A, (2, 1, 1, 0)),
     "no reply": ("a.jsonl", chat(("user", "a")) + NL + A, (2, 1, 1, 0)),
-    "wrong role": ("a.jsonl", chat(("human", "a"), ("assistant", "b")) + NL + A, (2, 1, 1, 0)),
+    "wrong role": ("a.jsonl", chat(("narrator", "a"), ("assistant", "b")) + NL + A, (2, 1, 1, 0)),
     "role null": ("a.jsonl", chat((None, "a"), ("assistant", "b")) + NL + A, (2, 1, 1, 0)),  # type: ignore[arg-type]
     "tool turn": ("a.jsonl", chat(("user", "a"), ("tool", "x"), ("assistant", "b")) + NL + A, (2, 1, 1, 0)),
     "no messages": ("a.jsonl", '{"messages": []}' + NL + A, (2, 1, 1, 0)),
@@ -119,7 +119,7 @@ CASES: dict[str, tuple[str, bytes | str, Outcome]] = {
     "a turn after the last reply": ("a.jsonl", chat(("user", "a"), ("assistant", "b"), ("user", "c")), (1, 1, 0, 1)),
     "text parts": ("a.jsonl", chat(("user", [{"type": "text", "text": "a"}]), ("assistant", "b")), (1, 1, 0, 0)),
     "sharegpt": ("a.json", f"[{chat(('human', 'a'), ('gpt', 'b'), key='conversations', names=('from', 'value'))}]", (1, 1, 0, 0)),
-    "sharegpt, unknown speaker": ("a.jsonl", chat(("human", "a"), ("bot", "b"), key="conversations", names=("from", "value")) + NL + A, (2, 1, 1, 0)),
+    "sharegpt, unknown speaker": ("a.jsonl", chat(("human", "a"), ("narrator", "b"), key="conversations", names=("from", "value")) + NL + A, (2, 1, 1, 0)),
     "prompt and completion": ("a.jsonl", '{"prompt": "a", "completion": "b"}', (1, 1, 0, 0)),
     "mixed formats": ("a.jsonl", A + NL + chat(("user", "a"), ("assistant", "b")) + NL + '{"prompt": "a", "completion": "b"}', (3, 3, 0, 0)),
     # tables

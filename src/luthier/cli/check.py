@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from luthier.data.loader import DataReport
     from luthier.models.chat_format import ChatFormat
     from luthier.types import Example
     from luthier.verbs.check import Inspection
@@ -96,12 +97,10 @@ def _print(inspection: Inspection, show: int) -> None:
         console.print(f"LoRA on  {', '.join(inspection.targets.leaves)}", markup=False)
     for note in inspection.model_notes():
         console.print(f"  note: {note}", markup=False)
-    for problem in report.problems[:20]:
-        console.print(f"  {problem.source}: {problem.outcome}: {problem.reason}", markup=False)
-    if len(report.problems) > 20:
-        console.print(f"  ... and {len(report.problems) - 20} more (--json lists them all)")
-    for note, count in report.notes.items():
-        console.print(f"  note: {note} ({count} rows)", markup=False)
+    _print_rows(report, console)
+    if eval_report := inspection.rows.report.eval_report:
+        console.print(f"data.eval: {eval_report.counts()}")
+        _print_rows(eval_report, console)
     if chat_format and show:
         _show(inspection.rows.report.first, chat_format, console)
     if not inspection.error:
@@ -109,6 +108,19 @@ def _print(inspection: Inspection, show: int) -> None:
             "ready    every prompt is a prefix of its row, every reply ends with a stop token "
             f"({inspection.seconds:.1f} s)"
         )
+
+
+def _print_rows(report: DataReport, console: Console) -> None:
+    """Print the reasons, each with the number of its rows, and then row by row if some have several rows."""
+    lines = report.lines(limit=40)
+    for line in lines:
+        console.print(f"  {line}", markup=False)
+    if len(report.problems) <= len(lines) - len(report.notes):
+        return
+    for problem in report.problems[:20]:
+        console.print(f"  {problem.source}: {problem.outcome}: {problem.reason}", markup=False)
+    if len(report.problems) > 20:
+        console.print(f"  ... and {len(report.problems) - 20} more (--json lists them all)")
 
 
 def _show(examples: Sequence[Example], chat_format: ChatFormat, console: Console) -> None:

@@ -50,7 +50,7 @@ def run(
     with importing():
         from luthier.verbs.eval import eval as evaluate
 
-    result = evaluate(path, data or (), dtype, model, adapter, checkpoint, samples, max_new_tokens)
+    result = evaluate(path, data or (), dtype, model, adapter, checkpoint, samples, max_new_tokens, print_stderr)
     if as_json:
         print(json.dumps(result.as_dict()))
     else:

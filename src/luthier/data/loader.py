@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from luthier.data.formats import FORMATS, ParsedRow, RowProblem, mapping, recognise
+from luthier.data.formats import FORMATS, recognise
 from luthier.data.source import BadRow, expand, read_rows
+from luthier.data.turns import ParsedRow, RowProblem, check_trained, mapping
 from luthier.errors import DataError
 from luthier.types import Conversation, Message, RowRef
 
 Outcome = Literal["dropped", "changed", "refused"]
+_DETAIL = re.compile(r"\(.*\)|\d+")  # of a reason that differs from row to row
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,35 @@ class DataReport:
         """Return the counts as they appear in ``--json`` output and reports."""
         return {"read": self.read, "kept": self.kept, "dropped": self.dropped, "changed": self.changed}
 
+    def counts(self) -> str:
+        """Return the counts as text."""
+        return f"{self.read} rows read, {self.kept} kept, {self.dropped} dropped, {self.changed} changed"
+
+    def lines(self, limit: int = 8) -> list[str]:
+        """Describe what became of the rows: problems counted by reason, dropped rows first, then the notes.
+
+        Reasons are the same if they differ only in numbers and in parentheses; the first one is printed.
+        limit: number of lines; one more line counts the others.
+        """
+        groups: dict[tuple[bool, str], list[Problem]] = {}
+        for problem in self.problems:
+            if problem.outcome == "changed" and problem.source in self._dropped:
+                continue
+            group = groups.setdefault((problem.outcome == "changed", _DETAIL.sub("", problem.reason)), [])
+            if not group or group[-1].source != problem.source:
+                group.append(problem)
+        lines = []
+        for (changed, _), group in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1]))):
+            first = group[0]
+            count = f"{len(group)} rows, first {first.source}" if len(group) > 1 else str(first.source)
+            fix = f" (fix: {first.fix})" if first.fix and not changed else ""
+            lines.append(f"{first.outcome} {count}: {first.reason}{fix}")
+        for note, rows in self.notes.most_common():
+            lines.append(f"note: {note} ({rows} row{'s' * (rows != 1)})")
+        if len(lines) > limit:
+            lines[limit:] = [f"... and {len(lines) - limit} more: luthier check --json lists every row"]
+        return lines
+
     def as_dict(self) -> dict[str, object]:
         return {
             "rows": self.rows(),
@@ -89,6 +121,7 @@ class Loader:
     system: system prompt for rows that have none.
     rename: ``{"old": "new"}`` for keys of rows.
     dedupe: drop rows that are identical to an earlier one.
+    last_reply_only: whether only the last reply of a row is trained; then rows may mark the others as not trained.
 
     After the last row ``report`` and ``fingerprint`` are complete, and ``unused`` holds the keys of ``rename`` that no
     row had.
@@ -101,6 +134,7 @@ class Loader:
         system: str = "",
         rename: Mapping[str, str] | None = None,
         dedupe: bool = False,
+        last_reply_only: bool = False,
     ) -> None:
         self.paths = paths
         self.report = DataReport()
@@ -109,6 +143,7 @@ class Loader:
         self._rename = dict(rename or {})
         self.unused = set(self._rename)
         self._first: dict[bytes, RowRef] | None = {} if dedupe else None
+        self._last_reply_only = last_reply_only
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Conversation]:
@@ -149,6 +184,7 @@ class Loader:
             got = ", ".join(map(repr, list(fields)[:6])) or "none"
             raise RowProblem(f"has none of the keys instruction, output, messages or conversations (its keys: {got})")
         row = FORMATS[name].parse(fields)
+        check_trained(row, self._last_reply_only)
         formats[name] += 1
         conversation = self._conversation(row, source)
         if self._first is not None:

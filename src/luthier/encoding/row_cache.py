@@ -33,7 +33,7 @@ from luthier.errors import UserError
 from luthier.templates import digest
 from luthier.types import Conversation, Log, Message, Role, RowRef
 
-FORMAT = 1  # increase it if the same rows are encoded or stored differently
+FORMAT = 2  # increase it if the same rows are encoded or stored differently
 _REPORT, _DIGESTS = "account.json", "sha256.json"
 _MAX_BYTES = 2 << 30  # of all entries together; the least recently used ones are deleted
 

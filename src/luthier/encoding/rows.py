@@ -54,7 +54,7 @@ class EncodedRows:
 
 def count_rows(config: DataConfig) -> EncodedRows:
     """Read every row without encoding it, for a complete report if the model cannot be used."""
-    loader = _loader(config)
+    loader = _loader(config.train, config, config.dedupe)
     error = None
     try:
         for _ in loader:
@@ -78,7 +78,7 @@ def read_into(
     show: number of rows to store in ``first``. A user's mistake is returned in ``error``.
     Raises CacheWriteError if a sink on disk cannot be written.
     """
-    loader = _loader(config)
+    loader = _loader(config.train, config, config.dedupe)
     conversations: list[Conversation] = []
     samples: list[Conversation] = []
     first: list[Example] = []
@@ -116,7 +116,7 @@ def read_into(
 
 def read_held_out(paths: Sequence[Path], config: DataConfig, encoder: Encoder, held_out: Sink) -> RowsReport:
     """Read rows that are only evaluated, encoded like the run's own. A user's mistake is returned in ``error``."""
-    loader = Loader(paths, config.format, config.system, config.rename)
+    loader = _loader(paths, config)
     conversations: list[Conversation] = []
     error = None
     try:
@@ -146,8 +146,9 @@ def prompt_key(conversation: Conversation, seed: int = 0) -> bytes:
     return key.digest()
 
 
-def _loader(config: DataConfig) -> Loader:
-    return Loader(config.train, config.format, config.system, config.rename, config.dedupe)
+def _loader(paths: Sequence[Path], config: DataConfig, dedupe: bool = False) -> Loader:
+    last_reply_only = config.train_on == "last_reply"
+    return Loader(paths, config.format, config.system, config.rename, dedupe, last_reply_only)
 
 
 def _check_split(config: DataConfig, loader: Loader, train: Sink, held_out: Sink) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from luthier._util import files
 from luthier.config import RunConfig
-from luthier.data.formats import RowProblem, parse_messages
+from luthier.data.formats import parse_messages
+from luthier.data.turns import RowProblem
 from luthier.errors import ConfigError, DataError
 from luthier.inference.generation import Generator, Reply, Sampling
 from luthier.lora.layers import LoraLinear, disable_adapter

@@ -23,6 +23,7 @@ from luthier.evaluation.scoring import (
     write_rows,
 )
 from luthier.lora.layers import disable_adapter
+from luthier.types import Log
 from luthier.verbs.chat import chat
 
 
@@ -35,6 +36,7 @@ def eval(  # noqa: A001 - the verb's name
     checkpoint: int | None = None,
     samples: int = REPLIES,
     max_new_tokens: int = NEW_TOKENS,
+    log: Log = lambda _: None,
 ) -> Comparison:
     """Score base and tuned model on held-out rows, those of the run if ``data`` is empty. Raises UserError.
 
@@ -48,6 +50,8 @@ def eval(  # noqa: A001 - the verb's name
     report = read_held_out(files, settings, opened.generator.chat_format.encoder(settings), examples)
     if report.error:
         raise report.error
+    for line in report.data_report.lines():
+        log(line)
     file = files[0]
     if len(files) > 1 or not _is_reusable(file, report.data_report, settings):
         file = (run or Path()) / "eval-rows.jsonl"  # one file that any tool can read

@@ -85,6 +85,7 @@ def train_locked(
     settings = _settings_that_fit(prepared, log, force)
     run.start(config, inspection.as_dict())
 
+    _report_rows(prepared, log)
     model = _open_model(prepared, log)
     layers = attach(model, config.lora, targets, config.train.seed)
     _report_parameters(prepared, model, layers, log)
@@ -165,13 +166,20 @@ def _settings_that_fit(run: Prepared, log: Log, force: bool) -> TrainConfig:
     return settings.model_copy(update={"gradient_checkpointing": recompute})
 
 
+def _report_rows(run: Prepared, log: Log) -> None:
+    """Print what became of the rows, in few lines."""
+    report, template = run.rows.report, f"; template {run.chat_format.template.name}"
+    for name, rows in (("data", report.data_report), ("data.eval", report.eval_report)):
+        if rows:
+            log(f"{name}: {rows.counts()}{template}")
+            template = ""
+            for line in rows.lines():
+                log(f"  {line}")
+
+
 def _open_model(run: Prepared, log: Log) -> CausalLM:
     """Load the base model, and verify that the rows of a flat batch do not influence each other."""
-    config, counts = run.config, run.rows.report.data_report.rows()
-    log(
-        f"data: {counts['read']} rows read, {counts['kept']} kept, {counts['dropped']} dropped, "
-        f"{counts['changed']} changed; template {run.chat_format.template.name}"
-    )
+    config = run.config
     device = pick_device()
     dtype = training_dtype(config.model, device)
     attention.check(config.model.attn_implementation, device, dtype)
