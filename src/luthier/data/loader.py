@@ -182,7 +182,10 @@ class Loader:
         name = self._format or recognise(fields)
         if name is None:
             got = ", ".join(map(repr, list(fields)[:6])) or "none"
-            raise RowProblem(f"has none of the keys instruction, output, messages or conversations (its keys: {got})")
+            raise RowProblem(
+                f"has none of the keys instruction, output, messages or conversations (its keys: {got})",
+                fix="name the keys of question and reply: --rename OLD=instruction --rename OLD=output",
+            )
         row = FORMATS[name].parse(fields)
         check_trained(row, self._last_reply_only)
         formats[name] += 1

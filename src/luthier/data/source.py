@@ -25,7 +25,9 @@ _BLOCK = 1 << 20
 _WHOLE = 1 << 28  # bytes; a JSON object that spans several lines is read into memory up to this file size
 _CELL = 1 << 27  # characters; the longest cell of a table
 CONTAINERS = ("data", "rows", "train", "examples", "items", "instances", "records", "dataset")
-ROW_KEYS = {"instruction", "output", "messages", "conversations", "prompt", "completion"}
+ROW_KEYS = {"instruction", "output", "messages", "conversations", "prompt", "completion", "chosen", "rejected"}
+_COLUMNS = ROW_KEYS | {"question", "answer", "query", "response"}
+_SEPARATOR = re.compile('\ufeff?"?sep=(.)"?[\r\n]*', re.IGNORECASE)  # the first line of Excel's CSV
 Rows = Iterator[tuple[RowRef, object]]
 
 
@@ -79,8 +81,11 @@ def read_rows(path: Path) -> Rows:
 def _has_header(path: Path, encoding: str) -> bool:
     """Whether the first line is the header of a table; for tables without a table's file name."""
     with open_text(path, encoding) as f:
-        cells = re.split("[\t,;]", f.readline(_BLOCK))
-    return len(cells) > 1 and not ROW_KEYS.isdisjoint(c.strip('\ufeff" \r\n') for c in cells)
+        line = f.readline(_BLOCK)
+        if _SEPARATOR.fullmatch(line):
+            return True
+        cells = re.split("[\t,;]", line)
+    return len(cells) > 1 and not _COLUMNS.isdisjoint(c.strip('\ufeff" \r\n') for c in cells)
 
 
 def _has_object_lines(path: Path, encoding: str) -> bool:
@@ -103,11 +108,11 @@ def _objects(path: Path, encoding: str) -> Rows:
     """Read JSONL, or a single object on one or several lines that is a row or contains the list of rows."""
     source = (pair for pair in lines(path, encoding) if pair[1].strip())
     number, first = next(source)
-    value = _parse(first)
+    value = parse_json(first)
     second = next(source, None)
     if isinstance(value, BadRow) and second is not None and path.stat().st_size <= _WHOLE:
         with open_text(path, encoding) as f:
-            document = _parse(f.read())
+            document = parse_json(f.read())
         if not isinstance(document, BadRow):
             yield from _contained(path, document)
             return
@@ -117,7 +122,7 @@ def _objects(path: Path, encoding: str) -> Rows:
     name = str(path)
     yield RowRef(name, number), value
     while second is not None:
-        yield RowRef(name, second[0]), _parse(second[1])
+        yield RowRef(name, second[0]), parse_json(second[1])
         second = next(source, None)
 
 
@@ -136,7 +141,7 @@ def _contained(path: Path, value: object, number: int = 1) -> Rows:
     yield RowRef(str(path), number), value
 
 
-def _parse(line: str) -> object:
+def parse_json(line: str) -> object:
     """Decode a line; invalid JSON and duplicate keys give a BadRow."""
     try:
         return _DECODER.decode(line.strip("\ufeff \t\0"))
@@ -265,14 +270,17 @@ class _ArrayReader:
 
 
 def _csv(path: Path, encoding: str) -> Rows:
-    """Read a header line, then records. Cells that contain JSON lists (history, messages) are decoded."""
+    """Read a header line, then records. A line such as ``sep=;`` before the header names the delimiter."""
     csv.field_size_limit(_CELL)
     with open_text(path, encoding) as f:
-        header_line = f.readline()
+        first_line = f.readline()
         f.seek(0)
-        delimiter = max("\t,;", key=header_line.count)
+        separator = _SEPARATOR.fullmatch(first_line)
+        delimiter = separator[1] if separator else max("\t,;", key=first_line.count)
         reader = csv.reader(f, delimiter=delimiter, strict=True)
         try:
+            if separator:
+                next(reader)
             header = [name.strip().removeprefix("\ufeff") for name in next(reader)]
         except (StopIteration, csv.Error):
             raise DataError(f"{path}: has no header line", "write the column names in the first line") from None
@@ -281,7 +289,7 @@ def _csv(path: Path, encoding: str) -> Rows:
         for number, cells in enumerate(_records(path, reader), 1):
             value: object = cells
             if not isinstance(cells, BadRow):
-                value = {name: _cell(name, cell) for name, cell in zip(header, cells, strict=False)}
+                value = dict(zip(header, cells, strict=False))
                 if len(cells) != len(header):
                     value = BadRow(f"has {len(cells)} cells, the header has {len(header)}")
             yield RowRef(str(path), number), value
@@ -316,14 +324,6 @@ def _records(path: Path, reader: _CsvReader) -> Iterator[list[str] | BadRow]:
             continue
         if len(cells) > 1 or "".join(cells).strip():
             yield cells
-
-
-def _cell(name: str, text: str) -> object:
-    if name in ("history", "messages", "conversations") and text.startswith("[") and text.endswith("]"):
-        value = _parse(text)
-        if isinstance(value, list):
-            return value
-    return text
 
 
 def _parquet(path: Path) -> Rows:

@@ -85,11 +85,16 @@ def open_text(path: Path, encoding: str) -> IO[str]:
 
 
 def lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
-    """Yield line numbers, counted from 1, and lines without their ends. Only ``\\n`` and ``\\r\\n`` end a line."""
+    """Yield line numbers, counted from 1, and lines without their ends.
+
+    Only ``\\n`` and ``\\r\\n`` end a line; in a file that begins with a line that only ``\\r`` ends, ``\\r`` does too.
+    """
     with open_text(path, encoding) as f:
-        rest, number = "", 0
+        rest, number, end = "", 0, "\n"
         while block := f.read(_BLOCK):
-            parts = (rest + block).split("\n")
+            if not number and "\n" not in block and "\r" in block.strip():
+                end = "\r"
+            parts = (rest + block).split(end)
             rest = parts.pop()
             for part in parts:
                 number += 1

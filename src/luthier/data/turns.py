@@ -6,10 +6,12 @@ reason that names the key. Any other unknown key is only noted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from luthier.data.source import parse_json
 from luthier.errors import nearest
 from luthier.types import Message, Role
 
@@ -64,7 +66,10 @@ _UNSUPPORTED = {  # key: (why a value that is not empty drops the row, what to d
     **dict.fromkeys(("reasoning_content", "thinking"), _REASONING),
     **dict.fromkeys(("tools", "tool_calls", "functions", "function_call"), _TOOLS),
     **dict.fromkeys(_MEDIA, ("only text is trained", "leave such rows out")),
-    "rejected_response": ("rejected replies are not trained", "leave such rows out"),
+    **dict.fromkeys(
+        ("rejected_response", "rejected_messages"),
+        ("preferences are not trained", "leave the key out to train the reply"),
+    ),
     "chat_template_kwargs": ("all rows get the same template settings", "leave such rows out"),
 }
 _DECIDING = frozenset({*_MARKS, *_UNSUPPORTED})
@@ -77,7 +82,9 @@ def open_row(value: Mapping[str, object], expected: Keys) -> ParsedRow:
     check_keys(value, expected, row)
     _check_deciding(value, row)
     for key in SYSTEM_KEYS:
-        system = content_text(value.get(key), key, row)
+        if key not in value:
+            continue
+        system = content_text(value[key], key, row)
         if system and row.system_key and system.strip() != row.messages[0].content.strip():
             raise RowProblem(
                 f"{row.system_key} and {key} are different system prompts",
@@ -97,7 +104,8 @@ def check_keys(value: Mapping[str, object], expected: Keys, row: ParsedRow) -> N
     outcome = _compare_keys(tuple(value), expected.known, expected.required)
     if isinstance(outcome, RowProblem):
         raise RowProblem(outcome.reason, outcome.refused, outcome.fix)
-    row.notes += [note for key, note in outcome if value[key] is not None]
+    if outcome:
+        row.notes += [note for key, note in outcome if value[key] is not None]
 
 
 @lru_cache(1024)
@@ -134,6 +142,8 @@ def _check_deciding(value: Mapping[str, object], row: ParsedRow, place: str = ""
 
     place: prefix of the keys of a message, e.g. "messages[2]." role: its role, None for a row. Raises RowProblem.
     """
+    if _DECIDING.isdisjoint(value):
+        return
     for key in value:
         if key not in _DECIDING:
             continue
@@ -151,16 +161,17 @@ def _is_empty(value: object) -> bool:
         return value.strip().lower() in _EMPTY_TEXTS
     if isinstance(value, list):
         return all(map(_is_empty, value))
-    return not value
+    if isinstance(value, Mapping):
+        return all(content is None for content in value.values())
+    return value is None or value is False
 
 
 def _check_mark(name: str, value: object, row: ParsedRow, role: Role | None, unused: str) -> None:
     """Check a key that says whether a row or message is trained, or with which weight. Raises RowProblem."""
-    word = value.strip().lower() if isinstance(value, str) else value
-    if word is None or word == "":
-        return
-    weight = _weight(word)
-    if weight is None and isinstance(word, str) and name.endswith("label"):
+    weight = _weight(value)
+    if value is None or (isinstance(value, str) and not value.strip()) or (weight is not None and math.isnan(weight)):
+        return  # a cell of a table without a value may be NaN
+    if weight is None and isinstance(value, str) and name.endswith("label"):
         row.notes.append("key 'label' is not used")  # the name of a class
         return
     shown = repr(value) if isinstance(value, str) else str(value).lower()
@@ -179,16 +190,20 @@ def _check_mark(name: str, value: object, row: ParsedRow, role: Role | None, unu
         row.untrained[len(row.messages)] = f"{name} is {shown}"
 
 
-def _weight(word: object) -> float | None:
+def _weight(value: object) -> float | None:
     """Return the value of a mark as a number, None if it is something else."""
+    if isinstance(value, str):
+        value = _MARK_VALUES.get(value.strip().lower(), value)
     try:
-        return _MARK_VALUES[word] if word in _MARK_VALUES else float(word)
-    except (TypeError, ValueError):
+        return float(value) if isinstance(value, str | int | float) else None
+    except (ValueError, OverflowError):
         return None
 
 
 def check_trained(row: ParsedRow, last_reply_only: bool) -> None:
     """Raise RowProblem if a reply would be trained that the row marks as not to be trained."""
+    if not row.untrained:
+        return
     replies = [i for i, m in enumerate(row.messages) if m.role == "assistant"]
     contradicted = [i for i in row.untrained if i == replies[-1] or not last_reply_only]
     if contradicted:
@@ -206,8 +221,21 @@ def check_trained(row: ParsedRow, last_reply_only: bool) -> None:
 
 def mapping(value: object) -> Mapping[str, object]:
     """Return a value that must be an object with keys. Raises RowProblem."""
-    if not isinstance(value, Mapping):
-        raise RowProblem(f"must be an object with keys, got {type(value).__name__}")
+    if isinstance(value, Mapping):
+        return value
+    reason = f"must be an object with keys, got {type(value).__name__}"
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        if {"role", "from"} & value[0].keys():
+            raise RowProblem(f"{reason} of messages", fix='write it as {"messages": [...]}')
+        raise RowProblem(f"{reason} of rows", fix="write one list of rows, without lists inside it")
+    raise RowProblem(reason)
+
+
+def decoded(value: object) -> object:
+    """Return the list that a text contains as JSON, as in a cell of a table; return any other value unchanged."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        content = parse_json(value)
+        return content if isinstance(content, list) else value
     return value
 
 
@@ -273,6 +301,7 @@ _ROLES: dict[str, Role] = {
     "bot": "assistant",
     "ai": "assistant",
 }
+_ROLE_CONTENT, _FROM_VALUE = (Keys(names, names) for names in (("role", "content"), ("from", "value")))
 
 
 def as_role(name: object) -> Role:
@@ -291,22 +320,23 @@ def add_turns(turns: object, name: str, row: ParsedRow) -> None:
 
     A message has the keys role and content, or from and value.
     """
+    turns = decoded(turns)
     if not isinstance(turns, list) or not turns:
-        raise RowProblem(f"{name} must be a list with at least one message")
+        raise RowProblem(f"{name} must be a list with at least one message, also as JSON text")
     for i, turn in enumerate(turns, 1):
         _add_turn(mapping(turn), f"{name}[{i}]", row)
 
 
 def _add_turn(message: Mapping[str, object], place: str, row: ParsedRow) -> None:
     named = message.get("from") is not None or message.get("value") is not None
-    names = ("from", "value") if named else ("role", "content")
+    speaker, words = (_FROM_VALUE if named else _ROLE_CONTENT).known
     role: Role | None = None
-    if names[0] in message:  # a message with tool calls may have no text
-        role = as_role(message[names[0]])
+    if speaker in message:  # a message with tool calls may have no text
+        role = as_role(message[speaker])
         _check_deciding(message, row, f"{place}.", role)
-    check_keys(message, Keys(names, names), row)
+    check_keys(message, _FROM_VALUE if named else _ROLE_CONTENT, row)
     assert role
-    content = content_text(message[names[1]], f"{place}.{names[1]}", row, role)
+    content = content_text(message[words], f"{place}.{words}", row, role)
     if role == "system" and not content:
         return  # an empty system prompt counts as none
     if role == "system" and row.system_key and len(row.messages) == 1:

@@ -76,5 +76,5 @@ def _held_out_files(run: Path | None) -> list[Path]:
 def _is_reusable(file: Path, report: DataReport, settings: DataConfig) -> bool:
     """Whether the file holds exactly the scored rows, as UTF-8 JSON in a format that any tool can read."""
     plain = file.suffix.lower() in (".json", ".jsonl") and file.is_file() and encoding_of(file) == "utf-8"
-    whole = not report.dropped and not settings.rename
+    whole = not report.dropped and not settings.rename and not report.notes  # other names of keys are noted
     return plain and whole and set(report.formats.values()) <= {"alpaca", "messages"}
