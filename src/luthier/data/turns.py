@@ -147,13 +147,14 @@ def _check_deciding(value: Mapping[str, object], row: ParsedRow, place: str = ""
     for key in value:
         if key not in _DECIDING:
             continue
+        name = place + key
         unused = "" if place else f", or --rename {key}=unused_{key} if the key means something else"
         row.multimodal |= key in _MEDIA
         if key in _MARKS:
-            _check_mark(place + key, value[key], row, role, unused)
+            _check_mark(name, value[key], row, role, unused)
         elif not _is_empty(value[key]):
             why, fix = _UNSUPPORTED[key]
-            raise RowProblem(f"{place}{key} is not empty, but {why}", fix=fix + unused)
+            raise RowProblem(f"{name} is not empty, but {why}", fix=fix + unused)
 
 
 def _is_empty(value: object) -> bool:
