@@ -208,6 +208,7 @@ def test_eval_names_a_json_file_with_the_scored_rows(teahouse_run: Path, luthier
         "a.jsonl": plain.encode("gb18030"),
         "b.jsonl": (plain + "\n{broken\n").encode(),
         "c.jsonl": json.dumps({"prompt": "你是谁？", "completion": "客官请坐。"}).encode(),
+        "e.jsonl": json.dumps({"question": "你是谁？", "answer": "客官请坐。"}).encode(),
     }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)

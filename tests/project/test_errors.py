@@ -246,7 +246,9 @@ def test_problems_of_rows_are_named(tmp_path: Path) -> None:
     assert "prompt is empty" in bad_rows(path, '{"prompt": "", "completion": "b"}')
     assert "completion is empty" in bad_rows(path, '{"prompt": "a", "completion": " "}')
     assert "conversations must be a list" in bad_rows(path, '{"conversations": {}}')
-    assert "is not system, user or assistant" in bad_rows(path, '{"conversations": [{"from": "narrator", "value": "a"}]}')
+    assert "is not system, user or assistant" in bad_rows(
+        path, '{"conversations": [{"from": "narrator", "value": "a"}]}'
+    )
     assert "has none of the keys instruction, output" in bad_rows(path, '{"foo": 1}')
     assert "already has a key 'output', so no other key can be renamed" in bad_rows(
         path, '{"instruction": "a", "output": "b", "answer": "c"}', rename={"answer": "output"}
