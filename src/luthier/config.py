@@ -15,8 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from luthier._util.files import user_path
-from luthier._util.validation import Mistake, UserPath, mistakes
-from luthier._util.yaml_text import parse_yaml
+from luthier._util.validation import Mistake, UserPath, mistakes, parse_yaml
 from luthier.errors import ConfigError
 from luthier.types import SystemRole, TooLong, TrainOn
 

@@ -1,22 +1,24 @@
-"""Turn pydantic's errors into messages with what to type: one per key, an unknown key with its nearest name.
+"""Read a user's YAML strictly, and turn pydantic's errors into messages with what to type.
 
-Also the type of a setting that is a path.
+There is one message per key; an unknown key is reported with its nearest name.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
+import yaml
 from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from luthier._util.files import user_path
-from luthier.errors import UserError, nearest
+from luthier.errors import ConfigError, UserError, nearest
 
 Mistake = tuple[str, str]  # what is wrong, and what to type
 
@@ -86,3 +88,43 @@ def _example(key: str, got: object, field: FieldInfo) -> str:
     if field.is_required() or value in (None, "", (), {}):
         return ""
     return f", as --set {key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Read ``1e-4`` as a number, which YAML 1.1 does not, and collect keys that occur twice: YAML would lose one."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.duplicates: list[str] = []
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        """Compare the keys as they are written: those of a merged mapping (``<<``), added later, may be replaced."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    self.duplicates.append(f"line {line}: key '{key.value}' occurs twice, first in line {lines[name]}")
+                lines.setdefault(name, line)
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> object:
+    """Read YAML without any of its object tags. Raises ConfigError that begins with ``where``."""
+    try:
+        loader = _Loader(text)
+        value: object = loader.get_single_data()
+    except (yaml.YAMLError, ValueError) as e:
+        raise ConfigError(f"{where}: is not YAML ({' '.join(str(e).split())})", "correct the text") from None
+    if loader.duplicates:
+        raise ConfigError(
+            "\n".join(f"{where}, {duplicate}" for duplicate in loader.duplicates),
+            "delete one of the two, or join them if they are sections",
+        )
+    return value

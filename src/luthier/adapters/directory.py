@@ -29,8 +29,8 @@ from luthier.errors import AdapterError, listed
 from luthier.lora.layers import LoraLinear, Targets, attach
 from luthier.models.directory import Fingerprint
 from luthier.models.families import Modules
+from luthier.models.native_model import is_linear
 from luthier.models.protocols import ModuleTree
-from luthier.models.quantization import is_linear
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped

@@ -25,7 +25,7 @@ from typing import NotRequired, TypedDict
 import yaml
 
 from luthier._util import files
-from luthier._util.yaml_text import parse_yaml
+from luthier._util.validation import parse_yaml
 from luthier.adapters import directory as adapters
 from luthier.config import RunConfig
 from luthier.config import load as load_config

@@ -28,8 +28,7 @@ from luthier.lora.layers import scaling
 from luthier.models.chat_format import ChatFormat
 from luthier.models.checkpoint_reader import read_json
 from luthier.models.families import Rule
-from luthier.models.native_model import empty_model, published_tensors
-from luthier.models.quantization import is_linear
+from luthier.models.native_model import empty_model, is_linear, published_tensors
 from luthier.types import Log
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from luthier.errors import ConfigError
 from luthier.kernels.dropout import DropoutState, dropout
 from luthier.models.directory import check_names, same_role
 from luthier.models.families import Modules
+from luthier.models.native_model import is_linear
 from luthier.models.protocols import ModuleTree
-from luthier.models.quantization import QuantLinear, is_linear
+from luthier.models.quantization import QuantLinear
 
 if TYPE_CHECKING:
     from jaxtyping import Float

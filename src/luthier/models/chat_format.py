@@ -10,8 +10,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from luthier.config import DataConfig, RunConfig
-from luthier.data.control_tokens import OUTSIDE_FIX, ControlTokens, check_text, outside_table
-from luthier.encoding.encoder import Encoder
+from luthier.encoding.encoder import OUTSIDE_FIX, ControlTokens, Encoder, check_text, outside_table
 from luthier.errors import DataError, TemplateError
 from luthier.models.directory import eos_ids, family_of, read_config
 from luthier.models.families import Family, Modules

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from accelerate import init_empty_weights
@@ -20,7 +20,7 @@ from luthier.models.checkpoint_reader import Shape, Shards
 from luthier.models.directory import family_of
 from luthier.models.families import Rule
 from luthier.models.protocols import CausalLM, ModuleTree
-from luthier.models.quantization import QuantLinear, is_linear
+from luthier.models.quantization import QuantLinear
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -279,6 +279,12 @@ class _Widened(torch.autograd.Function):
         blocks = zip(torch.split(grad, _ROWS, dim=-1), torch.split(ctx.weight().detach(), _ROWS), strict=True)
         grad_input: Tensor = sum(g @ w.to(g.dtype) for g, w in blocks)  # type: ignore[assignment]
         return grad_input, None
+
+
+def is_linear(module: object) -> TypeGuard[nn.Linear | QuantLinear]:
+    """Whether a module computes a linear layer and nothing else; a subclass (Llama 4's router) may compute more."""
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain or isinstance(module, QuantLinear)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -173,12 +173,6 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.how.kind}"
-
-
-def is_linear(module: object) -> TypeGuard[nn.Linear | QuantLinear]:
-    """Whether a module computes a linear layer and nothing else; a subclass (Llama 4's router) may compute more."""
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or isinstance(module, QuantLinear)
 
 
 class _Matmul(torch.autograd.Function):

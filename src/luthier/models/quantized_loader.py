@@ -30,9 +30,9 @@ from luthier.devices.device import trim_freed_memory
 from luthier.errors import UserError
 from luthier.models.checkpoint_reader import Place, Shards, write_safetensors
 from luthier.models.directory import family_of, fingerprint
-from luthier.models.native_model import Fit, empty_with_buffers, finish, match, native_tensors, put, widened
+from luthier.models.native_model import Fit, empty_with_buffers, finish, is_linear, match, native_tensors, put, widened
 from luthier.models.protocols import CausalLM
-from luthier.models.quantization import Quantisation, QuantLinear, is_linear, quantise
+from luthier.models.quantization import Quantisation, QuantLinear, quantise
 from luthier.types import Log
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from luthier._util.yaml_text import parse_yaml
+from luthier._util.validation import parse_yaml
 from luthier.config import RunConfig, all_keys, build, describe
 from luthier.errors import ConfigError, nearest
 

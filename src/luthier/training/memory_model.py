@@ -24,9 +24,9 @@ from luthier.devices.device import resident_now
 from luthier.kernels import native
 from luthier.lora.layers import LoraLinear, Targets, attach, trainable_parameters
 from luthier.models.directory import rotary_limit
-from luthier.models.native_model import empty_model
+from luthier.models.native_model import empty_model, is_linear
 from luthier.models.protocols import CausalLM
-from luthier.models.quantization import Quantisation, is_linear
+from luthier.models.quantization import Quantisation
 from luthier.training.forward import checkpointing, loss_sum, segment_attention
 from luthier.types import Example, RowRef
 

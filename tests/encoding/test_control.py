@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import luthier as library
-from luthier.data.control_tokens import ControlTokens
 from luthier.data.loader import DataReport
+from luthier.encoding.encoder import ControlTokens
 from luthier.errors import DataError
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.types import Conversation, Example, Message, RowRef
