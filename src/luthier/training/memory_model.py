@@ -169,7 +169,7 @@ def _on_load(linear: int, ends: int, wide: int, how: Quantisation | None, tied: 
     return max(2 * linear * (2 * wide + 1), ends * (2 + wide if tied else 2))
 
 
-def _heaviest(rows: RowLengths, train: TrainConfig, limit: int | None) -> list[Example]:
+def _heaviest(rows: RowLengths, train: TrainConfig, limit: int | None = None) -> list[Example]:
     """Build the micro-batch with the most computed tokens among those of the run's own plan."""
     lengths = np.asarray(rows.lengths)
     plan, packing = Plan.of(len(lengths), train), Packing.of(train, limit)
