@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from luthier._util.files import user_path
-from luthier._util.validation import Mistake, UserPath, mistakes, parse_yaml
-from luthier.errors import ConfigError
+from luthier._util.validation import Mistake, mistakes, parse_yaml
+from luthier.errors import ConfigError, UserError
 from luthier.types import SystemRole, TooLong, TrainOn
 
 
@@ -27,6 +27,16 @@ def _one_or_many(value: object) -> object:
 def _names(value: object) -> object:
     """Split ``a,b`` into a list: a module's name contains no comma."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+def _user_path(value: object) -> object:
+    try:
+        return user_path(value) if isinstance(value, str | Path) else value
+    except UserError as e:  # reported together with all other mistakes
+        raise ValueError(e.message) from None
+
+
+UserPath = Annotated[Path, BeforeValidator(_user_path)]
 
 
 class Section(BaseModel):

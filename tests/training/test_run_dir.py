@@ -276,3 +276,49 @@ def test_results_without_an_adapter_are_not_overwritten_by_another_run(config: R
     with pytest.raises(ConfigError, match="holds an unfinished run with other settings: train.seed: 42 -> 7"):
         library.train(config.model_copy(update={"train": config.train.model_copy(update={"seed": 7})}))
     assert run.summary_file.read_text() == "{}"
+
+
+def test_a_finished_run_is_trained_further_as_the_message_says(config: RunConfig, luthier: Run, tmp_path: Path) -> None:
+    run, file = config.output_dir, written(config, tmp_path / "config.yaml")
+    assert run and luthier("train", file).code == 0
+    longer = luthier("train", file, "--set", "train.max_steps=6")
+    assert longer.code == 2
+    assert f"{run}: holds a finished run with other settings: train.max_steps: 3 -> 6" in longer.err
+    fix = longer.err.strip().splitlines()[-1]
+    assert fix.startswith("  fix: choose another --output-dir; to train its result further, use the model that")
+    command = fix.partition("luthier ")[2].replace(" merged", f" {tmp_path / 'merged'}")
+    assert luthier(*command.split()).code == 0
+    done = luthier("train", file, "--model", tmp_path / "merged", "--output-dir", tmp_path / "second")
+    assert done.code == 0, done.err
+    assert f"loss {json.loads((tmp_path / 'second' / 'summary.json').read_text())['losses'][0]:.3f}" in done.out
+
+
+def test_a_run_an_adapter_and_a_checkpoint_are_no_models(config: RunConfig, luthier: Run, tmp_path: Path) -> None:
+    run = config.output_dir
+    assert run
+    with pytest.raises(library.Stopped):
+        library.train(config, stop=lambda: True)
+    rows = ["--data", personas.TEAHOUSE]
+    unfinished = [("train", "--model", run, *rows, "--output-dir", tmp_path / "b"), ("merge", run, "--output-dir", "m")]
+    for argv in unfinished:
+        done = luthier(*argv)
+        assert f"error: {run}: the run has no adapter yet" in done.err
+        assert f"  fix: finish it: luthier train {run / 'run.yaml'}" in done.err
+    assert luthier("train", run / "run.yaml").code == 0
+    for path in (run, run / "adapter"):
+        for argv in (["train", "--output-dir", tmp_path / "b"], ["check"], ["estimate"]):
+            done = luthier(*argv, "--model", path, *rows)
+            assert done.code == 2
+            assert f"error: {path}: is a run or an adapter, not a base model" in done.err
+            assert f"luthier merge {path} --output-dir merged" in done.err
+    step = run / "checkpoints" / "step-00000003"
+    for path in (step, step.parent):
+        for command in ("merge", "export", "serve", "chat", "eval"):
+            done = luthier(command, path, *(["--output-dir", tmp_path / "m"] if command in ("merge", "export") else []))
+            assert done.code == 2
+            assert f"error: {path}: is a checkpoint, which only chat and eval can open" in done.err
+            assert "  fix: luthier chat RUN --checkpoint N; for another command, finish the run" in done.err
+    assert luthier("chat", run, "--checkpoint", 3, "--prompt", "a", "--max-new-tokens", 1).code == 0
+    done = luthier("merge", "--model", config.model.path, "--adapter", run, "--output-dir", tmp_path / "m")
+    assert f"{run}: holds no adapter_config.json" in done.err
+    assert f"  fix: use --adapter {run / 'adapter'}" in done.err

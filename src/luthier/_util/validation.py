@@ -8,29 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from luthier._util.files import user_path
-from luthier.errors import ConfigError, UserError, nearest
+from luthier.errors import ConfigError, nearest
 
 Mistake = tuple[str, str]  # what is wrong, and what to type
-
-
-def _checked(path: Path) -> Path:
-    try:
-        return user_path(path)
-    except UserError as e:  # reported together with all other mistakes
-        raise ValueError(e.message) from None
-
-
-UserPath = Annotated[Path, AfterValidator(_checked)]
 
 
 def mistakes(

@@ -12,7 +12,7 @@ from luthier.adapters.run_dir import RunDir
 from luthier.config import ModelConfig, RunConfig
 from luthier.errors import AdapterError, ConfigError, ModelError
 from luthier.models.chat_format import ChatFormat, load_chat_format
-from luthier.models.directory import fingerprint
+from luthier.models.directory import fingerprint, refuse_run
 from luthier.models.tokenizer.tokenizer import read_template
 
 
@@ -75,8 +75,8 @@ def locate(path: Path | str | None, model: Path | str | None = None, adapter: Pa
     run = RunDir(path)
     directory = run.adapter if (run.adapter / adapters.CONFIG).is_file() else path
     if not (directory / adapters.CONFIG).is_file():
-        if run.config_file.is_file():
-            raise ModelError(f"{path}: the run has no adapter yet", "finish it with luthier train")
+        if not (path / "config.json").is_file():
+            refuse_run(path)
         return ModelSource(path)
     if not (directory / adapters.META).is_file():
         raise AdapterError(

@@ -172,10 +172,16 @@ class RunDir:
 
     def _refuse(self, differences: list[str]) -> None:
         if differences:
-            kind = "a finished" if self.finished else "an unfinished"
+            kind, further = "an unfinished", ", or delete that one"
+            if self.finished:
+                kind = "a finished"
+                further = (
+                    "; to train its result further, use the model that this command writes to the directory merged: "
+                    f"luthier merge {self.path} --output-dir merged"
+                )
             raise ConfigError(
                 f"{self.path}: holds {kind} run with other settings: {'; '.join(differences)}",
-                "choose another --output-dir, or delete that one",
+                f"choose another --output-dir{further}",
             )
 
     def start(self, config: RunConfig, report: Mapping[str, object]) -> None:

@@ -38,6 +38,22 @@ def must_be_directory(path: Path) -> None:
         )
 
 
+def refuse_run(path: Path) -> None:
+    """Raise ModelError for a run, an adapter or a checkpoint: none of them is a model; the fix names the way to one."""
+    if any((folder / "adapter_config.json").is_file() for folder in (path, path / "adapter")):
+        raise ModelError(
+            f"{path}: is a run or an adapter, not a base model",
+            f"use the model that this command writes to the directory merged: luthier merge {path} --output-dir merged",
+        )
+    if (path / "run.yaml").is_file():
+        raise ModelError(f"{path}: the run has no adapter yet", f"finish it: luthier train {path / 'run.yaml'}")
+    if (path / "state.safetensors").is_file() or any(path.glob("step-*/state.safetensors")):
+        raise ModelError(
+            f"{path}: is a checkpoint, which only chat and eval can open, by its run and its step",
+            "luthier chat RUN --checkpoint N; for another command, finish the run with luthier train and give the run",
+        )
+
+
 def read_config(path: Path, rope_theta: float | None = None) -> PretrainedConfig:
     """Read the configuration of a model as that of a native transformers class, whatever its published layout.
 
@@ -47,6 +63,7 @@ def read_config(path: Path, rope_theta: float | None = None) -> PretrainedConfig
     must_be_directory(path)
     file = path / "config.json"
     if not file.is_file():
+        refuse_run(path)
         raise ModelError(f"{path}: contains no config.json, so it is not a model directory", "pass a model directory")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
