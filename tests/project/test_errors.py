@@ -227,12 +227,22 @@ def test_a_directory_without_write_permission_is_refused(tmp_path: Path, monkeyp
 
 def test_directories_that_luthier_did_not_write_are_refused(model: Path, rows: Path, tmp_path: Path) -> None:
     config = configs.build({"model": {"path": model}, "data": {"train": rows}, "output_dir": tmp_path / "theirs"})
-    (tmp_path / "theirs" / "adapter").mkdir(parents=True)
+    file = tmp_path / "theirs" / "run.yaml"
+    file.parent.mkdir()
+    for text in ("steps: 3", "model: {", "- 1", "# comment\n"):
+        file.write_text(text)
+        assert "did not write for a run: run.yaml" in refused(ConfigError, lambda: library.train(config))
+        assert file.read_text() == text
+    file.unlink()
+    RunDir(tmp_path / "theirs").start(config, {})
+    (tmp_path / "theirs" / "adapter").mkdir()
     assert "was not written by luthier" in refused(ConfigError, lambda: library.train(config))
     (tmp_path / "theirs" / "adapter").rmdir()
-    (tmp_path / "theirs" / "run.yaml").write_text("steps: 3")
-    assert "this is not a run of luthier" in refused(ConfigError, lambda: library.train(config))
-    assert (tmp_path / "theirs" / "run.yaml").read_text() == "steps: 3"
+    file.write_text(text := file.read_text() + "steps: 3\n")
+    assert "run.yaml: cannot be read as the settings of a run: steps: unknown key" in refused(
+        ConfigError, lambda: library.train(config)
+    )
+    assert file.read_text() == text
 
 
 def test_holding_out_every_row_is_refused(model: Path, rows: Path) -> None:

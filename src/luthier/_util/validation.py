@@ -84,7 +84,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.duplicates: list[str] = []
 
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # a str or None, in types-PyYAML another type
         """Compare the keys as they are written: those of a merged mapping (``<<``), added later, may be replaced."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}

@@ -149,7 +149,10 @@ class RunDir:
         try:
             old = self.config()
         except ConfigError as e:
-            raise ConfigError(f"{e.message}: this is not a run of luthier", "choose another --output-dir") from None
+            raise ConfigError(
+                f"{self.config_file}: cannot be read as the settings of a run: {e.message}",
+                "undo the changes to this file, or choose another --output-dir",
+            ) from None
         changes = differences(_comparable(old), _comparable(config))
         saved = any(path.exists() for path in (self.adapter, self.checkpoints, self.summary_file))
         if self._edited() and (saved or changes):
@@ -223,7 +226,7 @@ def _is_a_runs(file: Path) -> bool:
     """Whether a ``run.yaml`` was written for a run: it has the seal, or the form that earlier versions wrote."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        values = parse_yaml(text, str(file))
+        values = None if text.startswith(_SEAL) else parse_yaml(text, str(file))
     except (OSError, ValueError, ConfigError):
         return False
     complete = isinstance(values, dict) and values.keys() >= {"model", "data", "lora", "train", "output_dir"}
