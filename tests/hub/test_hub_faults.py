@@ -186,8 +186,8 @@ def test_offline_mode_makes_no_request(
 def test_a_full_disk_and_a_file_size_limit_are_reported(place: str, server: HubServer, tmp_path: Path) -> None:
     remote = server.repositories[REPO]
     remote.listed_sizes[WEIGHTS] = 10**17
-    message = refused(ModelError, pulling(place, tmp_path / "model"))
-    assert "needs 100000000.0 GB more, but the disk has only" in message
+    message = refused(UserError, pulling(place, tmp_path / "model"))
+    assert "needs 100000000.0 GB, and the disk mounted at" in message
     assert server.fetched("config.json") == []
     remote.listed_sizes.clear()
     if place == "huggingface":  # the other client retries for half a minute first

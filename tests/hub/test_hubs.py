@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import luthier as library
 from luthier import hub
+from luthier._util import files
 from luthier._util.installation import install_command
 from luthier.errors import ConfigError, MissingPackageError, ModelError
-from luthier.hub import catalogue, download
+from luthier.hub import catalogue
 from luthier.hub.catalogue import RemoteFile, Source
 from luthier.verbs.pull import pull
 from tests.conftest import Result
@@ -47,7 +48,7 @@ def test_a_pulled_model_is_complete_and_loads(
     assert manifest["commit"] == (COMMIT if place == "huggingface" else None)
     total = sum(len(content[n]) for n in manifest["files"])
     title = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}[place]
-    assert messages[0] == f"{REPO} from {title}: {len(manifest['files'])} files, {download.human(total)}"
+    assert messages[0] == f"{REPO} from {title}: {len(manifest['files'])} files, {files.human(total)}"
     assert messages[-1] == f"{target}: ready"
 
 

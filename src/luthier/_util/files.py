@@ -36,11 +36,13 @@ def reached_limit(error: OSError) -> tuple[str, str] | None:
     return f"{limit} ({error.strerror})", f"{fix}, then run the same command again"
 
 
-def user_error_of(path: Path, error: OSError) -> UserError:
-    """Return the UserError that explains an operating system's error on ``path``."""
+def user_error_of(path: Path, error: OSError, size: int = 0) -> UserError:
+    """Return the UserError that explains an operating system's error on ``path``. size: bytes to write, if known."""
     if reached := reached_limit(error):
         limit, fix = reached
-        return UserError(f"{path}: {limit}; no partial file was left", fix)
+        needed = f", {human(size)} are needed" if size else ""
+        space = f"; {_free(path)[1]} free{needed}" if error.errno == errno.ENOSPC else ""
+        return UserError(f"{path}: {limit}{space}; no partial file was left", fix)
     return UserError(f"{path}: {error.strerror or error}", "choose a path that can be written")
 
 
@@ -62,6 +64,30 @@ def require_utf8(path: Path) -> Path:
     if readable != text:
         raise UserError(f"{readable}: is not valid UTF-8, so it cannot be recorded in a file", "rename it")
     return path
+
+
+def _free(path: Path) -> tuple[int | None, str]:
+    """Return the bytes that can still be written below ``path``, None if unknown, and a text that names its disk."""
+    folder = next((p for p in (path.absolute(), *path.absolute().parents) if p.is_dir()), Path.cwd())
+    disk = next(p for p in (folder, *folder.parents) if p.is_mount() or p == p.parent)
+    usage = shutil.disk_usage(folder)
+    free = usage.free if usage.total else None  # some network file systems report no sizes
+    return free, f"the disk mounted at {disk} has {'an unknown number of bytes' if free is None else human(free)}"
+
+
+def require_space(path: Path, size: int, fix: str = "free some disk space, then run the same command again") -> None:
+    """Raise UserError, before anything is written, if ``size`` bytes more do not fit on the disk of ``path``."""
+    free, disk = _free(path)
+    if free is not None and free < size:
+        raise UserError(f"{path}: needs {human(size)}, and {disk} free", fix)
+
+
+def human(size: int) -> str:
+    """Format a size in bytes, for example as ``15.2 GB``."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
 
 
 def ensure_dir(path: Path) -> Path:
@@ -117,27 +143,39 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def new_dir(path: Path) -> Iterator[Path]:
+def new_dir(path: Path, size: int = 0) -> Iterator[Path]:
     """Yield a temporary directory that replaces ``path`` when the block ends without an exception.
 
     If the process is killed, ``path`` is the old directory or the new one. Between two renames it is missing, and the
     old one has a temporary name; the next call on the same path restores it. Raises UserError if a file cannot be
     written.
+
+    size: bytes that will be written, if known; nothing is started if the disk has less.
     """
     ensure_dir(path.parent)
     sweep(path)
+    require_space(path, size)
     temp = _beside(path, "new")
     try:
         temp.mkdir()
         yield temp
         _sync_tree(temp)
         replace_dir(temp, path)
-    except OSError as e:
+    except BaseException as e:
         shutil.rmtree(temp, ignore_errors=True)
-        raise user_error_of(path, e) from None
-    except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
+        if reason := _os_error(e):
+            raise user_error_of(path, reason, size) from None
+        if isinstance(e, UserError):
+            e.message = e.message.replace(str(temp), str(path))
         raise
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """Return the operating system's error behind one; libraries in Rust only name its number in their own error."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)$", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number and int(number[1]) in _LIMITS else None
 
 
 def replace_dir(new: Path, path: Path) -> None:

@@ -78,7 +78,7 @@ def save(
     for name, layer in layers.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
-    with files.new_dir(path) as temp:
+    with files.new_dir(path, sum(t.nbytes for t in tensors.values())) as temp:
         save_file(tensors, temp / WEIGHTS, metadata={"format": "pt"})
         files.write_json(temp / CONFIG, _peft_config(lora, targets, base))
         meta = {
@@ -113,7 +113,7 @@ def save_plain(path: Path, updates: Mapping[str, Update], base: Path) -> None:
         if update.config.lora_alpha != lora.lora_alpha:
             alphas[name] = update.config.lora_alpha
     leaves = tuple(dict.fromkeys(n.rpartition(".")[2] for n in updates))
-    with files.new_dir(path) as temp:
+    with files.new_dir(path, sum(t.nbytes for t in tensors.values())) as temp:
         save_file(tensors, temp / WEIGHTS, metadata={"format": "pt"})
         config = _peft_config(lora, Targets(tuple(updates), leaves), base)
         files.write_json(temp / CONFIG, {**config, "rank_pattern": ranks, "alpha_pattern": alphas})

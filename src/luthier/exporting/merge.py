@@ -26,7 +26,7 @@ from luthier.exporting import chat_files
 from luthier.exporting.verify import Closeness, compare_merged
 from luthier.lora.layers import scaling
 from luthier.models.chat_format import ChatFormat
-from luthier.models.checkpoint_reader import read_json
+from luthier.models.checkpoint_reader import read_json, weight_files
 from luthier.models.families import Rule
 from luthier.models.native_model import empty_model, is_linear, published_tensors
 from luthier.types import Log
@@ -64,7 +64,7 @@ def write_merged(
     chat_format = tuned.chat_format()
     check_layout(tuned, chat_format, layout)
     pending = pending_updates(tuned, chat_format)
-    with files.new_dir(to) as temp:
+    with files.new_dir(to, sum(f.stat().st_size for f in weight_files(tuned.base))) as temp:
         (_original_files if layout == "original" else _native_files)(temp, tuned, chat_format)
         dtypes = _write(temp, merged_tensors(tuned, chat_format, pending, layout), shard_bytes, log)
         log("verifying the merged model")

@@ -92,19 +92,16 @@ def _download(name: str, source: Source, target: Path, partial: Path, log: Log, 
         (partial / file.path).unlink(missing_ok=True)
     downloaded = _bytes_in(partial)
     log(
-        f"{source.repository} from {hub.title}: {len(wanted)} files, {human(total)}"
-        + (f", {human(downloaded)} of it already downloaded" if downloaded else "")
+        f"{source.repository} from {hub.title}: {len(wanted)} files, {files.human(total)}"
+        + (f", {files.human(downloaded)} of it already downloaded" if downloaded else "")
     )
-    free = shutil.disk_usage(partial).free
-    if total - downloaded > free:
-        raise ModelError(
-            f"{target}: needs {human(total - downloaded)} more, but the disk has only {human(free)} free",
-            "free some disk space, or choose a directory on another disk with --to DIR",
-        )
+    files.require_space(
+        target, total - downloaded, "free some disk space, or choose a directory on another disk with --to DIR"
+    )
     with _reporting(partial, total, on_progress):
         for file in missing:
             _fetch(hub, source, revision, file, partial, log)
-            log(f"{file.path}: complete, {human(file.size)}")
+            log(f"{file.path}: complete, {files.human(file.size)}")
     digests = {f.path: f.sha256 or files.sha256(partial / f.path) for f in wanted}
     commit = revision if _COMMIT.fullmatch(revision) else None
     write_manifest(
@@ -146,14 +143,6 @@ def _fetch_with_retries(hub: Hub, source: Source, revision: str, file: RemoteFil
                 raise
             limit, fix = reached
             raise UserError(f"{file.path}: {limit}; the downloaded part is kept", fix) from None
-
-
-def human(size: int) -> str:
-    """Format a size in bytes, for example as ``15.2 GB``."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def _bytes_in(folder: Path) -> int:

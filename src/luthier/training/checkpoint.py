@@ -76,8 +76,9 @@ def write(
 ) -> Path:
     """Write the checkpoint of ``progress.step``, then delete all but the newest ``limit``."""
     target = folder / f"step-{progress.step:08d}"
-    with files.new_dir(target) as temp:
-        write_safetensors(temp / TENSORS, _tensors(layers, optimizer))
+    tensors = _tensors(layers, optimizer)
+    with files.new_dir(target, sum(t.nbytes for t in tensors.values())) as temp:
+        write_safetensors(temp / TENSORS, tensors)
         state = {
             "progress": asdict(progress),
             "identity": dict(identity),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from luthier._util.files import require_utf8
+from luthier._util import files
 from luthier.adapters import directory as adapters
 from luthier.adapters.run_dir import RunDir, Summary, differences
 from luthier.batching.plan import Plan
@@ -88,6 +88,7 @@ def train_locked(
     _report_rows(prepared, log)
     model = _open_model(prepared, log)
     layers = attach(model, config.lora, targets, config.train.seed)
+    files.require_space(run.path, 8 * trainable_parameters(layers))  # at least: the adapter and a checkpoint in fp32
     _report_parameters(prepared, model, layers, log)
     _report_resume(resume, log)
     with MetricsFile(run.metrics, settings.logging_steps, resume.progress.step if resume else 0) as metrics:
@@ -141,7 +142,7 @@ def absolute(config: RunConfig) -> RunConfig:
     """Make every path absolute, so that the run can be read from any directory. Raises UserError."""
 
     def full_path(path: Path) -> Path:
-        return require_utf8(Path(os.path.abspath(path)))  # noqa: PTH100 - resolve() would follow links
+        return files.require_utf8(Path(os.path.abspath(path)))  # noqa: PTH100 - resolve() would follow links
 
     data = {"train": tuple(map(full_path, config.data.train)), "eval": tuple(map(full_path, config.data.eval))}
     return config.model_copy(

@@ -6,10 +6,11 @@ The file of a model has all that llama.cpp needs: tokenizer, chat template with 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from luthier._util import files
 from luthier.adapters.locate import TunedModel
 from luthier.adapters.original_names import Update
 from luthier.errors import ConfigError, ModelError
@@ -99,18 +101,23 @@ def write_model(
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    sizes = 0
     for native in order:
         stored = _stored(native, shapes[native], file_type)
         size = _size(shapes[native], stored)
         writer.add_tensor_info(tensor_name(native), shapes[native], np.dtype(np.float32), size, raw_dtype=stored)
-    _write_header(writer)
-    if factors is not None:
-        writer.write_tensor_data(factors)
-    for native, tensor in merged_tensors(tuned, chat_format, pending, rounded=False):
-        if native in order:
-            values = reordered(config, native)(tensor.float()).contiguous().numpy()
-            writer.write_tensor_data(_encoded(native, values, _stored(native, values.shape, file_type)))
-    writer.close()
+        sizes += size
+    files.require_space(file, sizes)
+
+    def tensors() -> Iterator[NDArray[np.generic]]:
+        if factors is not None:
+            yield factors
+        for native, tensor in merged_tensors(tuned, chat_format, pending, rounded=False):
+            if native in order:
+                values = reordered(config, native)(tensor.float()).contiguous().numpy()
+                yield _encoded(native, values, _stored(native, values.shape, file_type))
+
+    _write(writer, tensors())
 
 
 def write_lora(config: PretrainedConfig, pending: Mapping[str, Update], file: Path, name: str) -> None:
@@ -133,10 +140,7 @@ def write_lora(config: PretrainedConfig, pending: Mapping[str, Update], file: Pa
             values = tensor.contiguous().numpy()
             writer.add_tensor_info(f"{tensor_name(module)}.weight.{part}", values.shape, values.dtype, values.nbytes)
             tensors.append(values)
-    _write_header(writer)
-    for values in tensors:
-        writer.write_tensor_data(values)
-    writer.close()
+    _write(writer, tensors)
 
 
 def reader(file: Path, config: PretrainedConfig) -> Read:
@@ -161,11 +165,21 @@ def _writer(file: Path, config: PretrainedConfig, kind: str, name: str) -> GGUFW
     return writer
 
 
-def _write_header(writer: GGUFWriter) -> None:
-    """Write everything that comes before the values of the tensors."""
-    writer.write_header_to_file(path=writer.path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+def _write(writer: GGUFWriter, tensors: Iterable[NDArray[np.generic]]) -> None:
+    """Write the header, and the values of the tensors in the order in which they were announced."""
+    with closing(writer):
+        writer.write_header_to_file(path=writer.path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for values in tensors:
+            writer.write_tensor_data(values.view(_Values))
+
+
+class _Values(np.ndarray[Any, Any]):
+    """Values that report why they cannot be written: numpy's own error of a short write has no number."""
+
+    def tofile(self, fid: Any, *_: Any, **__: Any) -> None:
+        fid.write(memoryview(self).cast("B"))
 
 
 def _model_name(name: str, strips: bool) -> str:
