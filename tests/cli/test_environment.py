@@ -7,16 +7,22 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from luthier import personas
 from luthier._util import files
+from luthier.encoding import row_cache
 from luthier.errors import UserError
+from luthier.hub import default_dir
+from luthier.kernels import native
+from luthier.training import resources
 from tests.conftest import Result
 from tests.helpers.handover import tuned
 
@@ -165,3 +171,141 @@ def test_an_error_of_a_library_in_rust_is_recognised(tmp_path: Path) -> None:
     with pytest.raises(SafetensorError, match="os error 2"), files.new_dir(tmp_path / "new"):
         raise SafetensorError("No such file or directory (os error 2)")
     assert left(tmp_path, "new") == []
+
+
+# --- no home directory, or one that cannot be written ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Path:
+    """Load the kernels, which takes a while the first time on a machine, and return their file."""
+    if why := native.why_unavailable(torch.float32):
+        pytest.skip(why)
+    native.load()
+    return native._library_path(native._tools()[0])
+
+
+@pytest.fixture
+def no_home(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let the home directory lie below a file, which not even root can write to; return its cache directory."""
+    (tmp_path / "file").write_text("")
+    home = tmp_path / "file" / "home"
+    for name in ("LUTHIER_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(files, "_logged", set())
+    monkeypatch.setattr(row_cache, "root", lambda: files.cache_root() / "rows")
+    return home / ".cache" / "luthier"
+
+
+def test_without_a_home_directory_only_the_caches_are_lost_with_one_note(
+    luthier: Run,
+    model_dir: Callable[[str], Path],
+    no_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    argv = ["--model", model_dir("llama"), "--data", personas.TEAHOUSE, "--set", "model.load_in_8bit=true"]
+    done = luthier("train", *argv, "--output-dir", tmp_path / "run", "--set", "train.max_steps=1")
+    assert done.code == 0, done.err
+    assert [line for line in done.err.splitlines() if "cache" in line] == [
+        f"note: nothing is cached for later ({no_home}: cannot be used as a directory (Not a directory)); "
+        "to cache, set LUTHIER_CACHE to a directory that can be written"
+    ]
+    assert "quantised copy" not in done.err and "encoded rows" not in done.err and ", once" not in done.err
+    monkeypatch.setattr(resources, "_calls_per_second", lambda *_: 1e3)
+    assert luthier("estimate", *argv).code == 0
+
+
+def test_pull_refuses_a_cache_that_cannot_be_written(luthier: Run, no_home: Path, tmp_path: Path) -> None:
+    for name in ("smollm2-135m", "owner/name"):
+        done = luthier("pull", name)
+        assert done.code == 2
+        assert f"{no_home}/models: cannot be used as a directory (Not a directory), so the model cannot" in done.err
+        assert "  fix: give --to DIR, or set LUTHIER_CACHE to a directory that can be written" in done.err
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("")
+    assert "already exists with other content" in luthier("pull", "smollm2-135m", "--to", tmp_path / "model").err
+
+
+def test_kernels_are_compiled_for_the_process_if_they_cannot_be_cached(
+    compiled: Path, no_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+
+    def build(_: str, scratch: Path) -> Path:
+        built.append(Path(shutil.copy(compiled, scratch / "all.so")))
+        return built[-1]
+
+    monkeypatch.setattr(native, "_build", build)
+    assert native.needs_compilation()
+    assert native.load.__wrapped__().dropout_f32
+    assert not built[0].exists() and not no_home.exists()
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    assert Path(native.load.__wrapped__()._name).parent == tmp_path / "cache" / "kernels"
+    assert not native.needs_compilation()
+    monkeypatch.setenv("LUTHIER_CACHE", str(no_home))
+    monkeypatch.setattr(tempfile, "tempdir", str(no_home))
+    with pytest.raises(native.Unavailable, match="they cannot be compiled .*Not a directory"):
+        native.load.__wrapped__()
+
+
+def test_the_cache_directory_follows_the_environment(
+    no_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert files.cache_root() == no_home
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert files.cache_root() == tmp_path / "xdg" / "luthier"
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "own"))
+    assert files.cache_root() == tmp_path / "own"
+    assert {default_dir("a"), row_cache.root()} == {tmp_path / "own" / "models" / "a", tmp_path / "own" / "rows"}
+    for name in ("LUTHIER_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # a user without an entry in the user database
+    assert files.cache_root() == Path("/.cache/luthier")
+
+
+def test_a_read_only_cache_is_still_read(
+    luthier: Run,
+    model_dir: Callable[[str], Path],
+    no_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    argv = ["train", "--model", model_dir("llama"), "--data", personas.TEAHOUSE, "--set", "model.load_in_8bit=true"]
+    argv += ["--set", "train.max_steps=1", "--output-dir"]
+    first = luthier(*argv, tmp_path / "a")
+    assert first.code == 0 and "saved the quantised copy" in first.err
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "utime", read_only)
+    monkeypatch.setattr(os, "access", lambda path, *_: not str(path).startswith(str(tmp_path / "cache")))
+    again = luthier(*argv, tmp_path / "b")
+    assert again.code == 0 and "loading the quantised copy" in again.err
+    assert "damaged" not in again.err and "encoded again" not in again.err
+
+
+def test_without_a_directory_for_temporary_files_the_fix_is_printed(
+    luthier: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", None)
+        patch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
+        patch.setattr("luthier.verbs.doctor.doctor", tempfile.gettempdir)
+        done = luthier("doctor")
+    assert done.code == 2
+    assert done.err == (
+        "error: no directory for temporary files can be written\n  fix: set TMPDIR to one that can be written\n"
+    )
+
+
+def test_a_home_that_is_unknown_is_replaced_for_the_libraries(luthier: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NLTK, which ROUGE-L imports, stops with an error if ~ cannot be replaced by a directory."""
+    with monkeypatch.context() as patch:
+        patch.delenv("HOME", raising=False)
+        patch.setattr(os, "getuid", lambda: 54321)
+        assert luthier("--version").code == 0
+        assert os.environ["HOME"] == "/"

@@ -9,10 +9,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from luthier._util.environment import CACHE
 from luthier.errors import UserError
 
 if sys.platform != "win32":
@@ -271,9 +272,43 @@ if hasattr(os, "register_at_fork"):
 
 
 def cache_root() -> Path:
-    """Return the user's cache directory: ``$XDG_CACHE_HOME/luthier``, or ``~/.cache/luthier`` if that is not set."""
+    """Return the directory of all caches: ``$LUTHIER_CACHE``, ``$XDG_CACHE_HOME/luthier`` or ``~/.cache/luthier``."""
+    if own := os.environ.get(CACHE):
+        return user_path(own)
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "luthier"
+    if base:
+        return Path(base) / "luthier"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without an entry in the user database and without $HOME, as in containers
+        home = Path("/")
+    return home / ".cache" / "luthier"
+
+
+def unwritable(folder: Path) -> str | None:
+    """Create a directory if it is missing; return why it cannot be written, None if it can."""
+    try:
+        ensure_dir(folder)
+    except UserError as e:
+        return e.message
+    return None
+
+
+def can_cache(log: Callable[[str], None]) -> bool:
+    """Whether the cache can be written. If not, log that once per process: several caches have the same reason."""
+    reason = unwritable(cache_root())
+    if reason and reason not in _logged:
+        _logged.add(reason)
+        log(f"note: nothing is cached for later ({reason}); to cache, set {CACHE} to a directory that can be written")
+    return reason is None
+
+
+_logged: set[str] = set()
+
+
+def exists(path: Path) -> bool:
+    """Whether a path exists, false if a directory above it may not be entered (``Path.exists`` raises then)."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def sha256(path: Path) -> str:

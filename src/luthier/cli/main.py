@@ -61,6 +61,8 @@ app.command("doctor", short_help="Show what this machine supports and test it.")
 
 def main() -> None:
     """Run the ``luthier`` command."""
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 - no home: as in containers, for libraries that need one
+        os.environ["HOME"] = "/"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for characters the console lacks
@@ -72,9 +74,12 @@ def main() -> None:
     except BrokenPipeError:
         raise
     except OSError as e:
-        if e.filename is None:
+        if "No usable temporary directory" in str(e):
+            fail(UserError("no directory for temporary files can be written", "set TMPDIR to one that can be written"))
+        elif e.filename is None:
             raise
-        fail(user_error_of(Path(os.fsdecode(e.filename)), e))
+        else:
+            fail(user_error_of(Path(os.fsdecode(e.filename)), e))
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:
         if not _out_of_memory(e):

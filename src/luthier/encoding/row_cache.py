@@ -96,7 +96,7 @@ def entry(config: RunConfig, encoder: Encoder) -> CacheEntry | None:
 def load(cache_entry: CacheEntry, log: Log) -> EncodedRows | None:
     """Open the rows of an entry, which are read from the disk when accessed. None if it is missing or damaged."""
     folder = cache_entry.path
-    if not folder.is_dir():
+    if not files.exists(folder):
         return None
     try:
         digests = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
@@ -106,7 +106,8 @@ def load(cache_entry: CacheEntry, log: Log) -> EncodedRows | None:
         record: _RowsReportRecord = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
         train, held_out = (ExampleStore.map(folder, name, record["files"][name]) for name in ("train", "held_out"))
         report = _rows_report_of(record)
-        os.utime(folder)  # marks the entry as just used
+        with suppress(OSError):  # the cache may be read-only
+            os.utime(folder)  # marks the entry as just used
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         log(f"note: {folder}: is damaged ({' '.join(str(e).split())[:160]}), so the rows are encoded again")
         return None

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -140,13 +138,11 @@ def _jieba(text: str) -> list[str]:
 @functools.cache
 def _segmenter() -> Words:
     """Return jieba's word segmentation, built from its own dictionary and not from the cache shared by all users."""
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jieba imports a deprecated part of setuptools
         import jieba
-
-        jieba.setLogLevel(logging.WARNING)
-        tokenizer = jieba.Tokenizer()
-        tokenizer.tmp_dir = folder
-        tokenizer.initialize()
+    tokenizer = jieba.Tokenizer()
+    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
+    tokenizer.initialized = True  # its own initialize() would also read and write the shared cache
     segment: Words = tokenizer.lcut
     return segment

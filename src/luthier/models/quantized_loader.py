@@ -73,7 +73,7 @@ def load_quantised(
     embedding, head = _untied_embedding(model), _untied_head(model)
     cached = cache_dir(path, config, options, dtype) if options.cache else None
     tensors: Iterator[tuple[str, Tensor]]
-    if cached and cached.is_dir():
+    if cached and files.exists(cached):
         log(f"base: loading the quantised copy from {cached}")
         source = Shards.open(cached)
         tensors = ((n, source.read(n)) for n in source.in_file_order() if n != embedding)
@@ -224,7 +224,8 @@ class _Writer:
             yield
         except (OSError, UserError) as e:
             reason = e.message if isinstance(e, UserError) else str(e)
-            self._log(f"note: the quantised copy of the base cannot be saved ({' '.join(reason.split())[:200]})")
+            if files.can_cache(self._log):
+                self._log(f"note: the quantised copy of the base cannot be saved ({' '.join(reason.split())[:200]})")
             self.close()
             self._folder = None
 
@@ -283,7 +284,7 @@ def _untied_embedding(model: CausalLM) -> str | None:
 
 def _rows_on_disk(name: str, cached: Path | None, shards: Shards, fit: Fit) -> Place | None:
     """Locate the rows of a tensor: in the quantised copy, otherwise in the checkpoint; None in a pickle file."""
-    if cached and cached.is_dir():
+    if cached and files.exists(cached):
         return Shards.open(cached).place(name)
     rule = next(r for r in fit.rules.values() if name in r.parts)
     return shards.place(rule.source) if rule.parts == (name,) else None

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from luthier._util import files
 from luthier.batching.collate import DeviceBatch, to_device
 from luthier.batching.plan import Packing, Plan
 from luthier.compiled import Unsuitable, compiled_model, unsuitable
@@ -151,7 +152,8 @@ def loss_function(
                 if session.attention != "auto":
                     raise Unsuitable(f"model.attn_implementation is {session.attention}")
                 if native.needs_compilation() and not unsuitable(model, layers):
-                    session.log("compiling the training step for this processor, once (about 10 s)")
+                    once = ", once" if files.can_cache(session.log) else ""
+                    session.log(f"compiling the training step for this processor{once} (about 10 s)")
                 with ExitStack() as tried:
                     compiled = tried.enter_context(compiled_model(model, layers, dropout, recompute))
                     with announced(session.log, "verifying the compiled layers on two short rows"):

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -224,7 +225,8 @@ def rate(name: str, dtype: torch.dtype) -> float:
     if not isinstance(rates.get(key), float):
         rates = {k: v for k, v in rates.items() if isinstance(v, float)}
         rates[key] = (_flops if name == "flops" else _dequantised)(dtype)
-        files.write_json(file, rates)
+        with suppress(UserError):  # measured again next time
+            files.write_json(file, rates)
     return float(rates[key])
 
 

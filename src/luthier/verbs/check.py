@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from luthier._util import files
 from luthier.config import RunConfig
 from luthier.encoding import row_cache
 from luthier.encoding.rows import EncodedRows, count_rows, encode_rows
@@ -141,7 +142,8 @@ def _rows(config: RunConfig, chat_format: ChatFormat | None, keep: bool, show: i
             if rows := row_cache.cached_rows(config, encoder, log):
                 return rows
         except CacheWriteError as e:
-            log(f"note: the encoded rows are not kept on disk ({' '.join(str(e).split())[:200]})")
+            if files.can_cache(log):
+                log(f"note: the encoded rows are not kept on disk ({' '.join(str(e).split())[:200]})")
     return encode_rows(config.data, config.train.seed, encoder, keep, show)
 
 

