@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from luthier.errors import UserError
 from luthier.hub import default_dir
 from luthier.kernels import native
 from luthier.training import resources
+from luthier.training.metrics import MetricsFile, StepRecord
 from tests.conftest import Result
 from tests.helpers.handover import tuned
 
@@ -309,3 +312,83 @@ def test_a_home_that_is_unknown_is_replaced_for_the_libraries(luthier: Run, monk
         patch.setattr(os, "getuid", lambda: 54321)
         assert luthier("--version").code == 0
         assert os.environ["HOME"] == "/"
+
+
+# --- output and input -----------------------------------------------------------------------------------------------
+
+COMMAND = f"{shlex.quote(sys.executable)} -m luthier.cli.main"
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+
+
+def shell(command: str, **environment: str) -> Result:
+    """Run a line of shell in which ``luthier`` is this checkout's command."""
+    done = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; luthier() {{ {COMMAND} "$@"; }}; {command}'],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture
+def checked(model_dir: Callable[[str], Path]) -> str:
+    return f"luthier check --model {shlex.quote(str(model_dir('llama')))} --data {shlex.quote(str(personas.TEAHOUSE))}"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_output_to_a_full_disk_is_one_message(checked: str) -> None:
+    for command in ("luthier --version", "luthier check --help", checked):
+        done = shell(f"{command} > /dev/full")
+        assert (done.code, done.out) == (2, "")
+        assert done.err == (
+            "error: the output cannot be written: there is not enough disk space (No space left on device)\n"
+            "  fix: free some disk space, then run the same command again\n"
+        )
+    assert shell("luthier check > /dev/full 2> /dev/full").code == 2
+
+
+def test_a_reader_that_ends_early_ends_the_command_quietly(checked: str) -> None:
+    for command in (f"{checked} --show 74", "luthier --help"):
+        done = shell(f"{command} | true")
+        assert done.err == ""
+        assert done.code in (0, 1)  # 0: everything was written before the reader ended
+
+
+def test_closed_streams_are_empty_streams(
+    checked: str, luthier: Run, model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shell("luthier --version >&- 2>&- <&-").code == 0
+    assert shell(f"{checked} --show 1 >&- 2>&- <&-").code == 0
+    monkeypatch.setattr("sys.stdin", None)
+    done = luthier("chat", model_dir("llama"))
+    assert done.code == 0 and "error" not in done.err
+    monkeypatch.setattr("sys.stdin", None)
+    done = luthier("chat", model_dir("llama"), "--prompt", "-")
+    assert (done.code, done.err) == (2, "error: the prompt is empty\n  fix: give --prompt TEXT\n")
+
+
+def test_chinese_text_in_an_ascii_locale(checked: str, model_dir: Callable[[str], Path]) -> None:
+    model = shlex.quote(str(model_dir("llama")))
+    done = shell(f"{checked} --show 1", **ASCII)
+    assert done.code == 0 and "\\u4f60" in done.out
+    done = shell(f"echo 你好 | luthier chat {model} --max-new-tokens 2", **ASCII)
+    assert done.code == 0 and "error: the message contains bytes that are not text" in done.err
+    assert "Traceback" not in done.err
+    done = shell(f"{checked} --set data.system=你好", **ASCII)
+    assert done.code == 2 and "contains bytes that are not text in this terminal's encoding" in done.err
+    assert "  fix: type it in UTF-8, in a terminal with that encoding: export LC_ALL=C.UTF-8" in done.err
+
+
+def test_an_argument_that_is_not_text_is_refused(luthier: Run) -> None:
+    done = luthier("init", "--to", "run-\udcff.yaml")
+    assert done.code == 2 and "'run-\\udcff.yaml': contains bytes that are not text" in done.err
+
+
+def test_metrics_that_cannot_be_written_are_an_error_with_their_path(tmp_path: Path) -> None:
+    record = StepRecord(1, 2, 0.5, 1.0, 1.0, 1e-3, 10, 5, 0.1)
+    with MetricsFile(tmp_path / "metrics.jsonl", 1) as metrics:
+        with largest_file(3), pytest.raises(UserError, match=r"metrics.jsonl: the file would exceed"):
+            metrics.write(record)
+        metrics.write(record)
+    assert (tmp_path / "metrics.jsonl").read_text().endswith('"tokens_per_s": 100.0}\n')

@@ -8,13 +8,15 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import typer
 
 from luthier import __version__
 from luthier._util.environment import KEEP_FREED_MEMORY
-from luthier._util.files import user_error_of
+from luthier._util.files import reached_limit, user_error_of
 from luthier.cli import chat, check, demo, doctor, estimate, export, init, merge, pull, serve, train
 from luthier.cli import eval as evaluate
 from luthier.cli.common import fail
@@ -61,38 +63,83 @@ app.command("doctor", short_help="Show what this machine supports and test it.")
 
 def main() -> None:
     """Run the ``luthier`` command."""
-    if os.path.expanduser("~") == "~":  # noqa: PTH111 - no home: as in containers, for libraries that need one
-        os.environ["HOME"] = "/"
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for characters the console lacks
+    _prepare_environment()
     try:
-        app()
+        try:
+            _refuse_undecoded(sys.argv[1:])
+            app()
+        finally:
+            sys.stdout.flush()  # here, since Python would report a failure later with a traceback
+    except BrokenPipeError:  # of ``luthier ... | head``: as other programs, end without a message
+        _discard_output()
+        sys.exit(1)
     except UserError as e:
-        fail(e)
-        sys.exit(2)
-    except BrokenPipeError:
-        raise
+        error = e
     except OSError as e:
-        if "No usable temporary directory" in str(e):
-            fail(UserError("no directory for temporary files can be written", "set TMPDIR to one that can be written"))
-        elif e.filename is None:
+        if (explained := _explained(e)) is None:
             raise
-        else:
-            fail(user_error_of(Path(os.fsdecode(e.filename)), e))
-        sys.exit(2)
+        error = explained
     except (MemoryError, RuntimeError) as e:
         if not _out_of_memory(e):
             raise
-        fail(
-            UserError(
-                "there is not enough memory",
-                "use a smaller model; in training, also: --set train.micro_batch_tokens=0 "
-                "--set train.per_device_train_batch_size=1 --set train.gradient_checkpointing=true "
-                "--set model.load_in_4bit=true",
-            )
+        error = UserError(
+            "there is not enough memory",
+            "use a smaller model; in training, also: --set train.micro_batch_tokens=0 "
+            "--set train.per_device_train_batch_size=1 --set train.gradient_checkpointing=true "
+            "--set model.load_in_4bit=true",
         )
-        sys.exit(2)
+    else:
+        return
+    with suppress(OSError):
+        fail(error)
+    _discard_output()
+    sys.exit(2)
+
+
+def _prepare_environment() -> None:
+    """Make the standard streams usable, whatever they are connected to, and the home directory known."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed (``<&-``); the next file to be opened would get its number
+            stream = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(stream, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),  # bytes that are not text are refused where they are used
+        (sys.stdout, "backslashreplace"),  # characters that the console lacks
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 - no home: as in containers, for libraries that need one
+        os.environ["HOME"] = "/"
+
+
+def _refuse_undecoded(arguments: Sequence[str]) -> None:
+    """Raise UserError for an argument with bytes that are not text: it could be written to no file."""
+    for argument in arguments:
+        if any("\ud800" <= c <= "\udfff" for c in argument):
+            raise UserError(
+                f"{argument!r}: contains bytes that are not text in this terminal's encoding",
+                "type it in UTF-8, in a terminal with that encoding: export LC_ALL=C.UTF-8",
+            )
+
+
+def _explained(error: OSError) -> UserError | None:
+    """Explain an error of the operating system that the user can correct; None if its cause is unknown."""
+    if "No usable temporary directory" in str(error):
+        return UserError("no directory for temporary files can be written", "set TMPDIR to one that can be written")
+    if error.filename is not None:
+        return user_error_of(Path(os.fsdecode(error.filename)), error)
+    if reached := reached_limit(error):
+        return UserError(f"the output cannot be written: {reached[0]}", reached[1])
+    return None
+
+
+def _discard_output() -> None:
+    """Discard what could not be written: Python would try again when it ends."""
+    with suppress(OSError):
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -46,13 +46,17 @@ class MetricsFile:
     def __init__(self, path: Path, every: int, resumed: int = 0) -> None:
         lines = [line for line in _lines(path) if _step(line, resumed + 1) <= resumed] if resumed else []
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._path, self._file = path, open(path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
         self._every = every
 
     def write(self, record: StepRecord) -> None:
         if record.step % self._every == 0 or record.step in (1, record.steps):
-            self._file.write(json.dumps(record.as_dict()) + "\n")
-            self._file.flush()
+            line = json.dumps(record.as_dict()).encode() + b"\n"
+            try:
+                while line:  # the system may write only a part
+                    line = line[self._file.write(line) :]
+            except OSError as e:
+                raise files.user_error_of(self._path, e) from None
 
     def __enter__(self) -> Self:
         return self
