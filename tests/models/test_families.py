@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from luthier.errors import AdapterError, ConfigError, ModelError
 from luthier.exporting import peft
 from luthier.exporting.merge import write_merged
 from luthier.models import directory
-from luthier.models.checkpoint_reader import Shards
+from luthier.models.checkpoint_reader import Shards, weight_files
 from luthier.models.directory import family_of, read_config
 from luthier.models.families import FAMILIES, Family, Modules, Rule
 from luthier.models.loader import load_weights
@@ -332,6 +333,24 @@ def test_buffers_that_the_model_computes_are_ignored_and_reported(tmp_path: Path
     load_weights(published.glm4(tmp_path / "g"), torch.float32, log=messages.append)
     names = [m.partition("ignored, because the model computes them itself: ")[2] for m in messages]
     assert names == ["model.layers.0-1.self_attn.rotary_emb.inv_freq", "transformer.rotary_pos_emb.inv_freq"]
+
+
+@pytest.mark.parametrize("stale", ["pointing to missing files", "pointing to other files", "not an index"])
+def test_a_stale_index_beside_a_whole_file_is_ignored_as_in_transformers(
+    stale: str, model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(model_dir("llama"), path)
+    shard = "model-00001-of-00002.safetensors"
+    if stale == "pointing to other files":
+        tensors = {name: torch.zeros_like(tensor) for name, tensor in load_file(path / "model.safetensors").items()}
+        save_file(tensors, path / shard, metadata={"format": "pt"})
+    names = {} if stale == "not an index" else dict.fromkeys(load_file(path / "model.safetensors"), shard)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert [file.name for file in weight_files(path)] == ["model.safetensors"]
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+    ours = load_weights(path, torch.float32).state_dict()
+    assert theirs.keys() == ours.keys() and all(theirs[name].equal(tensor) for name, tensor in ours.items())
 
 
 def test_damaged_weight_files_are_refused(tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 _BLOCK = 16_000_000  # values read from a pickle file per copy
 _READ_ERRORS = (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
-_WEIGHTS = (  # index, single file
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+_WEIGHTS = (  # single file, index
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
 
@@ -146,16 +146,19 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """List a model's weight files by name, preferring safetensors to ``.bin``. Raises ModelError if one is missing."""
-    for index_name, single in _WEIGHTS:
+    """List a model's weight files in transformers' order of preference. Raises ModelError if one is missing.
+
+    That is safetensors before ``.bin``, and one file before an index, which may be left from an earlier download.
+    """
+    for single, index_name in _WEIGHTS:
+        if (path / single).is_file():
+            return [path / single]
         if (path / index_name).is_file():
             names = sorted(set(_weight_map(path / index_name).values()))
             missing = [n for n in names if not (path / n).is_file()]
             if missing:
                 raise ModelError(f"{path}: missing weight files: {', '.join(missing)}", "download the model again")
             return [path / n for n in names]
-        if (path / single).is_file():
-            return [path / single]
     raise ModelError(
         f"{path}: contains no weights (model.safetensors or pytorch_model.bin)", "download the model's weight files too"
     )
