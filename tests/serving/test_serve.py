@@ -213,8 +213,8 @@ def test_an_invalid_request_is_a_400_with_the_reason(
 
 
 def test_settings_without_effect_and_labels_are_accepted(client: openai.OpenAI, replies: dict[str, str]) -> None:
-    done = chat(client, n=1, frequency_penalty=0, presence_penalty=0, logit_bias={}, user="me", store=False,
-                response_format={"type": "text"}, metadata={"a": "b"})  # fmt: skip
+    done = chat(client, n=1, frequency_penalty=0, presence_penalty=0, logit_bias={}, user="me", store=True, tools=[],
+                response_format={"type": "text"}, metadata={"a": "b"}, extra_body={"stream": None})  # fmt: skip
     assert done.choices[0].message.content == replies["marlow"]
 
 

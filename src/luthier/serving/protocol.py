@@ -31,11 +31,16 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {  # unsupported settings, and the val
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
+    "audio": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "moderation": (),
 }
-_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # these do not affect the reply
+_LABELS = (  # these do not affect the reply
+    *("user", "metadata", "safety_identifier", "store", "service_tier", "parallel_tool_calls", "prediction"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+)
 
 
 class RequestError(UserError):
@@ -55,14 +60,20 @@ class _Strict(BaseModel):
 class Part(_Strict):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: object = None  # does not affect the reply
 
 
 class ChatMessage(_Strict):
+    """A message. A client may send replies back as it got them, so the empty fields of replies are accepted."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    name: None = None
+    name: str | None = None  # chat templates have no place for it
     refusal: None = None
     tool_calls: list[None] | None = Field(None, max_length=0)
+    function_call: None = None
+    annotations: list[None] | None = Field(None, max_length=0)
+    audio: None = None
 
     @property
     def text(self) -> str:
@@ -70,8 +81,8 @@ class ChatMessage(_Strict):
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class _Common(_Strict):
@@ -81,7 +92,7 @@ class _Common(_Strict):
     """
 
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -223,8 +234,14 @@ def parse(kind: type[R], body: bytes) -> R:
         ]
         message = "; ".join(f"{where}: {what}" if where else what for where, what in dict(problems).items())
         raise RequestError(
-            f"the request is not valid: {message}", "correct the request", param=problems[0][0] or None
+            f"the request is not valid: {message}", "correct the request", param=_field(*problems[0])
         ) from None
+
+
+def _field(where: str, what: str) -> str | None:
+    """Return the field of a problem: its place, or the first one that a message about unsupported ones names."""
+    first = what.partition(":")[0].partition(",")[0]
+    return where or (first if first in _NEUTRAL else None)
 
 
 def status_of(error: Exception) -> int:
