@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]  # called with a line of text for the user
 Role = Literal["system", "user", "assistant"]
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # of data files
 TrainOn = Literal["all_replies", "last_reply"]
 SystemRole = Literal["template", "merge"]
 TooLong = Literal["truncate", "drop", "error"]

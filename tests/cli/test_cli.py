@@ -141,7 +141,7 @@ REFUSALS = [
     (["eval", "{no}", "--data", "{rows}"], "does not exist", "luthier pull"),
     (["eval", "{model}", "--data", "{rows}"], "no adapter to compare", "--model BASE --adapter DIR"),
     (["chat", "{model}", "--checkpoint", "3", "--prompt", "a"], "has no checkpoint 3", "leave --checkpoint out"),
-    (["check", "--model", "{rows}", "--data", "{rows}"], "is not a model directory", "luthier pull smollm2-135m"),
+    (["check", "--model", "{rows}", "--data", "{rows}"], "is a data file, not a model directory", "--data"),
     (["pull", "smolm2"], "model 'smolm2' is unknown", "luthier pull smollm2-135m"),
 ]
 

@@ -68,12 +68,11 @@ def locate(path: Path | str | None, model: Path | str | None = None, adapter: Pa
             raise ConfigError(
                 "--model and --adapter must be given together, without another directory", "give both, or only a RUN"
             )
-        return _source(TunedModel(adapters.load(user_path(adapter)), user_path(model)))
+        return _source(TunedModel(adapters.load(_adapter_dir(user_path(adapter))), user_path(model)))
     if path is None:
         raise ConfigError("no directory was given", "give a run or model directory, or --model BASE --adapter DIR")
     path = user_path(path)
-    run = RunDir(path)
-    directory = run.adapter if (run.adapter / adapters.CONFIG).is_file() else path
+    run, directory = RunDir(path), _adapter_dir(path)
     if not (directory / adapters.CONFIG).is_file():
         if not (path / "config.json").is_file():
             refuse_run(path)
@@ -102,6 +101,12 @@ def locate_tuned(
     if source.tuned is None:
         raise ConfigError(f"{source.base}: holds no adapter", "give a run, or --model BASE --adapter DIR")
     return source.tuned
+
+
+def _adapter_dir(path: Path) -> Path:
+    """Return the adapter of a run, or the path itself."""
+    adapter = RunDir(path).adapter
+    return adapter if (adapter / adapters.CONFIG).is_file() else path
 
 
 def _source(tuned: TunedModel) -> ModelSource:

@@ -141,6 +141,8 @@ class RunDir:
 
     def claim(self, config: RunConfig) -> None:
         """Raise ConfigError if the directory holds a run with other settings, or files that luthier did not write."""
+        if (self.path / "config.json").exists():
+            raise ConfigError(f"{self.path}: is a model directory", "choose another --output-dir")
         self.refuse_foreign_files()
         if self.adapter.exists() and not (self.adapter / adapters.META).is_file():
             raise ConfigError(f"{self.adapter}: was not written by luthier", "choose another --output-dir")

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import typer
@@ -66,7 +67,7 @@ def main() -> None:
     _prepare_environment()
     try:
         try:
-            _refuse_undecoded(sys.argv[1:])
+            _refuse_unusable(sys.argv[1:])
             app()
         finally:
             sys.stdout.flush()  # here, since Python would report a failure later with a traceback
@@ -113,14 +114,25 @@ def _prepare_environment() -> None:
         os.environ["HOME"] = "/"
 
 
-def _refuse_undecoded(arguments: Sequence[str]) -> None:
-    """Raise UserError for an argument with bytes that are not text: it could be written to no file."""
-    for argument in arguments:
+def _refuse_unusable(arguments: Sequence[str]) -> None:
+    """Raise UserError for bytes that are not text, which no file could hold, and for an empty path or name.
+
+    ``--output-dir "$UNSET"`` would otherwise write to the current directory.
+    """
+    for before, argument in pairwise(["", *arguments]):
+        emptied = argument.startswith("--") and argument.endswith("=")
+        option = argument.removesuffix("=") if emptied else before
+        if (emptied or not argument) and option not in _MAY_BE_EMPTY:
+            name = option if option.startswith("--") else "an argument"
+            raise UserError(f"{name}: is empty; is a variable of the shell not set?", "write a value, or leave it out")
         if any("\ud800" <= c <= "\udfff" for c in argument):
             raise UserError(
                 f"{argument!r}: contains bytes that are not text in this terminal's encoding",
                 "type it in UTF-8, in a terminal with that encoding: export LC_ALL=C.UTF-8",
             )
+
+
+_MAY_BE_EMPTY = ("--system", "--prompt")
 
 
 def _explained(error: OSError) -> UserError | None:

@@ -84,8 +84,8 @@ def _has_header(path: Path, encoding: str) -> bool:
         line = f.readline(_BLOCK)
         if _SEPARATOR.fullmatch(line):
             return True
-        cells = re.split("[\t,;]", line)
-    return len(cells) > 1 and not _COLUMNS.isdisjoint(c.strip('\ufeff" \r\n') for c in cells)
+        cells = re.split("[\t,;|]", line)
+    return len(cells) > 1 and not ROW_KEYS.isdisjoint(c.strip('\ufeff" \r\n') for c in cells)
 
 
 def _has_object_lines(path: Path, encoding: str) -> bool:
@@ -276,7 +276,7 @@ def _csv(path: Path, encoding: str) -> Rows:
         first_line = f.readline()
         f.seek(0)
         separator = _SEPARATOR.fullmatch(first_line)
-        delimiter = separator[1] if separator else max("\t,;", key=first_line.count)
+        delimiter = separator[1] if separator else max("\t,;|", key=first_line.count)
         reader = csv.reader(f, delimiter=delimiter, strict=True)
         try:
             if separator:

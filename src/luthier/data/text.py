@@ -36,12 +36,16 @@ codecs.register_error(_UNREADABLE, _unreadable)
 
 def check_file(path: Path) -> None:
     """Raise DataError unless ``path`` is a readable file that is neither empty nor compressed."""
+    if (path / "config.json").is_file():
+        raise DataError(f"{path}: is a model directory, not a data file", f"give it with --model {path}")
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory", f"name its files, e.g. {path}/*.jsonl")
     if not path.is_file():
         folder = path.parent
-        guess = nearest(path.name, (p.name for p in folder.iterdir())) if folder.is_dir() else None
-        what = "is a directory" if path.is_dir() else "does not exist"
+        names = [p.name for p in folder.iterdir() if nearest(path.stem, [p.stem], 0.51)] if folder.is_dir() else []
+        guess = nearest(path.name, names)  # of similar stems: the endings of all data files are similar
         fix = f"did you mean {folder / guess}?" if guess else "choose a JSON, JSONL, CSV, TSV or Parquet file"
-        raise DataError(f"{path}: {what}", f"name its files, e.g. {path}/*.jsonl" if path.is_dir() else fix)
+        raise DataError(f"{path}: does not exist", fix)
     head = read_head(path, 6)
     if not head:
         raise DataError(f"{path}: is empty", "choose a file with instruction rows")

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from luthier.errors import ConfigError, ModelError, nearest
 from luthier.models.checkpoint_reader import Shards, read_json
 from luthier.models.families import FAMILIES, Family
+from luthier.types import DATA_SUFFIXES
 
 _SHAPE_KEYS = (
     "model_type",
@@ -29,6 +30,8 @@ _SHAPE_KEYS = (
 
 def must_be_directory(path: Path) -> None:
     """Raise ModelError if a path is not a directory; the fix names the most similar directory beside it."""
+    if path.suffix in DATA_SUFFIXES and path.is_file():
+        raise ModelError(f"{path}: is a data file, not a model directory", f"give it with --data {path}")
     if not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         guess = nearest(path.name, siblings)
