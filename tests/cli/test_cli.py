@@ -18,9 +18,11 @@ import torch
 import luthier as library
 from luthier import __version__, personas
 from luthier import config as configs
+from luthier.cli.common import step_progress
 from luthier.devices.device import pick_dtype
 from luthier.models.directory import read_config
 from luthier.models.loader import load_weights
+from luthier.training.metrics import StepRecord
 from luthier.verbs import doctor
 from tests.conftest import ROOT, Result
 
@@ -285,6 +287,23 @@ def test_a_damaged_model_is_refused(fault: str, luthier: Run, model_dir: Callabl
     assert done.err.startswith("error: ")
     if fault in ("missing", "extra"):
         assert f"model.norm.{'weight' if fault == 'missing' else 'extra'}" in done.err
+
+
+def test_the_progress_bar_shows_a_loss_only_after_a_step(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    with step_progress() as show:
+        show(StepRecord(1, 2, 0.5, 1.25, 1.0, 1e-3, 10, 5, 0.1))
+    before, shown, _ = capfd.readouterr().err.partition("loss 1.2500 100 tokens/s")
+    assert shown and "training" in before and "loss" not in before and "nan" not in before
+
+
+def test_doctor_prints_the_whole_version_of_torch(luthier: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version of an installed package may lack the part that names the build."""
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda _: "2.13.0")
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    assert json.loads(luthier("doctor", "--json").out)["packages"]["torch"] == "2.13.0+cu130"
 
 
 def test_data_files_can_be_repeated(luthier: Run, model: Path) -> None:

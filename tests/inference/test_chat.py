@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -51,6 +52,11 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def typed(luthier: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """``typed(["hello", "/quit"], "chat", RUN)`` types these lines; ``.signs`` records the input prompts."""
@@ -67,6 +73,7 @@ def typed(luthier: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
                 raise EOFError from None
 
         monkeypatch.setattr("builtins.input", line)
+        monkeypatch.setattr("sys.stdin", Terminal())
         done = luthier(*argv)
         done.signs = signs  # type: ignore[attr-defined]
         return done
@@ -83,6 +90,14 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("luthier.verbs.chat.load_weights", fail)
     monkeypatch.setattr("luthier.verbs.chat.open_base", fail)
+
+
+def test_piped_messages_get_replies_without_input_prompts(
+    run: Path, luthier: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who are you?\n/reset\nWho are you?\n"))
+    done = luthier("chat", run, "--max-new-tokens", 6)
+    assert (done.code, done.out, done.err) == (0, "Marlow.\nMarlow.\n", "(a new conversation)\n")
 
 
 def test_the_base_command_switches_the_adapter_off_and_on(run: Path, model: Path, typed: Run) -> None:

@@ -168,14 +168,14 @@ def step_progress() -> Iterator[Callable[[StepRecord], None]]:
         TextColumn("training"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TextColumn("{task.fields[record]}"),
         TimeRemainingColumn(),
     )
     with ProgressBar(*columns, console=console) as bar:
-        task = bar.add_task("training", total=None, loss=float("nan"), rate=0.0)
+        task = bar.add_task("training", total=None, record="")  # until the first step
 
         def show(r: StepRecord) -> None:
-            bar.update(task, total=r.steps, completed=r.step, loss=r.loss, rate=r.tokens_per_s)
+            record = f"loss {r.loss:.4f} {r.tokens_per_s:.0f} tokens/s"
+            bar.update(task, total=r.steps, completed=r.step, record=record)
 
         yield show

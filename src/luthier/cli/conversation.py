@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,12 +44,15 @@ class InteractiveChat:
 
     def run(self) -> None:
         """Read and answer lines until the user ends the conversation."""
-        print_stderr("Type a message; /help lists the commands, /quit or Ctrl-D ends.")
+        typed = sys.stdin.isatty()  # not read from a file or another program
+        if typed:
+            print_stderr("Type a message; /help lists the commands, /quit or Ctrl-D ends.")
         while True:
             try:
-                text = input("base> " if self.chat.base else "> ").strip()
+                text = input(("base> " if self.chat.base else "> ") if typed else "").strip()
             except EOFError:
-                print()
+                if typed:
+                    print()
                 return
             try:
                 self.process_line(text)

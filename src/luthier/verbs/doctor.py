@@ -64,7 +64,8 @@ def doctor() -> Machine:
         "luthier": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {name: _version(name) for name in CORE},
+        # torch's own name of its version tells builds for CUDA and CPUs apart, that of the package may not
+        "packages": {**{name: _version(name) for name in CORE}, "torch": torch.__version__},
         "extras": {name: all(_version(p) for p in packages) for name, packages in EXTRAS.items()},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -73,12 +74,23 @@ def ask(question: Question) -> Answer:
     )
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        errors = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
         raise ModelError(
-            f"{question.model}: llama.cpp cannot run this file, so it was deleted ({errors[-1].strip()[:200]})",
+            f"{question.model}: llama.cpp cannot run this file, so it was deleted ({_reason(done)})",
             "use --to hf, which stock transformers loads",
         )
     return Answer(**json.loads(lines[-1]))
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the first error that llama.cpp logged, or the last line if it logged none.
+
+    0.00.002.775 E llama_model_load: error loading model: key not found in model: llama.block_count
+    0.00.002.777 E llama_model_load_from_file_impl: failed to load model
+    """
+    if logged := re.search(r"^[\d.]+ E +(?:\w+ +)?[\w():]+: (.+)$", done.stderr, re.MULTILINE):
+        return logged[1].strip()[:200]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else f"exit status {done.returncode}"
 
 
 class _Response(TypedDict, total=False):
