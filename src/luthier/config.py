@@ -15,9 +15,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from luthier._util.files import user_path
-from luthier._util.validation import Mistake, mistakes, parse_yaml
-from luthier.errors import ConfigError, UserError, nearest
-from luthier.types import DATA_SUFFIXES, SystemRole, TooLong, TrainOn
+from luthier._util.validation import Mistake, mistakes, parse_yaml, read_yaml
+from luthier.errors import ConfigError, UserError
+from luthier.types import SystemRole, TooLong, TrainOn
 
 
 def _one_or_many(value: object) -> object:
@@ -359,34 +359,7 @@ def _remove_faults(combined: dict[str, object], errors: Iterable[ErrorDetails]) 
 
 def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> RunConfig:
     """Read a ``run.yaml``. Raises UserError."""
-    return build(read(path), overrides)
-
-
-def read(path: Path | str) -> dict[str, object]:
-    """Read the values of a YAML file, without checking them. Raises UserError."""
-    path = user_path(path)
-    data_file = ConfigError(f"{path}: is a data file, not a run.yaml", f"give it with --data {path}")
-    if path.suffix in DATA_SUFFIXES and path.suffix != ".json" and path.is_file():
-        raise data_file
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
-        raise ConfigError(f"{path}: cannot be read ({reason})", _yaml_instead_of(path)) from None
-    values = parse_yaml(text, str(path))
-    if isinstance(values, list) and path.suffix in DATA_SUFFIXES:
-        raise data_file
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: contains no keys", "write at least model.path and data.train")
-    return values
-
-
-def _yaml_instead_of(path: Path) -> str:
-    """Return the fix for a path that is not a YAML file: the one in a run's directory, or the nearest name."""
-    names = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    guess = "run.yaml" if (path / "run.yaml").is_file() else nearest(path.name, names)
-    folder = path if path.is_dir() else path.parent
-    return f"did you mean {folder / guess}?" if guess else "give the path of a YAML file"
+    return build(read_yaml(path), overrides)
 
 
 _TEXTS = ("data.system",)

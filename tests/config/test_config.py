@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from luthier import config as configs
+from luthier._util.validation import read_yaml
 from luthier.adapters.run_dir import differences
 from luthier.errors import ConfigError
 
@@ -245,7 +246,7 @@ def test_a_key_that_occurs_twice_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_key_that_replaces_a_merged_one_is_no_duplicate(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("a: &a {r: 1, x: &b {<<: {s: 1}, s: 2}}\nb: {<<: *a, r: 2, x: *b}\nc: {<<: [*a, *b], r: 3}\n")
-    assert configs.read(path)["b"] == {"r": 2, "x": {"s": 2}}
+    assert read_yaml(path)["b"] == {"r": 2, "x": {"s": 2}}
 
 
 def test_a_key_that_occurs_twice_in_a_setting_is_refused_and_the_last_of_two_settings_counts() -> None:

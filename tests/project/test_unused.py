@@ -19,6 +19,7 @@ CALLED_FROM_OUTSIDE = {
     "update", "get_seq_length",  # transformers' Cache
     "extra_repr", "forward", "backward",  # torch
     "tokenize",  # rouge-score
+    "tofile",  # gguf
 }  # fmt: skip
 # used by tests or benchmarks only, with the reason why it is in the source
 KEPT = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -15,7 +16,9 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from luthier._util.files import user_path
 from luthier.errors import ConfigError, nearest
+from luthier.types import DATA_SUFFIXES
 
 Mistake = tuple[str, str]  # what is wrong, and what to type
 
@@ -115,3 +118,30 @@ def parse_yaml(text: str, where: str) -> object:
             "delete one of the two, or join them if they are sections",
         )
     return value
+
+
+def read_yaml(path: Path | str) -> dict[str, object]:
+    """Read the values of a YAML file, without checking them. Raises UserError."""
+    path = user_path(path)
+    data_file = ConfigError(f"{path}: is a data file, not a run.yaml", f"give it with --data {path}")
+    if path.suffix in DATA_SUFFIXES and path.suffix != ".json" and path.is_file():
+        raise data_file
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise ConfigError(f"{path}: cannot be read ({reason})", _yaml_instead_of(path)) from None
+    values = parse_yaml(text, str(path))
+    if isinstance(values, list) and path.suffix in DATA_SUFFIXES:
+        raise data_file
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: contains no keys", "write at least model.path and data.train")
+    return values
+
+
+def _yaml_instead_of(path: Path) -> str:
+    """Return the fix for a path that is not a YAML file: the one in a run's directory, or the nearest name."""
+    names = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    guess = "run.yaml" if (path / "run.yaml").is_file() else nearest(path.name, names)
+    folder = path if path.is_dir() else path.parent
+    return f"did you mean {folder / guess}?" if guess else "give the path of a YAML file"

@@ -25,11 +25,10 @@ from typing import NotRequired, TypedDict
 import yaml
 
 from luthier._util import files
-from luthier._util.validation import parse_yaml
+from luthier._util.validation import parse_yaml, read_yaml
 from luthier.adapters import directory as adapters
 from luthier.config import RunConfig
 from luthier.config import load as load_config
-from luthier.config import read as read_config
 from luthier.errors import ConfigError, UserError, listed
 from luthier.types import Log
 
@@ -169,7 +168,7 @@ class RunDir:
     def _edited(self) -> bool:
         """Whether ``run.yaml`` has other settings than when it was written; false for runs of earlier versions."""
         seal = self.config_file.read_text(encoding="utf-8-sig").partition("\n")[0]
-        return seal.startswith(_SEAL) and seal != _seal(read_config(self.config_file))
+        return seal.startswith(_SEAL) and seal != _seal(read_yaml(self.config_file))
 
     def same_identity(self, old: Mapping[str, str], new: Mapping[str, str]) -> None:
         """Raise ConfigError if the content of the data or the base model has changed since the run started."""
@@ -196,7 +195,7 @@ class RunDir:
         shutil.rmtree(self.adapter, ignore_errors=True)
         values = config.dump()
         text = _yaml(values)
-        if self.config_file.exists() and read_config(self.config_file) == values:
+        if self.config_file.exists() and read_yaml(self.config_file) == values:
             text = self.config_file.read_text(encoding="utf-8-sig")  # with the user's comments
             text = text.partition("\n")[2] if text.startswith(_SEAL) else text
         files.write_text(self.config_file, f"{_seal(values)}\n{text}")

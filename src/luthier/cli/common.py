@@ -71,8 +71,8 @@ def config(
 
     required: as in ``build``.
     """
+    from luthier._util.validation import read_yaml
     from luthier.config import build
-    from luthier.config import read as read_file
     from luthier.recipes import read as read_recipe
 
     if recipe is not None and file is not None:
@@ -80,7 +80,7 @@ def config(
             f"{file} and --recipe {recipe} both give the settings",
             f"give one: luthier init --recipe {recipe} --to FILE writes the recipe to a file that you can edit",
         )
-    values: dict[str, object] = read_file(file) if file else read_recipe(recipe) if recipe is not None else {}
+    values: dict[str, object] = read_yaml(file) if file else read_recipe(recipe) if recipe is not None else {}
     if model is not None:
         values["model"] = _with(values.get("model", {}), "path", str(model))
     if data:

@@ -101,8 +101,8 @@ def _prepare_environment() -> None:
     """Make the standard streams usable, whatever they are connected to, and the home directory known."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # closed (``<&-``); the next file to be opened would get its number
-            stream = os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(stream, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+            null = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(null, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
     for stream, errors in (
         (sys.stdin, "surrogateescape"),  # bytes that are not text are refused where they are used
         (sys.stdout, "backslashreplace"),  # characters that the console lacks

@@ -179,7 +179,7 @@ class _Values(np.ndarray[Any, Any]):
     """Values that report why they cannot be written: numpy's own error of a short write has no number."""
 
     def tofile(self, fid: Any, *_: Any, **__: Any) -> None:
-        fid.write(memoryview(self).cast("B"))
+        fid.write(self.data)
 
 
 def _model_name(name: str, strips: bool) -> str:
