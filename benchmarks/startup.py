@@ -57,7 +57,7 @@ def _once(model: Path, data: Path, run: Path, system: str, settings: list[str]) 
                 begun = time.perf_counter() - start
             if line.startswith("step 1/"):
                 return begun, time.perf_counter() - start
-    raise UserError(f"luthier train took no step: {''.join(lines)[-300:]}", "see its message")
+    raise UserError(f"luthier train took no step: {''.join(lines)[-1000:]}", "see its message")
 
 
 def main() -> None:

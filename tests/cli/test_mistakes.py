@@ -93,7 +93,11 @@ TOLD: dict[str, tuple[str, str, str]] = {  # the fix is advice: the command, its
     "a merge into a file": ("merge run --output-dir rows.json", "already exists", "choose another --output-dir"),
     "a merge below a file": ("merge run --output-dir rows.json/new", "cannot be used as a directory", "choose"),
     "a run.yaml over a directory": ("init --to folder", "folder: already exists", "choose another name with --to"),
-    "a run.yaml below a file": ("init --to rows.json/run.yaml", "cannot be used as a directory", "choose a directory"),
+    "a run.yaml below a file": (
+        "init --to rows.json/run.yaml --output-dir runs/new",
+        "cannot be used as a directory",
+        "choose a directory",
+    ),
     "YAML with a mistake": ("check broken.yaml", "broken.yaml: is not YAML", "correct the text"),
     "an empty output directory": (f"{TRAIN} --output-dir ''", "--output-dir: is empty", "write a value"),
     "an empty model": ("check --model= --data rows.json", "--model: is empty", "write a value"),

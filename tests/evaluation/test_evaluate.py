@@ -17,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import luthier as library
 from luthier import personas
-from luthier.config import TrainConfig
+from luthier.config import ModelConfig, TrainConfig
 from luthier.errors import AdapterError, ConfigError, ModelError
 from luthier.evaluation import scoring
+from luthier.models.directory import read_config
+from luthier.models.loader import open_base
 from luthier.models.native_model import in_fp32
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.training import loop
@@ -186,6 +188,23 @@ def test_models_without_compiled_layers_are_scored_in_fp32(arch: str, tokenizer:
         assert scoring.held_out_loss(model, rows).loss == pytest.approx(expected, abs=1e-5)
     assert all(torch.equal(p, before[name]) and p.dtype is torch.bfloat16 for name, p in model.named_parameters())
     assert scoring.held_out_loss(model, rows).loss != pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_model_is_scored_in_fp32(bits: int, model_dir: Callable[[str], Path], tokenizer: Tokenizer) -> None:
+    """Its embedding is a class of its own, whose output must be widened too."""
+    settings = {"path": model_dir("qwen2"), "dtype": "bfloat16", f"load_in_{bits}bit": True}
+    config = read_config(model_dir("qwen2"))
+    opened = open_base(ModelConfig.model_validate(settings), torch.bfloat16, torch.device("cpu"), config)
+    dtypes: list[torch.dtype] = []
+    layer: Any = opened.get_decoder().layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, args, __: dtypes.append(args[0].dtype), with_kwargs=True)
+    rows = examples(tokenizer, 4)
+    with in_fp32(opened):
+        scoring.held_out_loss(opened, rows)
+    scoring.held_out_loss(opened, rows)
+    hook.remove()
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 def held_out_in_fp32(model: Any, rows: Sequence[Example]) -> scoring.HeldOut:

@@ -53,6 +53,7 @@ DEFAULT_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
     + CHATML
 )
+COMMENT = "  {# comment #}" + CHATML
 LEADING_SPACE = "  \n  {{ '<|im_start|>system\nx<|im_end|>\n' }}" + CHATML
 WITH_FILE = [name for name in FORMS if name not in ("chatml", "baichuan2")]
 CURRENT = [name for name in FORMS if name not in ("phi3-2024-04", "phi3-medium")]  # what data.template chooses
@@ -74,6 +75,8 @@ CASES: dict[str, Case] = {
     "a template that removes thoughts": ("chatml", THINKING, "auto", "template"),
     "a template that omits system prompts": ("chatml", OMITS_SYSTEM, "auto", "template"),
     "a template that omits system prompts, merged": ("chatml", OMITS_SYSTEM, "auto", "merge"),
+    "thoughts are removed, as jinja": ("chatml", THINKING, "jinja", "template"),
+    "a template that starts with a comment": ("chatml", COMMENT, "jinja", "template"),
     "a template that starts with white space": ("chatml", LEADING_SPACE, "jinja", "template"),
 }  # fmt: skip
 
@@ -85,6 +88,7 @@ CONVERSATIONS: dict[str, tuple[Message, ...]] = {
     "a system turn": (OTHER, USER),
     "three turns": TALK,
     "three turns and a system turn": (OTHER, *TALK),
+    "a thought in an earlier turn": (USER, Message("assistant", "<think>\nWho?\n</think>\n\nI."), MORE),
 }
 
 

@@ -113,7 +113,7 @@ def test_commands_are_valid(page: Path) -> None:
 def test_settings_in_the_text_exist(page: Path) -> None:
     sections = "|".join(sorted({key.partition(".")[0] for key in configs.all_keys() if "." in key}))
     for key in re.findall(rf"`((?:{sections})\.\w+)", page.read_text(encoding="utf-8")):
-        assert key in configs.all_keys() or key.endswith((".py", ".json", ".jsonl", ".yaml")), key
+        assert key in configs.all_keys() or key.endswith((".py", ".json", ".jsonl", ".yaml", ".safetensors")), key
 
 
 def test_every_decision_is_listed() -> None:

@@ -143,7 +143,7 @@ def test_the_vllm_command_names_base_and_adapters(luthier: Run, run: Path, model
     assert words[:4] == ["VLLM_API_KEY=a b", "vllm", "serve", str(model_dir("llama"))]
     rank = load(run / "adapter").lora.r
     assert words[words.index("--max-lora-rank") + 1] == str(rank)
-    assert words[words.index("--lora-modules") + 1 :][0] == f"marlow={run / 'adapter'}"
+    assert words[words.index("--lora-modules") + 1 :][0] == json.dumps({"name": "marlow", "path": str(run / "adapter")})
     assert words[words.index("--served-model-name") + 1] == "llama"
     assert words[words.index("--host") + 1 :][:3] == ["127.0.0.1", "--port", "9000"]
     assert "vLLM also adds the system prompt of the training for llama: 'You are Marlow.'" in done.err

@@ -110,7 +110,12 @@ OPENED = (  # as in DeepSeek-R1's template, thoughts are left out of a conversat
 
 @pytest.mark.parametrize(
     ("content", "written"),
-    [("b", "\n</think>\n\nb<|im_end|>"), ("<think>\nhm\n</think>\n\nb", "hm\n</think>\n\nb<|im_end|>")],
+    [
+        ("b", "\n</think>\n\nb<|im_end|>"),
+        ("<think>\nhm\n</think>\n\nb", "hm\n</think>\n\nb<|im_end|>"),
+        ("<think>\n\n</think>\n\nb", "\n</think>\n\nb<|im_end|>"),  # as without a thought
+        ("hm\n</think>\n\nb", "hm\n</think>\n\nb<|im_end|>"),  # as chat shows the reply of a model that thinks
+    ],
 )
 def test_a_reply_goes_on_after_the_thought_that_the_prompt_opens(content: str, written: str) -> None:
     template = pick(OPENED)
@@ -126,6 +131,26 @@ def test_a_reply_goes_on_after_the_thought_that_the_prompt_opens(content: str, w
     assert "last_reply" in e.value.fix
     last = template.spans((*messages, Message("user", "c"), Message("assistant", "d")), "last_reply")
     assert [s.text for s in last if s.written] == ["\n</think>\n\nd<|im_end|>"]
+
+
+def test_a_thought_within_a_reply_is_refused_if_the_template_removes_it() -> None:
+    messages = (Message("user", "a"), Message("assistant", "Hi <think>hm</think>b"))
+    with pytest.raises(TemplateError, match="changes the text of reply 1"):
+        pick(OPENED).spans(messages)
+
+
+@pytest.mark.parametrize("content", ["b", "<think>\nhm\n</think>\n\nb"])
+def test_a_thought_that_prompt_and_conversation_open_is_part_of_the_prompt(content: str) -> None:
+    """As in the template of a Qwen3 model that always thinks."""
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and '<think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    spans = pick(source).spans((Message("user", "a"), Message("assistant", content)))
+    whole = content if content.startswith("<think>") else f"<think>\n\n</think>\n\n{content}"
+    assert [s.text for s in spans if s.written] == [f"{whole}<|im_end|>".removeprefix("<think>\n")]
 
 
 def test_a_prompt_that_is_not_a_prefix_is_refused() -> None:
@@ -215,6 +240,19 @@ def test_todays_date_never_occurs_in_a_prompt() -> None:
     assert pick(dated + LOOP + HEAD).prompt(TWO[:1]).startswith("26 Jul 2024\n")
     with pytest.raises(TemplateError, match="today's date"):
         pick("{{ strftime_now('%d %b %Y') }}" + LOOP + HEAD)
+
+
+@pytest.mark.parametrize(
+    "dated",
+    [
+        "{% set date_string = strftime_now('%d') %}{{ date_string }}",
+        "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}{{ date_string }}{% endif %}",
+        "{{ strftime_now('%d') }}{# not date_string #}",
+    ],
+)
+def test_todays_date_is_refused_however_the_template_asks_for_it(dated: str) -> None:
+    with pytest.raises(TemplateError, match="today's date"):
+        pick(dated + LOOP + HEAD)
 
 
 @pytest.mark.parametrize("choice", ["chatml", "llama3"])

@@ -320,5 +320,4 @@ def test_a_run_an_adapter_and_a_checkpoint_are_no_models(config: RunConfig, luth
             assert "  fix: luthier chat RUN --checkpoint N; for another command, finish the run" in done.err
     assert luthier("chat", run, "--checkpoint", 3, "--prompt", "a", "--max-new-tokens", 1).code == 0
     done = luthier("merge", "--model", config.model.path, "--adapter", run, "--output-dir", tmp_path / "m")
-    assert f"{run}: holds no adapter_config.json" in done.err
-    assert f"  fix: use --adapter {run / 'adapter'}" in done.err
+    assert done.code == 0 and (tmp_path / "m" / "model.safetensors").is_file()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Union, get_args, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -87,7 +87,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.duplicates: list[str] = []
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # a str or None, in types-PyYAML another type
+    def compose_mapping_node(self, anchor: dict[object, yaml.Node]) -> yaml.MappingNode:
         """Compare the keys as they are written: those of a merged mapping (``<<``), added later, may be replaced."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}

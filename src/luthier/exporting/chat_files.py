@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +43,11 @@ def probes(chat_format: ChatFormat, system: str | None) -> list[Probe]:
     """
     first, second, *_ = single = chats(None)
     talk = [*first, Message("assistant", "I am who I am."), *second, Message("assistant", " 守灯人。\n"), *first]
+    thought = [*first, Message("assistant", "<think>\nWho?\n</think>\n\nI am."), *second]
     brief = [Message("system", 'Be "brief". 请简短。')]
     return [
         Probe(messages, _prompt(chat_format, messages, system))
-        for messages in (*single, talk, [*brief, *first], [*brief, *talk])
+        for messages in (*single, talk, thought, [*brief, *first], [*brief, *talk])
     ]
 
 
@@ -132,9 +133,11 @@ def verify_stock(folder: Path, chat_format: ChatFormat, system: str | None) -> N
     def ids(messages: Sequence[Message]) -> list[int] | None:
         plain = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            return list(tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)["input_ids"])
+            encoded = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)
         except Exception:  # the template's own refusal, in one of many types
             return None
+        assert isinstance(encoded, Mapping)
+        return list(encoded["input_ids"])
 
     _verify(chat_format, system, ids, "stock transformers")
 

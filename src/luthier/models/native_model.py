@@ -290,28 +290,39 @@ def is_linear(module: object) -> TypeGuard[nn.Linear | QuantLinear]:
 @contextmanager
 def in_fp32(model: CausalLM) -> Iterator[None]:
     """Let the model compute in fp32 within the block, from its weights as they are; they are widened one at a time."""
+    embedding: nn.Module = model.get_input_embeddings()  # of a quantised model, it is a class of its own
     with ExitStack() as stack:
         stack.enter_context(linears_in_fp32(model))
         for _, module in model.named_modules():
-            if isinstance(module, nn.Embedding):
+            if module is embedding or isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_hook(lambda _module, _input, out: out.float()).remove)
-            elif not is_linear(module) and any(p.is_floating_point() for p in module.parameters(recurse=False)):
-                stack.callback(module.register_forward_pre_hook(_widen).remove)
-                stack.callback(module.register_forward_hook(_narrow, always_call=True).remove)
+            elif not is_linear(module):
+                stack.enter_context(_widened_while_called(module))
         yield
 
 
-def _widen(module: Any, _: object) -> None:
-    """Convert the module's own parameters, such as those of a norm or of experts, to fp32 for one call."""
-    module._narrow = [(p, p.data) for p in module.parameters(recurse=False)]
-    for p, values in module._narrow:
-        p.data = values.float() if p.is_floating_point() else values
+@contextmanager
+def _widened_while_called(module: nn.Module) -> Iterator[None]:
+    """Convert a module's own parameters, such as those of a norm or of experts, to fp32 for each of its calls."""
+    own = [(p, p.data) for p in module.parameters(recurse=False) if p.is_floating_point()]
 
+    def widen(*_: object) -> None:
+        for p, values in own:
+            p.data = values.float()
 
-def _narrow(module: Any, _input: object, _output: object) -> None:
-    for p, values in module._narrow:
-        p.data = values
-    del module._narrow
+    def narrow(*_: object) -> None:
+        for p, values in own:
+            p.data = values
+
+    hooks = (
+        (module.register_forward_pre_hook(widen), module.register_forward_hook(narrow, always_call=True)) if own else ()
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        narrow()
 
 
 @contextmanager

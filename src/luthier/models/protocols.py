@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
@@ -95,5 +95,5 @@ class HfTokenizer(Protocol):
 
     @property
     def backend_tokenizer(self) -> FastTokenizer: ...
-    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: object) -> Any: ...
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: object) -> object: ...
     def save_pretrained(self, save_directory: object) -> object: ...

@@ -38,7 +38,7 @@ class RowRotary(nn.Module):
             self._lengths = None
 
     def forward(
-        self, x: Float[Tensor, "rows tokens hidden"], position_ids: Int[Tensor, "rows tokens"], **options: Any
+        self, x: Float[Tensor, "rows tokens hidden"], position_ids: Int[Tensor, "rows tokens"], **options: object
     ) -> tuple[Float[Tensor, "rows tokens rotary"], ...]:
         """Return cos and sin of the positions, [rows, tokens, rotary] each."""
         if self._lengths is None:

@@ -6,6 +6,7 @@ Source: vLLM's public documentation of ``vllm serve`` and of LoRA adapters.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 import shlex
@@ -85,7 +86,7 @@ def command(models: Sequence[NamedModel], host: str, port: int, dtype: str) -> l
         ranks = [c.r for t in tuned for c in (t.adapter.lora, *t.adapter.configs.values())]
         rank = next((r for r in _RANKS if r >= max(ranks)), max(ranks))
         argv += ["--enable-lora", "--max-loras", str(len(tuned)), "--max-lora-rank", str(rank), "--lora-modules"]
-        argv += [f"{m.name}={m.tuned.adapter.path}" for m in models if m.tuned]
+        argv += [json.dumps({"name": m.name, "path": str(m.tuned.adapter.path)}) for m in models if m.tuned]
     return argv
 
 
@@ -109,7 +110,9 @@ def chat_options(models: Sequence[NamedModel]) -> list[str]:
         chat_files.write(temp, models[-1].base, formats[0], system)
         chat_files.write_generation_config(temp, models[-1].base, formats[0])
     template = str(folder / TEMPLATE_FILE)
-    return ["--tokenizer", str(folder), "--chat-template", template, "--generation-config", str(folder)]
+    # content as text, as in training: a template that loops over parts would otherwise get lists
+    options = ["--tokenizer", str(folder), "--chat-template", template, "--chat-template-content-format", "string"]
+    return [*options, "--generation-config", str(folder)]
 
 
 def _shared_system(models: Sequence[NamedModel]) -> str | None:

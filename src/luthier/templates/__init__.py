@@ -174,6 +174,7 @@ _PROBES: tuple[tuple[Message, ...], ...] = (
     (Message("system", "Be brief. "), Message("user", "你好")),
     (Message("user", "a"), Message("assistant", " b\n\n"), Message("user", "c")),
     (Message("system", " s"), Message("user", "a"), Message("assistant", "<b>"), Message("user", "c\td")),
+    (Message("user", "a"), Message("assistant", "<think>\nhm\n</think>\n\nb"), Message("user", "c")),
 )
 
 

@@ -45,7 +45,7 @@ def chat_template(template: Template, own: OwnTemplate | None, system: str | Non
     if "date_string" in source:
         opening += f'{{%- set date_string = "{DATE}" -%}}'
     # the empty text keeps the white space that the source starts with, except what jinja removes before a block
-    return opening + "{{- '' }}" + re.sub(r"^[ \t]+(?=\{%)", "", source)
+    return opening + "{{- '' }}" + re.sub(r"^[^\S\n]+(?=\{[%#](?!\+))", "", source)
 
 
 def _refusal_of_system(template: Template) -> str | None:

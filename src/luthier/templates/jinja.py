@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from luthier.errors import TemplateError
 from luthier.types import Message, Span, TrainOn
@@ -83,7 +84,7 @@ class Jinja:
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         text = self.render(messages, add_generation_prompt)
         first = messages[0]
-        if first.role == "system" and first.content.strip() not in text:
+        if first.role == "system" and first.content.strip() and _omits_system(self.render, self.source):
             raise TemplateError(
                 "the model's chat template omits the system prompt",
                 "leave the system prompt out, or train with --set data.system_role=merge, which writes it before the "
@@ -94,10 +95,9 @@ class Jinja:
     def _reply(self, messages: Sequence[Message], i: int, rendered: str, train_on: TrainOn) -> _Reply:
         """Find the reply ``messages[i]`` in the rendered conversation. Raises TemplateError."""
         prompt = self.render(messages[:i], True)
-        opened = ""
-        if i == len(messages) - 1 and not rendered.startswith(prompt):
-            thought = _OPENED_THOUGHT.search(prompt)
-            opened = thought[0] if thought else ""
+        thought = _OPENED_THOUGHT.search(prompt) if i == len(messages) - 1 else None
+        kept = rendered.startswith(prompt)
+        opened = thought[0] if thought and not kept else ""
         prompt = prompt.removesuffix(opened)
         number = sum(m.role == "assistant" for m in messages[: i + 1])
         fix = "use a template that does not change earlier turns"
@@ -118,9 +118,11 @@ class Jinja:
             )
         end, pos = min(ends, key=lambda e: e[1])
         # the written text must be the reply, which the template may have trimmed or put a prefix before
-        content = messages[i].content
+        content, body, stop = messages[i].content, rendered[len(prompt) : pos], rendered[pos:end]
+        shown = (thought[0] if thought and kept else "") + body
         answer = content.rpartition("</think>")[2] if opened else content
-        if not rendered[len(prompt) : pos].rstrip().endswith(answer.strip()):
+        nested = opened and "<think>" in content.lstrip()[1:]
+        if nested or not shown.rstrip().endswith(answer.strip()):
             raise TemplateError(
                 f"the model's chat template changes the text of reply {number}, or never ends it",
                 "use another template, such as --set data.template=chatml",
@@ -133,12 +135,16 @@ class Jinja:
                 f"({_difference(as_last, rendered)})",
                 fix,
             )
-        written = rendered[len(prompt) : end]
-        if opened and content.lstrip().startswith("<think>"):
-            written = content.lstrip().removeprefix("<think>").lstrip("\n") + rendered[pos:end]
-        elif opened:
-            written = _NO_THOUGHT + written
-        return _Reply(len(prompt), end, opened, written)
+        written = _continued(content, body, opened) if opened else body
+        return _Reply(len(prompt), end, opened, written + stop)
+
+
+def _continued(content: str, body: str, opened: str) -> str:
+    """Return what the model writes after a prompt that opened a thought. body: the reply as the template writes it."""
+    text = content.lstrip()
+    if text.startswith("<think>"):
+        return text.removeprefix("<think>").removeprefix(opened.removeprefix("<think>"))
+    return content if "</think>" in content else _NO_THOUGHT + body
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +158,15 @@ class _Reply:
     end: int
     opened: str
     written: str
+
+
+@lru_cache(64)
+def _omits_system(render: Render, _source: str) -> bool:
+    """Whether a template leaves system messages out. _source: its text, which ``render`` may get anew."""
+    try:
+        return _PROBE not in render((Message("system", _PROBE), Message("user", "a")), True)
+    except RefusedConversation:
+        return False
 
 
 def _difference(prompt: str, rendered: str) -> str:

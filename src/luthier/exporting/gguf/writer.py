@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -175,10 +175,10 @@ def _write(writer: GGUFWriter, tensors: Iterable[NDArray[np.generic]]) -> None:
             writer.write_tensor_data(values.view(_Values))
 
 
-class _Values(np.ndarray[Any, Any]):
+class _Values(np.ndarray[tuple[int, ...], np.dtype[np.generic]]):
     """Values that report why they cannot be written: numpy's own error of a short write has no number."""
 
-    def tofile(self, fid: Any, *_: Any, **__: Any) -> None:
+    def tofile(self, fid: IO[bytes], *_: object, **__: object) -> None:  # type: ignore[override]
         fid.write(self.data)
 
 

@@ -122,19 +122,24 @@ class Tokenizer:
 
         Raises RefusedConversation if the template refuses them, TemplateError if it depends on the current date.
         """
-        source = self.chat_template or ""
-        if "strftime_now" in source and "date_string" not in source:
-            raise TemplateError(
-                "the model's chat template inserts today's date, so later prompts would differ from the trained ones",
-                "choose another template: --set data.template=chatml",
-            )
         plain = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            text: str = self.hf.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=DATE
+            text = self.hf.apply_chat_template(
+                plain,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                date_string=DATE,
+                strftime_now="refused",  # calling this text, in place of the function, is a TypeError
             )
         except (JinjaError, TypeError, ValueError) as e:
+            if isinstance(e, TypeError) and "strftime_now" in (self.chat_template or ""):
+                raise TemplateError(
+                    "the model's chat template inserts today's date, so later prompts would differ from the trained "
+                    "ones",
+                    "choose another template: --set data.template=chatml",
+                ) from None
             raise RefusedConversation(str(e)) from None
+        assert isinstance(text, str)
         return text
 
     def described(self) -> dict[str, object]:
