@@ -157,7 +157,7 @@ class _FewLogits(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight[:: max(1, len(weight) // count)], requires_grad=False)
 
-    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch _few"]:
+    def forward(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch rows"]:
         return F.linear(x, self.weight.to(x.dtype))
 
 
