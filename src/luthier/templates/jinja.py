@@ -96,8 +96,8 @@ class Jinja:
         """Find the reply ``messages[i]`` in the rendered conversation. Raises TemplateError."""
         prompt = self.render(messages[:i], True)
         thought = _OPENED_THOUGHT.search(prompt) if i == len(messages) - 1 else None
-        kept = rendered.startswith(prompt)
-        opened = thought[0] if thought and not kept else ""
+        is_prefix = rendered.startswith(prompt)
+        opened = thought[0] if thought and not is_prefix else ""
         prompt = prompt.removesuffix(opened)
         number = sum(m.role == "assistant" for m in messages[: i + 1])
         fix = "use a template that does not change earlier turns"
@@ -119,7 +119,7 @@ class Jinja:
         end, pos = min(ends, key=lambda e: e[1])
         # the written text must be the reply, which the template may have trimmed or put a prefix before
         content, body, stop = messages[i].content, rendered[len(prompt) : pos], rendered[pos:end]
-        shown = (thought[0] if thought and kept else "") + body
+        shown = (thought[0] if thought and is_prefix else "") + body
         answer = content.rpartition("</think>")[2] if opened else content
         nested = opened and "<think>" in content.lstrip()[1:]
         if nested or not shown.rstrip().endswith(answer.strip()):
