@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 
 from luthier import personas
 from luthier._util import files
-from luthier.cli.main import _explained
 from luthier.encoding import row_cache
 from luthier.errors import UserError
 from luthier.hub import default_dir
@@ -335,15 +334,6 @@ def shell(command: str, **environment: str) -> Result:
 @pytest.fixture
 def checked(model_dir: Callable[[str], Path]) -> str:
     return f"luthier check --model {shlex.quote(str(model_dir('llama')))} --data {shlex.quote(str(personas.TEAHOUSE))}"
-
-
-def test_an_output_that_cannot_be_written_is_explained() -> None:
-    explained = _explained(OSError(errno.ENOSPC, "No space left on device"))
-    assert explained and explained.message.startswith("the output cannot be written: there is not enough disk space")
-    assert (
-        explained.fix.startswith("free some disk space")
-        and _explained(OSError(errno.EIO, "Input/output error")) is None
-    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")

@@ -5,6 +5,7 @@ Each case: the command, a part of its message, and values for the placeholders i
 
 from __future__ import annotations
 
+import errno
 import gzip
 import re
 import shlex
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from luthier.cli.main import _explained
 from tests.conftest import Result
 from tests.helpers.handover import tuned
 from tests.project.test_fixes import typed
@@ -212,3 +214,12 @@ def test_an_adapter_may_be_named_by_its_run(luthier: Run, here: Path, teahouse_r
     for adapter in (teahouse_run, teahouse_run / "adapter"):
         done = luthier("chat", "--model", "model", "--adapter", adapter, "--prompt", "a", "--max-new-tokens", 1)
         assert done.code == 0, done.err
+
+
+def test_an_output_that_cannot_be_written_is_explained() -> None:
+    explained = _explained(OSError(errno.ENOSPC, "No space left on device"))
+    assert explained and explained.message.startswith("the output cannot be written: there is not enough disk space")
+    assert (
+        explained.fix.startswith("free some disk space")
+        and _explained(OSError(errno.EIO, "Input/output error")) is None
+    )
