@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -153,8 +154,18 @@ def test_the_structure_tests_detect_faults() -> None:
 
 @pytest.mark.parametrize("forbidden", ["trust_remote_code=True", "weights_only=False", "allow_pickle=True"])
 def test_nothing_unsafe_is_enabled(forbidden: str) -> None:
+    """Neither as an argument nor as a key of options."""
+    assert unsafe(forbidden, f"load(path, {forbidden.replace('=', ' = ')})")
+    name, value = forbidden.split("=")
+    assert unsafe(forbidden, f'options = {{"{name}": {value}}}') and unsafe(forbidden, f"{{'{name}' : {value}}}")
     for path in SOURCE.rglob("*.py"):
-        assert forbidden not in path.read_text(encoding="utf-8").replace(" ", "")
+        assert not unsafe(forbidden, path.read_text(encoding="utf-8")), path
+
+
+def unsafe(forbidden: str, source: str) -> bool:
+    """Whether a source text sets an option to a value, as ``name=value`` or ``"name": value``."""
+    name, value = forbidden.split("=")
+    return re.search(rf"""\b{name}["']?\s*[=:]\s*{value}\b""", source) is not None
 
 
 @pytest.mark.parametrize(

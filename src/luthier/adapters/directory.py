@@ -298,9 +298,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        inside = path.parent / "adapter"
-        fix = f"use --adapter {inside}" if (inside / path.name).is_file() else "give a run or adapter directory"
-        raise AdapterError(f"{path.parent}: holds no {path.name}", fix) from None
+        raise AdapterError(f"{path.parent}: holds no {path.name}", "give a run or adapter directory") from None
     except (OSError, ValueError) as e:
         raise AdapterError(f"{path}: cannot be read ({e})", "copy the adapter directory again") from None
     if not isinstance(value, dict):

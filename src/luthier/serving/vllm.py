@@ -104,7 +104,8 @@ def chat_options(models: Sequence[NamedModel]) -> list[str]:
             "has one for all models",
             "serve them separately, each on its own --port, or leave --engine vllm out",
         )
-    key = hashlib.sha256(f"{formats[0].tokenizer.digest()}{texts[0]}".encode()).hexdigest()[:20]
+    identity = (str(models[-1].base), formats[0].tokenizer.digest(), formats[0].stop_ids, texts[0])
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:20]
     folder = files.cache_root() / "vllm" / key
     with files.new_dir(folder) as temp:
         chat_files.write(temp, models[-1].base, formats[0], system)
