@@ -177,6 +177,8 @@ def test_a_file_that_is_not_the_tuned_model_is_refused_and_deleted(
             return tokens
 
     monkeypatch.setattr(owner, name, value)
+    if "below the likeliest" not in words:  # found before the weights, which take minutes for a large model
+        monkeypatch.setattr(writer, "write_model", lambda *_: pytest.fail("the weights were written"))
     # llama.cpp does not know the stop tokens of this family by name; scores matter only to SentencePiece vocabularies
     adapter = tuned((published.glm4 if "stop tokens" in fault else published.yi)(tmp_path / "base"), tmp_path / "run")
     before = tree(tmp_path)

@@ -234,6 +234,22 @@ def _is_a_runs(file: Path) -> bool:
     return text.startswith(_SEAL) or (complete and text == _yaml(values))
 
 
+def absolute(config: RunConfig) -> RunConfig:
+    """Make every path absolute, so that the run can be read from any directory. Raises UserError."""
+
+    def full_path(path: Path) -> Path:
+        return files.require_utf8(Path(os.path.abspath(path)))  # noqa: PTH100 - resolve() would follow links
+
+    data = {"train": tuple(map(full_path, config.data.train)), "eval": tuple(map(full_path, config.data.eval))}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": full_path(config.model.path)}),
+            "data": config.data.model_copy(update=data),
+            "output_dir": full_path(config.output_dir) if config.output_dir else None,
+        }
+    )
+
+
 def _comparable(config: RunConfig) -> dict[str, object]:
     """Return the settings that decide the result of a run: all but its directory."""
     return {key: value for key, value in config.dump().items() if key != "output_dir"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,7 +43,7 @@ def run(
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print N rows token by token.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Check data, template, stop tokens and target modules before training. Reads no weights."""
+    """Check everything that luthier train would refuse, memory included. Reads no weights."""
     try:
         run_config = config(model, data, None, settings, rename, file, recipe)
     except UserError as e:
@@ -95,6 +96,8 @@ def _print(inspection: Inspection, show: int) -> None:
         console.print(f"template {chat_format.template.name}; replies end with {stop}", markup=False)
     if inspection.targets:
         console.print(f"LoRA on  {', '.join(inspection.targets.leaves)}", markup=False)
+    if expected := inspection.expected:
+        console.print(f"memory   {expected.memory()}")
     for note in inspection.model_notes():
         console.print(f"  note: {note}", markup=False)
     _print_rows(report, console)
@@ -126,12 +129,18 @@ def _print_rows(report: DataReport, console: Console) -> None:
 def _show(examples: Sequence[Example], chat_format: ChatFormat, console: Console) -> None:
     from rich.text import Text
 
-    console.print("\ntrained tokens are green, the other tokens grey; | separates tokens")
+    coloured = console.color_system is not None and not console.no_color
+    marks = ("", "") if coloured else ("{+", "+}")
+    legend = "are green, the other tokens grey" if coloured else "are enclosed in {+ and +}"
+    console.print(f"\ntrained tokens {legend}; | separates tokens", markup=False)
     for example in examples:
         console.print(f"\n{example.source}  ({len(example)} tokens, {example.supervised} trained)", markup=False)
         line = Text()
-        pieces = chat_format.tokenizer.pieces(example.ids.tolist())
-        for piece, trained in zip(pieces, example.trained.tolist(), strict=True):
-            line.append(piece.replace("\n", "\\n"), style="bold green" if trained else "bright_black")
-            line.append("|", style="dim")
+        pieces = zip(chat_format.tokenizer.pieces(example.ids.tolist()), example.trained.tolist(), strict=True)
+        for trained, group in itertools.groupby(pieces, key=lambda piece: piece[1]):
+            line.append(marks[0] if trained else "")
+            for piece, _ in group:
+                line.append(piece.replace("\n", "\\n"), style="bold green" if trained else "bright_black")
+                line.append("|", style="dim")
+            line.append(marks[1] if trained else "")
         console.print(line)

@@ -55,5 +55,7 @@ def run(
         print(f"note: {note}")
     print("\n".join(table(result.by_precision)))
     print(result.line())
+    if not result.chosen.fits:
+        print("this run does not fit, so luthier train refuses it without --force")
     for fix in result.fixes:
         print(f"to make it fit: {fix}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 
 from luthier import __version__
-from luthier._util.environment import KEEP_FREED_MEMORY
+from luthier._util.environment import KEEP_FREED_MEMORY, PREPARED_PRODUCTS
 from luthier._util.files import reached_limit, user_error_of
 from luthier.cli import chat, check, demo, doctor, estimate, export, init, merge, pull, serve, train
 from luthier.cli import eval as evaluate
@@ -43,6 +43,8 @@ def _root(
     ),
 ) -> None:
     os.environ[KEEP_FREED_MEMORY] = "1" if keep_freed_memory else "0"
+    for name, value in PREPARED_PRODUCTS.items():
+        os.environ.setdefault(name, value)
     if version:
         print(f"luthier {__version__}")
         raise typer.Exit

@@ -21,6 +21,7 @@ from luthier.devices.device import trim_freed_memory
 from luthier.kernels import native
 from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype
+from luthier.models.native_model import rows_of
 from luthier.models.protocols import CausalLM, Decoder
 from luthier.models.quantization import QuantLinear
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 LOGITS = 40_000_000  # elements of logits that exist at the same time
-_BLOCK = 8192  # rows of the head that are converted at the same time if its dtype differs from the model's
 # transformers' decoder layers with exactly this computation, and whether rotary pairs are adjacent
 _LAYERS = {
     "LlamaDecoderLayer": False,
@@ -235,12 +235,19 @@ class CompiledModel:
         return losses.double().sum().float(), below
 
     def _blocks(self) -> Iterator[tuple[slice, Float[Tensor, "rows hidden"]]]:
-        """Yield the head's weight in the model's dtype: whole, or ``_BLOCK`` rows at a time if it must be converted."""
+        """Yield the head's weight in the model's dtype: whole, or in pieces if it must be converted.
+
+        A piece is overwritten by the next one.
+        """
         weight = self._head.weight.detach()
-        size = len(weight) if weight.dtype is self._arena.dtype else _BLOCK
+        if weight.dtype is self._arena.dtype:
+            yield slice(0, len(weight)), weight
+            return
+        size = rows_of(weight)
         for first in range(0, len(weight), size):
             rows = slice(first, min(first + size, len(weight)))
-            yield rows, weight[rows].to(self._arena.dtype)
+            with self._arena.scratch("head", *weight[rows].shape) as piece:
+                yield rows, piece.copy_(weight[rows])
 
     def _logits(self, h: Float[Tensor, "targets hidden"], out: Float[Tensor, "targets vocab"]) -> None:
         """Compute the logits ``out`` [N, vocabulary] of h [N, H]."""

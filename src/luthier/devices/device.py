@@ -145,27 +145,30 @@ def physical_memory() -> int | None:
 _KEPT, _RETURNED = 1 << 30, 1 << 24  # bytes: freed blocks up to this size stay with the process
 
 
-def keep_freed_memory(size: int = _KEPT) -> None:
-    """Make glibc keep freed blocks of up to ``size`` bytes, which saves page faults (docs/benchmarks.md).
+@contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """Make glibc keep large freed blocks within the block, which saves page faults (docs/benchmarks.md).
 
-    Warns if glibc refuses. Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
+    For the compiled layers, whose blocks hardly vary: with others, the memory would be fragmented. Warns if glibc
+    refuses. Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
     """
+    _keep(_KEPT)
+    trim_freed_memory()
+    try:
+        yield
+    finally:
+        _keep(_RETURNED)
+        trim_freed_memory()
+
+
+def _keep(size: int) -> None:
+    """Make glibc keep freed blocks of up to ``size`` bytes."""
     library = _glibc()
     if library is None:
         return
     trim_threshold, mmap_threshold = -1, -3
     if not (library.mallopt(mmap_threshold, size) and library.mallopt(trim_threshold, size)):
-        warnings.warn("mallopt failed: training may be slower", RuntimeWarning, stacklevel=2)
-
-
-@contextmanager
-def returning_freed_memory() -> Iterator[None]:
-    """Let glibc return large freed blocks to the system for now: blocks of varying sizes would fragment memory."""
-    keep_freed_memory(_RETURNED)
-    try:
-        yield
-    finally:
-        keep_freed_memory()
+        warnings.warn("mallopt failed: training may be slower", RuntimeWarning, stacklevel=3)
 
 
 def trim_freed_memory() -> bool:

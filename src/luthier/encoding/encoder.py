@@ -28,6 +28,7 @@ Choice = Literal["refuse", "drop", "escape"]
 _CHUNK = 512  # rows that are tokenised together
 _ReplyTokens = tuple[int | None, int]  # a reply's first token (None if its prompt is not a prefix), and its stop token
 _Encoded = tuple[NDArray[np.int32], list[_ReplyTokens]]
+_MERGE = " (--set data.system_role=merge writes system messages before the first user message)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,11 @@ def check_text(text: str, what: str, tokenizer: ChatTokenizer, template: Templat
         control.check(text, what)
 
 
+def _way(conversation: Conversation) -> str:
+    """Name the setting that helps if a template refuses system messages."""
+    return _MERGE if conversation.messages[0].role == "system" else ""
+
+
 OUTSIDE_FIX = "leave the token out, or use the checkpoint that the tokenizer belongs to"
 
 
@@ -143,7 +149,7 @@ class Encoder:
             try:
                 rendered.append((c, self.template.spans(c.messages, self.train_on)))
             except RefusedConversation as e:
-                report.add(c.source, f"the model's chat template refuses this conversation: {e}", "dropped")
+                report.add(c.source, f"the model's chat template refuses this conversation: {e}{_way(c)}", "dropped")
             except TemplateError as e:
                 raise TemplateError(f"{c.source}: {e.message}", e.fix) from None
         stops = self.template.stop

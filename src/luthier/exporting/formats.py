@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from luthier._util import files
 from luthier._util.installation import install_command
@@ -83,6 +84,7 @@ def _model(tuned: TunedModel, to: str, path: Path, quantization: str, log: Log) 
     file = f"{name}-{quantization}.gguf"
     text = ollama.modelfile(file, chat_format.template, tuned.system, _generation(tuned)) if to == "ollama" else None
     with files.new_dir(path) as temp:
+        _verify_vocabulary(tuned, chat_format, temp, file, log)
         log(f"writing {file}")
         writer.write_model(tuned, chat_format, pending, temp / file, quantization, name)
         if text is not None:
@@ -109,12 +111,23 @@ def _lora(tuned: TunedModel, path: Path, log: Log) -> Exported:
 def _verify_over_base(tuned: TunedModel, chat_format: ChatFormat, temp: Path, file: str, log: Log) -> list[str]:
     """Verify an adapter file over a GGUF of the base model, which is deleted afterwards."""
     base = temp / "base-f16.gguf"
+    _verify_vocabulary(tuned, chat_format, temp, base.name, log)
     log("writing the base model as GGUF, to verify the adapter over it")
     writer.write_model(tuned, chat_format, {}, base, "f16", _name(tuned))
     try:
         return verify.verify_lora(tuned, chat_format, base, temp / file, log)
     finally:
         base.unlink()
+
+
+def _verify_vocabulary(tuned: TunedModel, chat_format: ChatFormat, temp: Path, file: str, log: Log) -> None:
+    """Verify tokenizer and template before weights are written, which takes minutes for a large model."""
+    if not llamacpp.available():
+        return
+    with TemporaryDirectory(dir=temp) as folder:
+        small = Path(folder) / file
+        writer.write_vocabulary(tuned, chat_format, small, _name(tuned))
+        verify.verify_vocabulary(tuned, chat_format, small, log)
 
 
 def _verify(run: Callable[[], list[str]]) -> list[str]:

@@ -15,9 +15,19 @@ from luthier.devices.device import DTYPES, pick_device, pick_dtype, trim_freed_m
 from luthier.errors import ModelError
 from luthier.models.checkpoint_reader import Shards
 from luthier.models.directory import family_of, read_config
-from luthier.models.native_model import Fit, collapse, empty_with_buffers, finish, match, native_tensors, put
+from luthier.models.native_model import (
+    Fit,
+    collapse,
+    empty_model,
+    empty_with_buffers,
+    finish,
+    match,
+    native_tensors,
+    put,
+    refuse_unfit,
+)
 from luthier.models.protocols import CausalLM, HfTokenizer
-from luthier.models.quantization import Quantisation
+from luthier.models.quantization import Quantisation, bitsandbytes_functions
 from luthier.models.quantized_loader import QuantisedOptions, load_quantised
 from luthier.models.tokenizer.tokenizer import has_tokenizer, load_tokenizer
 from luthier.types import Log
@@ -120,6 +130,20 @@ def open_base(
     return load_quantised(
         settings.path, dtype, device, config, QuantisedOptions(how, compute, settings.quantised_cache), log
     )
+
+
+def check_base(settings: ModelConfig, config: PretrainedConfig) -> None:
+    """Raise what ``open_base`` would raise before it reads weights: from headers and installed packages only.
+
+    Raises ModelError or MissingPackageError.
+    """
+    family, shards = family_of(settings.path), Shards.open(settings.path)
+    fit = match(shards.shapes, family.rules(config), empty_model(config))
+    quantised = quantisation(settings) is not None
+    if quantised or family.layer_rules is not None:  # otherwise transformers may convert other published names itself
+        refuse_unfit(shards, fit)
+    if quantised:
+        bitsandbytes_functions()
 
 
 def load_model(path: Path | str, dtype: str = "float32") -> tuple[CausalLM, HfTokenizer | None]:

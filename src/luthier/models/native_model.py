@@ -252,7 +252,7 @@ def _generation_config(path: Path) -> GenerationConfig:
         raise ModelError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]})", "download it again") from None
 
 
-_ROWS = 8192  # rows of a weight that are converted together
+PIECE = 1 << 23  # elements of a weight that are converted together
 
 
 def widened(
@@ -272,13 +272,23 @@ class _Widened(torch.autograd.Function):
         ctx: Any, x: Float[Tensor, "*batch in"], weight: Callable[[], Float[Tensor, "out in"]]
     ) -> Float[Tensor, "*batch out"]:
         ctx.weight = weight
-        return torch.cat([x @ block.to(x.dtype).T for block in torch.split(weight().detach(), _ROWS)], dim=-1)
+        return torch.cat([x @ block.to(x.dtype).T for block in _pieces(weight())], dim=-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, "*batch out"]) -> tuple[Float[Tensor, "*batch in"], None]:
-        blocks = zip(torch.split(grad, _ROWS, dim=-1), torch.split(ctx.weight().detach(), _ROWS), strict=True)
-        grad_input: Tensor = sum(g @ w.to(g.dtype) for g, w in blocks)  # type: ignore[assignment]
+        pieces = _pieces(ctx.weight())
+        parts = zip(torch.split(grad, [len(w) for w in pieces], dim=-1), pieces, strict=True)
+        grad_input: Tensor = sum(g @ w.to(g.dtype) for g, w in parts)  # type: ignore[assignment]
         return grad_input, None
+
+
+def _pieces(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "rows in"], ...]:
+    return torch.split(weight.detach(), rows_of(weight))
+
+
+def rows_of(weight: Float[Tensor, "out in"]) -> int:
+    """Number of rows of a weight that are converted together."""
+    return max(1, PIECE // weight.shape[1])
 
 
 def is_linear(module: object) -> TypeGuard[nn.Linear | QuantLinear]:

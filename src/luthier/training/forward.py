@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from luthier.batching.collate import DeviceBatch, collate, to_device
 from luthier.compiled.layer import Stream
 from luthier.compiled.model import CompiledModel, Unsuitable
-from luthier.devices.device import returning_freed_memory
 from luthier.errors import ModelError
 from luthier.kernels import attention as _attention  # noqa: F401 - registers the attention functions
 from luthier.models.directory import context_length, rotary_limit
@@ -237,7 +236,7 @@ def verify_compiled(compiled: CompiledModel, model: CausalLM, examples: Sequence
     rows = [short(e, 48) for e in (examples[0], examples[min(1, len(examples) - 1)])]  # long: roundings average out
     batch = to_device(collate(rows, share=True), model.device)
     generator = torch.Generator().manual_seed(0)
-    with returning_freed_memory(), segment_attention(model), _random_adapters(compiled, generator):
+    with segment_attention(model), _random_adapters(compiled, generator):
         x, stream = compiled.embedded(batch)
         blocks, errors = list(model.get_decoder().layers), list[_Error]()
         for i, block in enumerate(blocks):

@@ -28,7 +28,7 @@ from luthier.batching.collate import DeviceBatch, to_device
 from luthier.batching.plan import Packing, Plan
 from luthier.compiled import Unsuitable, compiled_model, unsuitable
 from luthier.config import TrainConfig
-from luthier.devices.device import deterministic
+from luthier.devices.device import deterministic, keeping_freed_memory
 from luthier.errors import ConfigError, TrainError, listed
 from luthier.kernels import native
 from luthier.kernels.dropout import DropoutState
@@ -164,7 +164,8 @@ def loss_function(
                     raise ConfigError(f"train.fused: {e}", "--set train.fused=auto") from None
                 session.log(f"note: luthier's compiled layers are not used ({e}); training is slower without them")
             else:
-                yield LossFunction(compiled.loss_sum, compiled=True)
+                with keeping_freed_memory():
+                    yield LossFunction(compiled.loss_sum, compiled=True)
                 return
         stack.enter_context(segment_attention(model, session.attention))
         stack.enter_context(checkpointing(model, recompute))

@@ -24,7 +24,7 @@ from luthier.devices.device import resident_now
 from luthier.kernels import native
 from luthier.lora.layers import LoraLinear, Targets, attach, trainable_parameters
 from luthier.models.directory import rotary_limit
-from luthier.models.native_model import empty_model, is_linear
+from luthier.models.native_model import PIECE, empty_model, is_linear
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation
 from luthier.training.forward import checkpointing, loss_sum, segment_attention
@@ -152,7 +152,7 @@ def estimate(
         logits=logits,
         workspace=biggest * wide * (1 if how else 0)
         + (_ALLOCATOR if compiled else 0)
-        + (0 if tied or not how or wide == 2 else 8192 * 4 * head.weight.shape[1]),
+        + (0 if tied or not how or wide == 2 else 4 * PIECE),
         library=resident_now() + _RUNTIME,
         on_disk=narrow * embedding.weight.numel() if how and not tied else 0,
         largest_on_load=_on_load(biggest, embedding.weight.numel(), wide, how, tied),

@@ -79,11 +79,15 @@ class Estimate:
             "model_notes": list(self.notes),
         }
 
+    def memory(self) -> str:
+        """The peak, and the memory that is available."""
+        return f"{self.chosen.memory.peak / 1e9:.2f} GB peak, {self.available / 1e9:.1f} GB available"
+
     def line(self) -> str:
         """Summary in one line, which ``train`` prints first."""
         m = self.chosen.memory
         return (
-            f"estimate: {m.peak / 1e9:.2f} GB peak, {self.available / 1e9:.1f} GB available "
+            f"estimate: {self.memory()} "
             f"(base {(m.base + m.embedding_and_head) / 1e9:.2f}, adapter and optimizer "
             f"{(m.adapter + m.gradients + m.optimizer) / 1e9:.2f}, activations {m.activations / 1e9:.2f}); "
             f"about {_clock(self.chosen.seconds)} per epoch"

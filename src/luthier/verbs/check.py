@@ -6,18 +6,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from luthier._util import files
+from luthier.adapters.run_dir import RunDir, absolute
 from luthier.config import RunConfig
+from luthier.devices.device import pick_device
 from luthier.encoding import row_cache
 from luthier.encoding.rows import EncodedRows, count_rows, encode_rows
 from luthier.encoding.store import CacheWriteError
 from luthier.errors import ConfigError, UserError
+from luthier.kernels import attention
 from luthier.lora.layers import Targets, resolve
 from luthier.models.chat_format import ChatFormat, chat_format_of
 from luthier.models.directory import context_length
+from luthier.models.loader import check_base, training_dtype
 from luthier.models.native_model import empty_model
+from luthier.training import resources
+from luthier.training.resources import Estimate, Requirements
 from luthier.types import Log
 
 
@@ -30,12 +36,17 @@ class Prepared:
     chat_format: ChatFormat
     targets: Targets
 
+    def requirements(self) -> Requirements:
+        """Return what an estimate of memory and time needs."""
+        return Requirements.of(self.config, self.chat_format.config, self.targets, self.rows.train)
+
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """The result of checking a run; the counts are complete even if the run cannot start.
 
     chat_format, targets: None if the model cannot be used. error: all mistakes, None if the run can start.
+    expected: memory and time, if they were estimated.
     """
 
     config: RunConfig
@@ -44,6 +55,7 @@ class Inspection:
     targets: Targets | None
     seconds: float
     error: UserError | None = None
+    expected: Estimate | None = None
 
     def prepared(self) -> Prepared:
         """Return what training needs. Raises UserError with every mistake."""
@@ -69,6 +81,7 @@ class Inspection:
             "stop_ids": list(fmt.stop_ids) if fmt else [],
             "target_modules": list(self.targets.leaves) if self.targets else [],
             "model_notes": self.model_notes(),
+            "estimate": self.expected.as_dict() if self.expected else None,
             "seconds": round(self.seconds, 3),
             "error": {"message": self.error.message, "fix": self.error.fix} if self.error else None,
         }
@@ -90,11 +103,30 @@ class Inspection:
 
 
 def check(config: RunConfig, show: int = 0) -> Inspection:
-    """Check data, template, prompt prefix, stop tokens and target modules; reads no weights.
+    """Check everything that ``train`` would refuse, memory included; reads no weights.
 
     Does not raise for a user's mistake: it is in ``error`` of the result, next to the complete counts.
     """
-    return inspect(config, keep=False, show=show)
+    inspection = inspect(config, keep=False, show=show)
+    if inspection.error:
+        return inspection
+    start, run, expected = time.perf_counter(), inspection.prepared(), None
+    try:
+        if config.output_dir:
+            RunDir(config.output_dir).claim(absolute(config))
+        require_startable(run)
+        expected = resources.estimate_run(run.requirements(), every_precision=False)
+        resources.require_memory(expected)
+    except UserError as e:
+        inspection = replace(inspection, error=e)
+    return replace(inspection, expected=expected, seconds=inspection.seconds + time.perf_counter() - start)
+
+
+def require_startable(run: Prepared) -> None:
+    """Raise UserError if this machine or the files of the model do not allow the run; reads no weights."""
+    settings, device = run.config.model, pick_device()
+    attention.check(settings.attn_implementation, device, training_dtype(settings, device))
+    check_base(settings, run.chat_format.config)
 
 
 def inspect(config: RunConfig, keep: bool = True, show: int = 0, log: Log = lambda _: None) -> Inspection:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from luthier._util import files
-from luthier.adapters.run_dir import RunDir, Summary
+from luthier.adapters.run_dir import RunDir, Summary, absolute
 from luthier.config import RunConfig
 from luthier.evaluation import report
 from luthier.evaluation.scoring import HELD_OUT, RESULTS, Comparison, Scores, held_out_loss, score
@@ -18,7 +18,7 @@ from luthier.types import Log
 from luthier.verbs.chat import chat
 from luthier.verbs.check import inspect
 from luthier.verbs.pull import pull
-from luthier.verbs.train import absolute, train_locked
+from luthier.verbs.train import train_locked
 
 
 @dataclass(frozen=True, slots=True)

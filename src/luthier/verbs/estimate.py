@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from luthier.config import RunConfig
-from luthier.errors import ConfigError
+from luthier.errors import ConfigError, UserError
 from luthier.lora.layers import resolve
 from luthier.models.directory import family_of, read_config
 from luthier.models.native_model import empty_model
 from luthier.training import resources
 from luthier.training.memory_model import RowLengths
 from luthier.training.resources import Estimate, Requirements
-from luthier.verbs.check import inspect
+from luthier.verbs.check import inspect, require_startable
 
 
 def estimate(config: RunConfig, with_rows: bool = True, length: int | None = None) -> Estimate:
@@ -23,7 +25,13 @@ def estimate(config: RunConfig, with_rows: bool = True, length: int | None = Non
         raise ConfigError("--length would be ignored: --data gives the lengths of the rows", "leave it out")
     if with_rows:
         run = inspect(config, keep=False).prepared()
-        return resources.estimate_run(Requirements.of(config, run.chat_format.config, run.targets, run.rows.train))
+        expected = resources.estimate_run(run.requirements())
+        try:
+            require_startable(run)
+        except UserError as e:
+            refusal = f"luthier train refuses this run: {e.message}; {e.fix}"
+            expected = replace(expected, notes=(*expected.notes, refusal))
+        return expected
     settings = config.model
     native = read_config(settings.path, settings.rope_theta)
     targets = resolve(empty_model(native), config.lora.target_modules, family_of(settings.path).modules(native))

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from luthier._util import files
+from luthier._util.validation import parse_yaml
 from luthier.adapters.run_dir import RunDir
-from luthier.errors import ConfigError
+from luthier.config import build
+from luthier.errors import ConfigError, UserError
 from luthier.recipes import blank, filled
 
 
@@ -38,5 +40,19 @@ def init(
         str(run.path),
     )
     text = filled(recipe, *paths) if recipe is not None else blank(*paths)
-    files.write_text(to, text)
+    first, _, rest = text.partition("\n")
+    known = _estimate(text) if model and data else "luthier estimate FILE predicts memory and time"
+    files.write_text(to, f"{first}\n# {known}\n{rest}")
     return to
+
+
+def _estimate(text: str) -> str:
+    """Predict memory and time of the run, in one line; if it is not possible yet, say why."""
+    from luthier.verbs.estimate import estimate  # imports torch, which no other part of this verb needs
+
+    values = parse_yaml(text, "run.yaml")
+    assert isinstance(values, dict)
+    try:
+        return f"Estimate for this machine: {estimate(build(values)).line().removeprefix('estimate: ')}"
+    except UserError as e:
+        return f"luthier estimate FILE predicts memory and time; not possible yet: {' '.join(e.message.split())[:200]}"

@@ -7,7 +7,7 @@ replies   each token of llama.cpp's greedy replies is the most likely one of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,14 @@ def verify_model(tuned: TunedModel, chat_format: ChatFormat, file: Path, quantiz
         f"after rounding to {quantization}, they equal those of base+adapter in fp32 on {reference.same} of "
         f"{reference.prompts}",
     ]
+
+
+def verify_vocabulary(tuned: TunedModel, chat_format: ChatFormat, file: Path, log: Log) -> None:
+    """Verify the prompts, token ids and stop tokens of a file without the weights. Raises ModelError if that fails."""
+    log("verifying the tokenizer and the template with llama.cpp")
+    answer = llamacpp.ask(replace(_question(tuned, chat_format, file), tokens=1))
+    _check_prompts(tuned, chat_format, file, answer)
+    _check_stops(chat_format, file, answer)
 
 
 def verify_lora(tuned: TunedModel, chat_format: ChatFormat, base: Path, lora: Path, log: Log) -> list[str]:

@@ -5,8 +5,9 @@ The file of a model has all that llama.cpp needs: tokenizer, chat template with 
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from luthier.exporting.chat_files import template_text
 from luthier.exporting.gguf import vocabulary
 from luthier.exporting.gguf.architectures import (
     architecture,
+    head_size,
     reordered,
     restored,
     rope_factors,
@@ -86,18 +88,46 @@ def write_model(
     tuned: TunedModel, chat_format: ChatFormat, pending: Mapping[str, Update], file: Path, quantization: str, name: str
 ) -> None:
     """Write the merged model to one file; without ``pending`` updates, the base model. Raises UserError."""
-    config, file_type = chat_format.config, file_type_of(quantization)
+    config = chat_format.config
+    order = native_names(tuned.base, config)
+    tensors = merged_tensors(tuned, chat_format, pending, rounded=False)
+    _write_model(config, chat_format, tuned.system, order, tensors, file, quantization, name)
+
+
+def write_vocabulary(tuned: TunedModel, chat_format: ChatFormat, file: Path, name: str) -> None:
+    """Write the tokenizer and the template to a small file, so that both can be verified before weights are written.
+
+    Its model is the smallest one of the architecture, and its weights are zeros. Raises UserError.
+    """
+    config, size = copy.deepcopy(chat_format.config), head_size(chat_format.config)
+    one = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    config.update({**dict.fromkeys(one, 1), "hidden_size": size, "head_dim": size, "intermediate_size": 32})
+    shapes = {n: tuple(t.shape) for n, t in empty_model(config).state_dict().items()}
+    zeros = ((native, torch.zeros(shape)) for native, shape in shapes.items())
+    _write_model(config, chat_format, tuned.system, list(shapes), zeros, file, "f16", name)
+
+
+def _write_model(
+    config: PretrainedConfig,
+    chat_format: ChatFormat,
+    system: str | None,
+    order: Sequence[str],
+    values: Iterable[tuple[str, Tensor]],
+    file: Path,
+    quantization: str,
+    name: str,
+) -> None:
+    """Write a model to one file. order: the native names of its tensors. values: the tensors in this order."""
+    file_type = file_type_of(quantization)
     shapes = {n: tuple(t.shape) for n, t in empty_model(config).state_dict().items()}
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    order = [n for n in native_names(tuned.base, config) if not (tied and n == "lm_head.weight")]
+    order = [n for n in order if not (tied and n == "lm_head.weight")]
     tokens = vocabulary.read(chat_format.tokenizer, config.vocab_size)
     writer = _writer(file, config, GGUFType.MODEL, _model_name(name, tokens.strips))
     writer.add_file_type(file_type.number)
     writer.add_quantization_version(2)
     write_hyperparameters(writer, config)
-    vocabulary.write(
-        writer, tokens, chat_format.stop_ids, chat_format.tokenizer.hf, template_text(chat_format, tuned.system)
-    )
+    vocabulary.write(writer, tokens, chat_format.stop_ids, chat_format.tokenizer.hf, template_text(chat_format, system))
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
@@ -112,10 +142,10 @@ def write_model(
     def tensors() -> Iterator[NDArray[np.generic]]:
         if factors is not None:
             yield factors
-        for native, tensor in merged_tensors(tuned, chat_format, pending, rounded=False):
+        for native, tensor in values:
             if native in order:
-                values = reordered(config, native)(tensor.float()).contiguous().numpy()
-                yield _encoded(native, values, _stored(native, values.shape, file_type))
+                rows = reordered(config, native)(tensor.float()).contiguous().numpy()
+                yield _encoded(native, rows, _stored(native, rows.shape, file_type))
 
     _write(writer, tensors())
 

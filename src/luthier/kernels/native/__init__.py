@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from luthier._util import files
-from luthier.devices.device import cpu_instructions, keep_freed_memory
+from luthier.devices.device import cpu_instructions
 from luthier.kernels.native.signatures import CONDITIONS, SIGNATURES
 
 _SOURCES = ("rows.cpp", "attention.cpp", "loss.cpp", "weights.cpp")
@@ -339,7 +339,6 @@ def load() -> ctypes.CDLL:
     compiler, runtime = _tools()
     ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # so that torch and the kernels share one thread pool
     path = _library_path(compiler)
-    keep_freed_memory()
     if files.exists(path):
         return _opened(path)
     try:
