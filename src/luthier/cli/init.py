@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import DataOption, ModelOption, OutputDirOption, RecipeOption
+from luthier.cli.common import DataOption, ModelOption, OutputDirOption, RecipeOption, importing
 
 
 def run(
@@ -18,7 +18,8 @@ def run(
     to: Annotated[Path, typer.Option("--to", metavar="FILE", help="The file to write.")] = Path("run.yaml"),
 ) -> None:
     """Write a run.yaml with every setting explained, for luthier train FILE."""
-    from luthier.verbs.init import init
+    with importing():
+        from luthier.verbs.init import init
 
     file = init(to, model, data or (), output_dir, recipe)
     print(f"wrote {file}; review it, then run: luthier train {file}")

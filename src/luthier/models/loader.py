@@ -25,6 +25,7 @@ from luthier.models.native_model import (
     native_tensors,
     put,
     refuse_unfit,
+    with_contiguous_head,
 )
 from luthier.models.protocols import CausalLM, HfTokenizer
 from luthier.models.quantization import Quantisation, bitsandbytes_functions
@@ -90,7 +91,7 @@ def _load_with_transformers(
             f"{path}: the weights do not fit the model ({Fit(problems=list(problems)).summary()})",
             "download the model again",
         )
-    return model
+    return with_contiguous_head(model)
 
 
 def quantisation(settings: ModelConfig) -> Quantisation | None:

@@ -174,7 +174,17 @@ def finish(model: CausalLM, path: Path, fit: Fit, device: torch.device | str) ->
     model.tie_weights(missing_keys=set(fit.missing), recompute_mapping=False)
     if (path / "generation_config.json").is_file():
         model.generation_config = _generation_config(path)
-    return model.to(device).eval()
+    return with_contiguous_head(model.to(device).eval())
+
+
+def with_contiguous_head(model: CausalLM) -> CausalLM:
+    """Let the head copy an input whose rows are apart, such as the last tokens of several prompts.
+
+    In bfloat16 torch would copy the whole weight once per row: for 8 rows of a 7B model, 6.6 GB and half a minute.
+    """
+    if head := model.get_output_embeddings():
+        head.register_forward_pre_hook(lambda _, inputs: tuple(x.contiguous() for x in inputs))
+    return model
 
 
 def native_names(path: Path, config: PretrainedConfig) -> list[str]:

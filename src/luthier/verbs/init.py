@@ -11,6 +11,7 @@ from luthier.adapters.run_dir import RunDir
 from luthier.config import build
 from luthier.errors import ConfigError, UserError
 from luthier.recipes import blank, filled
+from luthier.verbs.estimate import estimate
 
 
 def init(
@@ -48,8 +49,6 @@ def init(
 
 def _estimate(text: str) -> str:
     """Predict memory and time of the run, in one line; if it is not possible yet, say why."""
-    from luthier.verbs.estimate import estimate  # imports torch, which no other part of this verb needs
-
     values = parse_yaml(text, "run.yaml")
     assert isinstance(values, dict)
     try:
