@@ -128,7 +128,7 @@ def test_the_law_detects_a_weight_that_an_evaluation_repacks(
 def test_every_family_loads_quantised(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With split and fused tensors, the embedding on disk and the head in 16 bits; the cached copy gives the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("luthier.models.native_model._ROWS", 100)
+    monkeypatch.setattr("luthier.models.native_model.PIECE", 6400)  # pieces of 100 rows
     path = PUBLISHED[name](tmp_path / "model")
     config, ids = read_config(path), torch.randint(0, 600, (2, 12), generator=torch.Generator().manual_seed(1))
     messages: list[str] = []

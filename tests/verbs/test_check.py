@@ -146,7 +146,8 @@ def test_a_template_that_refuses_system_messages_points_to_the_setting(
     (model / "chat_template.jinja").unlink(missing_ok=True)
     published = config.get("chat_template") or (model_dir("llama") / "chat_template.jinja").read_text()
     file.write_text(json.dumps({**config, "chat_template": refusal + published}))
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    contents = {"system": "s", "user": "a", "assistant": "b"}
+    turns = [{"role": role, "content": content} for role, content in contents.items()]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"messages": messages}) for messages in (turns, turns[1:])))
     argv = ["check", "--model", model, "--data", rows]

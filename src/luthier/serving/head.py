@@ -31,6 +31,7 @@ class SlicedHead(nn.Module):
             return logits
         biases = torch.split(self.base.bias, SLICE) if self.base.bias is not None else None
         weights = torch.split(self.base.weight, SLICE)
+        x = x.contiguous()  # see ``with_contiguous_head``
         parts = [F.linear(x, w, biases[i] if biases else None) for i, w in enumerate(weights)]
         return torch.cat(parts, -1)
 

@@ -46,7 +46,7 @@ class Inspection:
     """The result of checking a run; the counts are complete even if the run cannot start.
 
     chat_format, targets: None if the model cannot be used. error: all mistakes, None if the run can start.
-    expected: memory and time, if they were estimated.
+    expected: memory and time, estimated by ``check`` if nothing else was wrong.
     """
 
     config: RunConfig
@@ -81,7 +81,7 @@ class Inspection:
             "stop_ids": list(fmt.stop_ids) if fmt else [],
             "target_modules": list(self.targets.leaves) if self.targets else [],
             "model_notes": self.model_notes(),
-            "estimate": self.expected.as_dict() if self.expected else None,
+            **({"estimate": self.expected.as_dict()} if self.expected else {}),
             "seconds": round(self.seconds, 3),
             "error": {"message": self.error.message, "fix": self.error.fix} if self.error else None,
         }
