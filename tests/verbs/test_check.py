@@ -21,6 +21,10 @@ Run = Callable[..., Result]
 Arrange = Callable[[Path, pytest.MonkeyPatch], list[str]]
 
 
+FITS_NOT = "this run does not fit, so luthier train refuses it without --force"
+REFUSED = "luthier train refuses this run: "
+
+
 def no_memory(_model: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(resources, "available_memory", lambda: 1e6)
     return []
@@ -34,6 +38,16 @@ def no_bitsandbytes(_model: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
     return ["model.load_in_4bit=true"]
+
+
+def no_memory_and_no_bitsandbytes(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    no_bitsandbytes(model, monkeypatch)
+    return no_memory(model, monkeypatch)
+
+
+def no_8bit_optimizer(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    no_bitsandbytes(model, monkeypatch)
+    return ["train.optim=adamw_8bit"]
 
 
 def no_tensor(model: Path, _monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -50,18 +64,21 @@ def no_weights(model: Path, _monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("arrange", "words"),
+    ("arrange", "words", "noted"),
     [
-        (no_memory, "the run needs about"),
-        (no_kernel, "varlen needs a GPU"),
-        (no_bitsandbytes, "requires the package bitsandbytes"),
-        (no_tensor, "the weights do not fit the model"),
-        (no_weights, "weights"),
+        (no_memory, "the run needs about", FITS_NOT),
+        (no_memory_and_no_bitsandbytes, "the run needs about", FITS_NOT),
+        (no_kernel, "varlen needs a GPU", REFUSED),
+        (no_bitsandbytes, "requires the package bitsandbytes", REFUSED),
+        (no_8bit_optimizer, "requires the package bitsandbytes", REFUSED),
+        (no_tensor, "the weights do not fit the model", REFUSED),
+        (no_weights, "contains no weights", REFUSED),
     ],
 )
 def test_what_train_refuses_is_not_ready(
     arrange: Arrange,
     words: str,
+    noted: str,
     model_dir: Callable[[str], Path],
     luthier: Run,
     tmp_path: Path,
@@ -70,6 +87,7 @@ def test_what_train_refuses_is_not_ready(
     """check ends with the error of train, which has written nothing."""
     model = tmp_path / "model"
     shutil.copytree(model_dir("llama"), model)
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))  # where no rate of this machine is stored
     quantization.bitsandbytes_functions.cache_clear()
     settings = [word for value in arrange(model, monkeypatch) for word in ("--set", value)]
     argv = ["--model", model, "--data", personas.TEAHOUSE, "--set", "data.cache=false", *settings]
@@ -83,8 +101,9 @@ def test_what_train_refuses_is_not_ready(
     assert words in checked.err
     assert _without_figures(checked.err) == _without_figures(trained.err[trained.err.index("error: ") :])
     assert "ready" not in checked.out
-    refusals = ("luthier train refuses this run: ", "this run does not fit, so luthier train refuses it")
-    assert any(words in estimated.out for words in refusals)
+    assert estimated.code == 0
+    assert noted in estimated.out
+    assert noted is FITS_NOT or words in estimated.out
     assert "74 read, 74 kept" in checked.out
     assert json.loads(report.out)["ok"] is False
     assert not (tmp_path / "run").exists()
@@ -108,6 +127,37 @@ def test_an_output_directory_that_train_refuses_is_not_ready(
     done = luthier("check", file)
     assert done.code == 2
     assert "holds files that luthier did not write for a run: thesis.doc" in done.err
+
+
+def test_a_finished_run_is_ready_until_its_rows_change(
+    model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """train reports a finished run as finished, whatever memory there is now."""
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    shutil.copy(personas.TEAHOUSE, rows)
+    argv = ["--model", model_dir("llama"), "--data", rows, "--output-dir", run, "--set", "train.max_steps=1"]
+    assert luthier("train", *argv).code == 0
+    monkeypatch.setattr(resources, "available_memory", lambda: 1e6)
+    assert luthier("check", run / "run.yaml").code == luthier("train", run / "run.yaml").code == 0
+    rows.write_text("\n".join(rows.read_text(encoding="utf-8").splitlines()[:20]), encoding="utf-8")
+    for verb in ("check", "train"):
+        done = luthier(verb, run / "run.yaml")
+        assert done.code == 2
+        assert "data: the content has changed" in done.err
+
+
+def test_an_8_bit_base_needs_no_bitsandbytes(
+    model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    quantization.bitsandbytes_functions.cache_clear()
+    no_bitsandbytes(tmp_path, monkeypatch)
+    argv = ["--model", model_dir("llama"), "--data", personas.TEAHOUSE, "--set", "model.load_in_8bit=true"]
+    try:
+        assert luthier("check", *argv).code == 0
+        assert luthier("train", *argv, "--set", "train.max_steps=1", "--output-dir", tmp_path / "run").code == 0
+    finally:
+        quantization.bitsandbytes_functions.cache_clear()
 
 
 def test_trained_tokens_are_enclosed_in_marks_without_colours(model_dir: Callable[[str], Path], luthier: Run) -> None:
@@ -153,8 +203,18 @@ def test_a_template_that_refuses_system_messages_points_to_the_setting(
     argv = ["check", "--model", model, "--data", rows]
     done = luthier(*argv)
     assert "1 dropped" in done.out
-    assert "System role not supported (--set data.system_role=merge writes system messages before" in done.out
+    assert "System role not supported (--set data.system_role=merge puts the system message into" in done.out
     assert "2 kept, 0 dropped" in luthier(*argv, "--set", "data.system_role=merge").out
+    strict = "{% if 'odd' in messages[-1].content %}{{ raise_exception('odd') }}{% endif %}"
+    file.write_text(json.dumps({**config, "chat_template": refusal + strict + published}))
+    turns[-1]["content"] = "odd"  # refused for another reason too, so the setting would not help
+    rows.write_text(
+        "\n".join(json.dumps({"messages": m}) for m in (turns, [*turns[1:-1], {**turns[-1], "content": "b"}]))
+    )
+    for settings in ([], ["--set", "data.system_role=merge"]):
+        done = luthier(*argv, *settings)
+        assert "1 dropped" in done.out
+        assert "data.system_role=merge" not in done.out
 
 
 @pytest.mark.parametrize("rows", [True, False])
@@ -166,7 +226,9 @@ def test_init_writes_the_estimate_as_a_comment(
     assert luthier("init", "--model", model_dir("llama"), "--data", data, "--to", file).code == 0
     comment = file.read_text(encoding="utf-8").splitlines()[1]
     if rows:
-        assert re.match(r"# Estimate for this machine: \d+\.\d\d GB peak, \d+\.\d GB available \(base ", comment)
+        assert re.match(
+            r"# Estimate for this machine and these settings: \d+\.\d\d GB peak, \d+\.\d GB available \(base ", comment
+        )
     else:
         assert comment.startswith("# luthier estimate FILE predicts memory and time; not possible yet: ")
     luthier("init", "--to", tmp_path / "bare.yaml")

@@ -12,7 +12,7 @@ Variables of other libraries that the command line sets, unless they are set alr
 
 LRU_CACHE_CAPACITY, ONEDNN_PRIMITIVE_CACHE_CAPACITY
     the number of prepared matrix products that torch and oneDNN keep, 1,024 by default. In bfloat16, one is prepared
-    for every number of tokens and every layer shape, and each needs up to 0.5 MB. A micro-batch uses about 20.
+    for every number of tokens and every layer shape, and each needs about 0.6 MB. A micro-batch uses about 20.
 """
 
 KEEP_FREED_MEMORY = "LUTHIER_KEEP_FREED_MEMORY"

@@ -43,7 +43,7 @@ def run(
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print N rows token by token.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Check everything that luthier train would refuse, memory included. Reads no weights."""
+    """Check rows, settings, model files and memory, as luthier train does before it loads weights."""
     try:
         run_config = config(model, data, None, settings, rename, file, recipe)
     except UserError as e:

@@ -152,7 +152,8 @@ def keeping_freed_memory() -> Iterator[None]:
     For the compiled layers, whose blocks hardly vary: with others, the memory would be fragmented. Warns if glibc
     refuses. Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
     """
-    _keep(_KEPT)
+    if not _keep(_KEPT):
+        warnings.warn("mallopt failed: training may be slower", RuntimeWarning, stacklevel=3)
     trim_freed_memory()
     try:
         yield
@@ -161,14 +162,11 @@ def keeping_freed_memory() -> Iterator[None]:
         trim_freed_memory()
 
 
-def _keep(size: int) -> None:
-    """Make glibc keep freed blocks of up to ``size`` bytes."""
+def _keep(size: int) -> bool:
+    """Make glibc keep freed blocks of up to ``size`` bytes; false if it refuses."""
     library = _glibc()
-    if library is None:
-        return
     trim_threshold, mmap_threshold = -1, -3
-    if not (library.mallopt(mmap_threshold, size) and library.mallopt(trim_threshold, size)):
-        warnings.warn("mallopt failed: training may be slower", RuntimeWarning, stacklevel=3)
+    return library is None or bool(library.mallopt(mmap_threshold, size) and library.mallopt(trim_threshold, size))
 
 
 def trim_freed_memory() -> bool:

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from luthier.data.loader import DataReport
 from luthier.errors import DataError, TemplateError
-from luthier.templates import RefusedConversation
+from luthier.templates import RefusedConversation, SystemAsUser
 from luthier.types import ChatTokenizer, Conversation, Example, Ids, Message, Span, Template, TooLong, TrainOn
 
 Choice = Literal["refuse", "drop", "escape"]
 _CHUNK = 512  # rows that are tokenised together
 _ReplyTokens = tuple[int | None, int]  # a reply's first token (None if its prompt is not a prefix), and its stop token
 _Encoded = tuple[NDArray[np.int32], list[_ReplyTokens]]
-_MERGE = " (--set data.system_role=merge writes system messages before the first user message)"
+_MERGE = " (--set data.system_role=merge puts the system message into the first user message)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,6 @@ def check_text(text: str, what: str, tokenizer: ChatTokenizer, template: Templat
         control.check(text, what)
 
 
-def _way(conversation: Conversation) -> str:
-    """Name the setting that helps if a template refuses system messages."""
-    return _MERGE if conversation.messages[0].role == "system" else ""
-
-
 OUTSIDE_FIX = "leave the token out, or use the checkpoint that the tokenizer belongs to"
 
 
@@ -149,7 +144,9 @@ class Encoder:
             try:
                 rendered.append((c, self.template.spans(c.messages, self.train_on)))
             except RefusedConversation as e:
-                report.add(c.source, f"the model's chat template refuses this conversation: {e}{_way(c)}", "dropped")
+                report.add(
+                    c.source, f"the model's chat template refuses this conversation: {e}{self._hint(c)}", "dropped"
+                )
             except TemplateError as e:
                 raise TemplateError(f"{c.source}: {e.message}", e.fix) from None
         stops = self.template.stop
@@ -161,6 +158,17 @@ class Encoder:
             example = self._example(c, spans, ids, replies, report)
             if example is not None:
                 yield c, example
+
+    def _hint(self, conversation: Conversation) -> str:
+        """Name the setting with which the template accepts a conversation that it refuses, if there is one."""
+        merged = SystemAsUser(self.template)
+        if conversation.messages[0].role != "system" or isinstance(self.template, SystemAsUser):
+            return ""
+        try:
+            merged.spans(conversation.messages, self.train_on)
+        except (RefusedConversation, TemplateError):
+            return ""
+        return _MERGE
 
     def _by_offsets(self, rendered: Sequence[tuple[Conversation, list[Span]]]) -> Iterator[_Encoded]:
         """Find the stop tokens by character offsets: the first token that reaches the end of the reply's span.

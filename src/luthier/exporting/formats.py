@@ -84,7 +84,7 @@ def _model(tuned: TunedModel, to: str, path: Path, quantization: str, log: Log) 
     file = f"{name}-{quantization}.gguf"
     text = ollama.modelfile(file, chat_format.template, tuned.system, _generation(tuned)) if to == "ollama" else None
     with files.new_dir(path) as temp:
-        _verify_vocabulary(tuned, chat_format, temp, file, log)
+        _verify_vocabulary(tuned, chat_format, temp / file, True, log)
         log(f"writing {file}")
         writer.write_model(tuned, chat_format, pending, temp / file, quantization, name)
         if text is not None:
@@ -111,7 +111,7 @@ def _lora(tuned: TunedModel, path: Path, log: Log) -> Exported:
 def _verify_over_base(tuned: TunedModel, chat_format: ChatFormat, temp: Path, file: str, log: Log) -> list[str]:
     """Verify an adapter file over a GGUF of the base model, which is deleted afterwards."""
     base = temp / "base-f16.gguf"
-    _verify_vocabulary(tuned, chat_format, temp, base.name, log)
+    _verify_vocabulary(tuned, chat_format, temp / file, False, log)
     log("writing the base model as GGUF, to verify the adapter over it")
     writer.write_model(tuned, chat_format, {}, base, "f16", _name(tuned))
     try:
@@ -120,14 +120,17 @@ def _verify_over_base(tuned: TunedModel, chat_format: ChatFormat, temp: Path, fi
         base.unlink()
 
 
-def _verify_vocabulary(tuned: TunedModel, chat_format: ChatFormat, temp: Path, file: str, log: Log) -> None:
-    """Verify tokenizer and template before weights are written, which takes minutes for a large model."""
+def _verify_vocabulary(tuned: TunedModel, chat_format: ChatFormat, file: Path, with_stops: bool, log: Log) -> None:
+    """Verify tokenizer and template before weights are written, which takes minutes for a large model.
+
+    file: the exported file, which is named in messages. with_stops: it holds the stop tokens.
+    """
     if not llamacpp.available():
         return
-    with TemporaryDirectory(dir=temp) as folder:
-        small = Path(folder) / file
+    with TemporaryDirectory(dir=file.parent) as folder:
+        small = Path(folder) / file.name
         writer.write_vocabulary(tuned, chat_format, small, _name(tuned))
-        verify.verify_vocabulary(tuned, chat_format, small, log)
+        verify.verify_vocabulary(tuned, chat_format, small, with_stops, log)
 
 
 def _verify(run: Callable[[], list[str]]) -> list[str]:

@@ -134,16 +134,16 @@ def open_base(
 
 
 def check_base(settings: ModelConfig, config: PretrainedConfig) -> None:
-    """Raise what ``open_base`` would raise before it reads weights: from headers and installed packages only.
+    """Verify the weights' headers and the installed packages, as ``open_base`` does; reads no weights.
 
     Raises ModelError or MissingPackageError.
     """
     family, shards = family_of(settings.path), Shards.open(settings.path)
     fit = match(shards.shapes, family.rules(config), empty_model(config))
-    quantised = quantisation(settings) is not None
-    if quantised or family.layer_rules is not None:  # otherwise transformers may convert other published names itself
+    how = quantisation(settings)
+    if how or family.layer_rules is not None:  # otherwise transformers may convert other published names itself
         refuse_unfit(shards, fit)
-    if quantised:
+    if how and how.kind != "int8":
         bitsandbytes_functions()
 
 

@@ -82,13 +82,12 @@ def bitsandbytes_functions() -> ModuleType:
 
 
 def quantise(weight: Float[Tensor, "out in"], how: Quantisation) -> dict[str, Shaped[Tensor, " ..."]]:
-    """Quantise a weight [out, in]; returns the tensors to store by part name. Raises MissingPackageError."""
-    bnb = bitsandbytes_functions()
+    """Quantise a weight [out, in]; returns the tensors to store by part name. Raises MissingPackageError (4 bits)."""
     if how.kind == "int8":
         scale = weight.float().abs().amax(dim=1).clamp_min(1e-12) / 127
         values = torch.round(weight.float() / scale[:, None]).to(torch.int8)
         return {"values": values, "scale": scale}
-    packed, state = bnb.quantize_4bit(
+    packed, state = bitsandbytes_functions().quantize_4bit(
         weight.contiguous(), blocksize=BLOCK, quant_type=how.kind, compress_statistics=how.double
     )
     parts = {"packed": packed.flatten(), "absmax": state.absmax}

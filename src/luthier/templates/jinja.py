@@ -87,7 +87,7 @@ class Jinja:
         if first.role == "system" and first.content.strip() and _omits_system(self.render, self.source):
             raise TemplateError(
                 "the model's chat template omits the system prompt",
-                "leave the system prompt out, or train with --set data.system_role=merge, which writes it before the "
+                "leave the system prompt out, or train with --set data.system_role=merge, which puts it into the "
                 "first user message",
             )
         return text

@@ -109,7 +109,7 @@ class Turns:
         if self.system is None:
             raise TemplateError(
                 f"the {self.name} template has no system role, so the model would not recognise a system prompt",
-                "leave the system prompt out, or train with --set data.system_role=merge, which writes it before the "
+                "leave the system prompt out, or train with --set data.system_role=merge, which puts it into the "
                 "first user message",
             )
         return self.system

@@ -152,7 +152,7 @@ def estimate(
         logits=logits,
         workspace=biggest * wide * (1 if how else 0)
         + (_ALLOCATOR if compiled else 0)
-        + (0 if tied or not how or wide == 2 else 4 * PIECE),
+        + (0 if tied or not how or wide == 2 else 4 * min(PIECE, head.weight.numel())),
         library=resident_now() + _RUNTIME,
         on_disk=narrow * embedding.weight.numel() if how and not tied else 0,
         largest_on_load=_on_load(biggest, embedding.weight.numel(), wide, how, tied),

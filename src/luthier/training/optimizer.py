@@ -21,6 +21,12 @@ def substitute(name: str, device: str) -> str | None:
     return "adamw_torch" if name == "paged_adamw_32bit" and device != "cuda" else None
 
 
+def check_packages(name: str, device: str) -> None:
+    """Raise MissingPackageError if an optimizer needs bitsandbytes and that is not installed."""
+    if (substitute(name, device) or name) != "adamw_torch":
+        bitsandbytes_functions()
+
+
 def _build(name: str, parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """Create the optimizer. Raises MissingPackageError if it needs bitsandbytes and that is not installed."""
     device = parameters[0].device.type

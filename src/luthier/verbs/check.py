@@ -19,10 +19,11 @@ from luthier.errors import ConfigError, UserError
 from luthier.kernels import attention
 from luthier.lora.layers import Targets, resolve
 from luthier.models.chat_format import ChatFormat, chat_format_of
-from luthier.models.directory import context_length
+from luthier.models.directory import Fingerprint, context_length, fingerprint
 from luthier.models.loader import check_base, training_dtype
 from luthier.models.native_model import empty_model
-from luthier.training import resources
+from luthier.training import checkpoint, resources
+from luthier.training.optimizer import check_packages
 from luthier.training.resources import Estimate, Requirements
 from luthier.types import Log
 
@@ -35,6 +36,14 @@ class Prepared:
     rows: EncodedRows
     chat_format: ChatFormat
     targets: Targets
+
+    def base(self) -> Fingerprint:
+        """Return the fingerprint of the base model."""
+        return fingerprint(self.config.model.path, self.chat_format.config)
+
+    def identity(self, base: Fingerprint) -> dict[str, str]:
+        """Return digests of the rows and of the base model, which must not change before a run resumes."""
+        return {"data": self.rows.report.fingerprint, "base model": base.weights}
 
     def requirements(self) -> Requirements:
         """Return what an estimate of memory and time needs."""
@@ -103,7 +112,7 @@ class Inspection:
 
 
 def check(config: RunConfig, show: int = 0) -> Inspection:
-    """Check everything that ``train`` would refuse, memory included; reads no weights.
+    """Check rows, settings, the model's files and memory, as ``train`` does before it loads the weights.
 
     Does not raise for a user's mistake: it is in ``error`` of the result, next to the complete counts.
     """
@@ -112,8 +121,8 @@ def check(config: RunConfig, show: int = 0) -> Inspection:
         return inspection
     start, run, expected = time.perf_counter(), inspection.prepared(), None
     try:
-        if config.output_dir:
-            RunDir(config.output_dir).claim(absolute(config))
+        if config.output_dir and _is_finished(RunDir(config.output_dir), run):
+            return inspection
         require_startable(run)
         expected = resources.estimate_run(run.requirements(), every_precision=False)
         resources.require_memory(expected)
@@ -122,10 +131,21 @@ def check(config: RunConfig, show: int = 0) -> Inspection:
     return replace(inspection, expected=expected, seconds=inspection.seconds + time.perf_counter() - start)
 
 
+def _is_finished(run_dir: RunDir, run: Prepared) -> bool:
+    """Whether the directory holds this run, finished. Raises UserError if it holds another one."""
+    run_dir.claim(absolute(run.config))
+    if run_dir.finished:
+        run_dir.same_identity(run_dir.summary().get("identity", {}), run.identity(run.base()))
+    elif resume := checkpoint.latest(run_dir.checkpoints, lambda _: None):
+        run_dir.same_identity(resume.identity, run.identity(run.base()))
+    return run_dir.finished
+
+
 def require_startable(run: Prepared) -> None:
     """Raise UserError if this machine or the files of the model do not allow the run; reads no weights."""
     settings, device = run.config.model, pick_device()
     attention.check(settings.attn_implementation, device, training_dtype(settings, device))
+    check_packages(run.config.train.optim, device.type)
     check_base(settings, run.chat_format.config)
 
 

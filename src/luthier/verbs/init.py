@@ -42,8 +42,8 @@ def init(
     )
     text = filled(recipe, *paths) if recipe is not None else blank(*paths)
     first, _, rest = text.partition("\n")
-    known = _estimate(text) if model and data else "luthier estimate FILE predicts memory and time"
-    files.write_text(to, f"{first}\n# {known}\n{rest}")
+    comment = _estimate(text) if model and data else "luthier estimate FILE predicts memory and time"
+    files.write_text(to, f"{first}\n# {comment}\n{rest}")
     return to
 
 
@@ -52,6 +52,10 @@ def _estimate(text: str) -> str:
     values = parse_yaml(text, "run.yaml")
     assert isinstance(values, dict)
     try:
-        return f"Estimate for this machine: {estimate(build(values)).line().removeprefix('estimate: ')}"
-    except UserError as e:
-        return f"luthier estimate FILE predicts memory and time; not possible yet: {' '.join(e.message.split())[:200]}"
+        return (
+            f"Estimate for this machine and these settings: {estimate(build(values)).line().removeprefix('estimate: ')}"
+        )
+    except (UserError, OSError) as e:
+        why = " ".join((e.message if isinstance(e, UserError) else str(e)).split())[:200]
+        why = "".join(c if c.isprintable() else "?" for c in why)  # others are not allowed in YAML
+        return f"luthier estimate FILE predicts memory and time; not possible yet: {why}"

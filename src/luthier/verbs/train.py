@@ -16,7 +16,6 @@ from luthier.evaluation import report, scoring
 from luthier.evaluation.scoring import Losses
 from luthier.inference.generation import Generator
 from luthier.lora.layers import LoraLinear, attach, trainable_parameters
-from luthier.models.directory import fingerprint
 from luthier.models.loader import open_base, quantisation, training_dtype
 from luthier.models.native_model import base_parameters
 from luthier.models.protocols import CausalLM
@@ -70,8 +69,8 @@ def train_locked(
     inspection = inspect(config, log=log)
     prepared = inspection.prepared()
     rows, chat_format, targets = prepared.rows, prepared.chat_format, prepared.targets
-    base = fingerprint(config.model.path, chat_format.config)
-    identity = {"data": rows.report.fingerprint, "base model": base.weights}
+    base = prepared.base()
+    identity = prepared.identity(base)
     if run.finished:
         run.same_identity(run.summary().get("identity", {}), identity)
         log(f"{run.path}: this run is finished already; nothing was changed")

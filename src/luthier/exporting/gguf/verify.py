@@ -73,12 +73,16 @@ def verify_model(tuned: TunedModel, chat_format: ChatFormat, file: Path, quantiz
     ]
 
 
-def verify_vocabulary(tuned: TunedModel, chat_format: ChatFormat, file: Path, log: Log) -> None:
-    """Verify the prompts, token ids and stop tokens of a file without the weights. Raises ModelError if that fails."""
+def verify_vocabulary(tuned: TunedModel, chat_format: ChatFormat, file: Path, with_stops: bool, log: Log) -> None:
+    """Verify the prompts and token ids of a file without the weights, and its stop tokens ``with_stops``.
+
+    Raises ModelError if that fails.
+    """
     log("verifying the tokenizer and the template with llama.cpp")
     answer = llamacpp.ask(replace(_question(tuned, chat_format, file), tokens=1))
     _check_prompts(tuned, chat_format, file, answer)
-    _check_stops(chat_format, file, answer)
+    if with_stops:
+        _check_stops(chat_format, file, answer)
 
 
 def verify_lora(tuned: TunedModel, chat_format: ChatFormat, base: Path, lora: Path, log: Log) -> list[str]:

@@ -100,8 +100,10 @@ def write_vocabulary(tuned: TunedModel, chat_format: ChatFormat, file: Path, nam
     Its model is the smallest one of the architecture, and its weights are zeros. Raises UserError.
     """
     config, size = copy.deepcopy(chat_format.config), head_size(chat_format.config)
-    one = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    config.update({**dict.fromkeys(one, 1), "hidden_size": size, "head_dim": size, "intermediate_size": 32})
+    counts = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    config.update({**dict.fromkeys(counts, 1), "hidden_size": size, "head_dim": size, "intermediate_size": 32})
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
     shapes = {n: tuple(t.shape) for n, t in empty_model(config).state_dict().items()}
     zeros = ((native, torch.zeros(shape)) for native, shape in shapes.items())
     _write_model(config, chat_format, tuned.system, list(shapes), zeros, file, "f16", name)
