@@ -88,6 +88,34 @@ def test_models_that_cannot_share_a_server_are_refused(
             assert "vLLM uses its unquantised weights" in vllm.notes(resolve_models([tuned]))[-1]
 
 
+def test_vllm_chooses_tokens_as_luthier_serve_does(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    """The base model's generation_config.json, which vLLM applies by default, does not decide."""
+    base = tmp_path / "base"
+    shutil.copytree(model_dir("llama"), base)
+    published = {"do_sample": True, "temperature": 0.6, "top_k": 5, "max_new_tokens": 9, "repetition_penalty": 1.1}
+    (base / "generation_config.json").write_text(json.dumps({**published, "eos_token_id": 2}))
+    sampled = {"do_sample": True, "temperature": 0.9, "top_p": 0.8, "top_k": 0, "repetition_penalty": 1.3}
+    one = train(base, tmp_path / "one", "", model={"path": str(base)})
+    other = train(base, tmp_path / "other", "", model={"path": str(base)}, generation=sampled)
+    longer = {**sampled, "max_new_tokens": 77, "no_repeat_ngram_size": 4}
+    third = train(base, tmp_path / "third", "", model={"path": str(base)}, generation=longer)
+    greedy = {"temperature": 0.0, "repetition_penalty": 1.0}
+    cases: list[tuple[list[Path], dict[str, Any], str]] = [
+        ([base], greedy, ""),
+        ([one], greedy, "replies to requests without max_tokens may fill the context"),
+        ([other], sampled, "vLLM also uses the generation settings of the training for base"),
+        ([other, third], sampled, "vLLM has no setting for generation.no_repeat_ngram_size"),
+        ([one, other], greedy, "vLLM has one sampling for all models: it replies greedily"),
+    ]
+    for paths, expected, note in cases:
+        models = resolve_models(paths)
+        options = vllm.chat_options(models)
+        file = Path(options[options.index("--generation-config") + 1]) / "generation_config.json"
+        written = json.loads(file.read_text())
+        assert {k: v for k, v in written.items() if k in {*published, *sampled}} == expected, paths
+        assert note in " ".join(vllm.notes(models))
+
+
 def test_a_quantised_base_is_served_quantised(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
     path = model_dir("llama")
     tuned = train(path, tmp_path / "small", "", model={"path": str(path), "load_in_4bit": True})

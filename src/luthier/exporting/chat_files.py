@@ -26,6 +26,7 @@ from luthier.types import Message
 
 _CONFIG = "tokenizer_config.json"
 _OWN_CODE_KEYS = ("user_token_id", "assistant_token_id", "transformers_version")  # of other code
+_SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +107,16 @@ def _reads_back(folder: Path, chat_format: ChatFormat) -> bool:
     return all(t.digest() == chat_format.tokenizer.digest() for t in readings)
 
 
-def write_generation_config(folder: Path, base: Path, chat_format: ChatFormat) -> None:
-    """Write the base model's generation_config.json with the stop ids of the training."""
+def write_generation_config(
+    folder: Path, base: Path, chat_format: ChatFormat, sampling: Mapping[str, object] | None = None
+) -> None:
+    """Write the base model's generation_config.json with the stop ids of the training.
+
+    sampling: replaces how the base model's file chooses tokens and limits replies. None keeps that.
+    """
     published = {k: v for k, v in read_json(base / "generation_config.json").items() if k not in _OWN_CODE_KEYS}
+    if sampling is not None:
+        published = {**{k: v for k, v in published.items() if k not in _SAMPLING_KEYS}, **sampling}
     generation = GenerationConfig(**{**published, "eos_token_id": list(chat_format.stop_ids)})
     files.write_json(folder / "generation_config.json", json.loads(generation.to_json_string()))
 

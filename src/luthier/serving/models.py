@@ -57,6 +57,12 @@ class NamedModel:
     def rope_theta(self) -> float | None:
         return self.tuned.rope_theta if self.tuned else None
 
+    @property
+    def sampling(self) -> Sampling:
+        """The generation settings of its run, used for what a request does not set."""
+        config = self.tuned.config if self.tuned else None
+        return Sampling.of(config.generation) if config else Sampling()
+
 
 def resolve_models(
     paths: Sequence[Path | str], model: Path | str | None = None, adapter: Path | str | None = None
@@ -111,11 +117,9 @@ def _served(named: NamedModel, chat_format: ChatFormat, model: CausalLM) -> Serv
     generator = Generator(model, chat_format)
     if named.tuned is None:
         return Served(named.name, None, generator)
-    config = named.tuned.config
-    sampling = Sampling.of(config.generation) if config else Sampling()
     if named.tuned.system:
         chat_format.check_text(named.tuned.system, "the system prompt")
-    return Served(named.name, named.name, generator, named.tuned.system, sampling)
+    return Served(named.name, named.name, generator, named.tuned.system, named.sampling)
 
 
 def _base_chat_format(base: NamedModel, first: NamedModel) -> ChatFormat:

@@ -19,6 +19,7 @@ from luthier._util.installation import pip_install
 from luthier.errors import ConfigError, MissingPackageError
 from luthier.exporting import chat_files
 from luthier.exporting.chat_files import template_text
+from luthier.inference.generation import Sampling
 from luthier.models.chat_format import load_chat_format
 from luthier.models.directory import family_of
 from luthier.models.loader import quantisation
@@ -91,7 +92,7 @@ def command(models: Sequence[NamedModel], host: str, port: int, dtype: str) -> l
 
 
 def chat_options(models: Sequence[NamedModel]) -> list[str]:
-    """Write tokenizer, chat template and stop ids of the training to the cache, and build the options that name them.
+    """Write tokenizer, template, stop ids and sampling of the training to the cache, and build the options for them.
 
     vLLM has one template for all models. Raises ConfigError if they were trained with different ones.
     """
@@ -104,12 +105,13 @@ def chat_options(models: Sequence[NamedModel]) -> list[str]:
             "has one for all models",
             "serve them separately, each on its own --port, or leave --engine vllm out",
         )
-    identity = (str(models[-1].base), formats[0].tokenizer.digest(), formats[0].stop_ids, texts[0])
+    sampling = _shared_sampling(models)
+    identity = (str(models[-1].base), formats[0].tokenizer.digest(), formats[0].stop_ids, texts[0], sampling)
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:20]
     folder = files.cache_root() / "vllm" / key
     with files.new_dir(folder) as temp:
         chat_files.write(temp, models[-1].base, formats[0], system)
-        chat_files.write_generation_config(temp, models[-1].base, formats[0])
+        chat_files.write_generation_config(temp, models[-1].base, formats[0], sampling)
     template = str(folder / TEMPLATE_FILE)
     # content as text, as in training: a template that loops over parts would otherwise get lists
     options = ["--tokenizer", str(folder), "--chat-template", template, "--chat-template-content-format", "string"]
@@ -120,6 +122,26 @@ def _shared_system(models: Sequence[NamedModel]) -> str | None:
     """Return the system prompt of the training if it is the same for all tuned models, else None."""
     systems = {m.tuned.system for m in models if m.tuned}
     return systems.pop() if len(systems) == 1 else None
+
+
+def _shared_sampling(models: Sequence[NamedModel]) -> dict[str, object]:
+    """Return vLLM's settings for the sampling of the runs if it is the same for all, else for greedy replies."""
+    settings = [_generation_config(m.sampling) for m in models if m.tuned] or [_GREEDY]
+    return settings[0] if all(s == settings[0] for s in settings) else _GREEDY
+
+
+def _generation_config(sampling: Sampling) -> dict[str, object]:
+    """Build what vLLM reads from generation_config.json, where temperature 0 is greedy.
+
+    max_new_tokens is left out: vLLM would also cut replies to requests that ask for more.
+    """
+    values: dict[str, object] = {"temperature": sampling.temperature, "repetition_penalty": sampling.repetition_penalty}
+    if sampling.temperature:
+        values |= {"do_sample": True, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return values
+
+
+_GREEDY = _generation_config(Sampling())
 
 
 def notes(models: Sequence[NamedModel]) -> list[str]:
@@ -134,6 +156,19 @@ def notes(models: Sequence[NamedModel]) -> list[str]:
             for m in tuned
             if m.tuned and m.tuned.system
         ]
+    sampling = _shared_sampling(models)
+    if any(_generation_config(m.sampling) != sampling for m in tuned):
+        differences.append(
+            "vLLM has one sampling for all models: it replies greedily, whatever the generation settings of the runs"
+        )
+    elif sampling != _GREEDY:
+        differences.append(f"vLLM also uses the generation settings of the training for {models[-1].name}")
+    if any(m.sampling.no_repeat_ngram_size for m in tuned):
+        differences.append("vLLM has no setting for generation.no_repeat_ngram_size, so its replies may repeat text")
+    if tuned:
+        differences.append(
+            "replies to requests without max_tokens may fill the context, whatever generation.max_new_tokens says"
+        )
     if any(quantisation(m.settings) for m in models):
         differences.append("the base model was quantised in training; vLLM uses its unquantised weights")
     return differences
