@@ -220,12 +220,18 @@ def test_without_a_home_directory_only_the_caches_are_lost_with_one_note(
     assert luthier("estimate", *argv).code == 0
 
 
-def test_pull_refuses_a_cache_that_cannot_be_written(luthier: Run, no_home: Path, tmp_path: Path) -> None:
+def test_pull_and_vllm_refuse_a_cache_that_cannot_be_written(
+    luthier: Run, model_dir: Callable[[str], Path], no_home: Path, tmp_path: Path
+) -> None:
     for name in ("smollm2-135m", "owner/name"):
         done = luthier("pull", name)
         assert done.code == 2
         assert f"{no_home}/models: cannot be used as a directory (Not a directory), so the model cannot" in done.err
         assert "  fix: give --to DIR, or set LUTHIER_CACHE to a directory that can be written" in done.err
+    done = luthier("serve", model_dir("llama"), "--engine", "vllm", "--print")
+    assert done.code == 2
+    assert f"{no_home}/vllm: cannot be used as a directory (Not a directory), so vLLM cannot be handed" in done.err
+    assert "  fix: set LUTHIER_CACHE to a directory that can be written" in done.err
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").write_text("")
     assert "already exists with other content" in luthier("pull", "smollm2-135m", "--to", tmp_path / "model").err

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from luthier._util import files
+from luthier._util.environment import CACHE
 from luthier._util.installation import pip_install
-from luthier.errors import ConfigError, MissingPackageError
+from luthier.errors import ConfigError, MissingPackageError, UserError
 from luthier.exporting import chat_files
 from luthier.exporting.chat_files import template_text
 from luthier.inference.generation import Sampling
@@ -109,6 +110,11 @@ def chat_options(models: Sequence[NamedModel]) -> list[str]:
     identity = (str(models[-1].base), formats[0].tokenizer.digest(), formats[0].stop_ids, texts[0], sampling)
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:20]
     folder = files.cache_root() / "vllm" / key
+    if reason := files.unwritable(folder.parent):
+        raise UserError(
+            f"{reason}, so vLLM cannot be handed the chat template of the training",
+            f"set {CACHE} to a directory that can be written",
+        )
     with files.new_dir(folder) as temp:
         chat_files.write(temp, models[-1].base, formats[0], system)
         chat_files.write_generation_config(temp, models[-1].base, formats[0], sampling)
