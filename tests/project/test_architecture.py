@@ -154,18 +154,19 @@ def test_the_structure_tests_detect_faults() -> None:
 
 @pytest.mark.parametrize("forbidden", ["trust_remote_code=True", "weights_only=False", "allow_pickle=True"])
 def test_nothing_unsafe_is_enabled(forbidden: str) -> None:
-    """Neither as an argument nor as a key of options."""
+    """Neither as an argument or its default, nor as a key of options."""
     assert unsafe(forbidden, f"load(path, {forbidden.replace('=', ' = ')})")
     name, value = forbidden.split("=")
     assert unsafe(forbidden, f'options = {{"{name}": {value}}}') and unsafe(forbidden, f"{{'{name}' : {value}}}")
+    assert unsafe(forbidden, f'options["{name}"] = {value}') and unsafe(forbidden, f"def f({name}: bool = {value})")
     for path in SOURCE.rglob("*.py"):
         assert not unsafe(forbidden, path.read_text(encoding="utf-8")), path
 
 
 def unsafe(forbidden: str, source: str) -> bool:
-    """Whether a source text sets an option to a value, as ``name=value`` or ``"name": value``."""
+    """Whether a source text sets an option to a value: ``name=value``, ``"name": value`` and similar forms."""
     name, value = forbidden.split("=")
-    return re.search(rf"""\b{name}["']?\s*[=:]\s*{value}\b""", source) is not None
+    return re.search(rf"""\b{name}["']?\]?\s*(:\s*bool\s*=|[=:])\s*{value}\b""", source) is not None
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,25 @@ def test_a_finished_run_is_ready_until_its_rows_change(
         assert "data: the content has changed" in done.err
 
 
+def test_check_leaves_a_training_that_writes_a_checkpoint_alone(
+    model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path
+) -> None:
+    """train, which holds the run's lock, deletes what an earlier training left half-written."""
+    run = tmp_path / "run"
+    argv = ["--model", model_dir("llama"), "--data", personas.TEAHOUSE, "--output-dir", run]
+    argv += ["--set", "train.max_steps=2", "--set", "train.save_steps=1"]
+    assert luthier("train", *argv).code == 0
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    half = run / "checkpoints" / ".step-00000002.new"
+    half.mkdir()
+    assert luthier("check", run / "run.yaml").code == 0
+    assert half.is_dir()
+    assert luthier("train", run / "run.yaml").code == 0
+    assert not half.exists()
+
+
 def test_an_8_bit_base_needs_no_bitsandbytes(
     model_dir: Callable[[str], Path], luthier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

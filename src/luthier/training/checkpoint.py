@@ -98,13 +98,10 @@ def steps(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path, log: Log = lambda _: None) -> Checkpoint | None:
-    """Read the newest undamaged checkpoint; report and skip damaged ones, delete half-written ones.
+    """Read the newest undamaged checkpoint; report and skip damaged ones.
 
     None if there is no undamaged checkpoint: the run then starts at its first step, with a message if any was damaged.
     """
-    if folder.is_dir():
-        for leftover in folder.glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
     for path in reversed(steps(folder)):
         try:
             return read(path)
@@ -113,6 +110,12 @@ def latest(folder: Path, log: Log = lambda _: None) -> Checkpoint | None:
     if steps(folder):
         log(f"{folder}: no usable checkpoint, so the run starts again at its first step")
     return None
+
+
+def delete_half_written(folder: Path) -> None:
+    """Delete what a killed training left; only for the process that holds the lock, since others may be writing."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read(path: Path) -> Checkpoint:

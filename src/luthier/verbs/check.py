@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from luthier._util import files
@@ -23,6 +24,7 @@ from luthier.models.directory import Fingerprint, context_length, fingerprint
 from luthier.models.loader import check_base, training_dtype
 from luthier.models.native_model import empty_model
 from luthier.training import checkpoint, resources
+from luthier.training.checkpoint import Checkpoint
 from luthier.training.optimizer import check_packages
 from luthier.training.resources import Estimate, Requirements
 from luthier.types import Log
@@ -121,8 +123,12 @@ def check(config: RunConfig, show: int = 0) -> Inspection:
         return inspection
     start, run, expected = time.perf_counter(), inspection.prepared(), None
     try:
-        if config.output_dir and _is_finished(RunDir(config.output_dir), run):
-            return inspection
+        if config.output_dir:
+            run_dir = RunDir(config.output_dir)
+            run_dir.claim(absolute(config))
+            resumable(run_dir, run.identity(run.base()), lambda _: None)
+            if run_dir.finished:
+                return inspection
         require_startable(run)
         expected = resources.estimate_run(run.requirements(), every_precision=False)
         resources.require_memory(expected)
@@ -131,14 +137,18 @@ def check(config: RunConfig, show: int = 0) -> Inspection:
     return replace(inspection, expected=expected, seconds=inspection.seconds + time.perf_counter() - start)
 
 
-def _is_finished(run_dir: RunDir, run: Prepared) -> bool:
-    """Whether the directory holds this run, finished. Raises UserError if it holds another one."""
-    run_dir.claim(absolute(run.config))
+def resumable(run_dir: RunDir, identity: Mapping[str, str], log: Log) -> Checkpoint | None:
+    """Return the checkpoint that an unfinished run resumes from, if there is one.
+
+    identity: as returned by ``Prepared.identity``. Raises ConfigError if the run began with other rows or another base.
+    """
     if run_dir.finished:
-        run_dir.same_identity(run_dir.summary().get("identity", {}), run.identity(run.base()))
-    elif resume := checkpoint.latest(run_dir.checkpoints, lambda _: None):
-        run_dir.same_identity(resume.identity, run.identity(run.base()))
-    return run_dir.finished
+        run_dir.same_identity(run_dir.summary().get("identity", {}), identity)
+        return None
+    resume = checkpoint.latest(run_dir.checkpoints, log)
+    if resume:
+        run_dir.same_identity(resume.identity, identity)
+    return resume
 
 
 def require_startable(run: Prepared) -> None:

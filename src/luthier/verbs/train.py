@@ -26,7 +26,7 @@ from luthier.training.forward import LossFunction, verify_segments
 from luthier.training.metrics import MetricsFile, Progress, StepRecord
 from luthier.training.optimizer import Optimizer, substitute
 from luthier.types import Log
-from luthier.verbs.check import Prepared, inspect, require_startable
+from luthier.verbs.check import Prepared, inspect, require_startable, resumable
 
 
 class Stopped(Exception):
@@ -71,13 +71,11 @@ def train_locked(
     rows, chat_format, targets = prepared.rows, prepared.chat_format, prepared.targets
     base = prepared.base()
     identity = prepared.identity(base)
+    checkpoint.delete_half_written(run.checkpoints)
+    resume = resumable(run, identity, log)
     if run.finished:
-        run.same_identity(run.summary().get("identity", {}), identity)
         log(f"{run.path}: this run is finished already; nothing was changed")
         return run.summary()
-    resume = checkpoint.latest(run.checkpoints, log)
-    if resume:
-        run.same_identity(resume.identity, identity)
     require_startable(prepared)
     settings = _settings_that_fit(prepared, log, force)
     run.start(config, inspection.as_dict())
