@@ -22,7 +22,8 @@ from luthier.batching.plan import Packing, Plan
 from luthier.config import build
 from luthier.devices.device import pick_device
 from luthier.encoding.rows import encode_rows
-from luthier.inference.generation import Generator, Sampling
+from luthier.inference.generation import Generator
+from luthier.inference.sampling import Sampling
 from luthier.lora.layers import attach, frozen_dtype, resolve, share_dropout_state
 from luthier.models.chat_format import chat_format_of
 from luthier.models.directory import fingerprint

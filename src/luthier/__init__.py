@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from luthier.exporting.formats import Exported
     from luthier.exporting.merge import Merged
     from luthier.inference.chat import Chat
-    from luthier.inference.generation import Reply, Sampling
+    from luthier.inference.generation import Reply
+    from luthier.inference.sampling import Sampling
     from luthier.models.loader import load_model
     from luthier.recipes import recipe
     from luthier.training.resources import Estimate
@@ -45,7 +46,7 @@ _EXPORTS = {
     "Merged": "luthier.exporting.merge",
     "Reply": "luthier.inference.generation",
     "RunConfig": "luthier.config",
-    "Sampling": "luthier.inference.generation",
+    "Sampling": "luthier.inference.sampling",
     "Stopped": "luthier.verbs.train",
     "UserError": "luthier.errors",
     "build": "luthier.config",

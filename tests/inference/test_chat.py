@@ -16,7 +16,7 @@ from luthier import config as configs
 from luthier import templates
 from luthier.cli.conversation import HELP, ask_both
 from luthier.errors import ConfigError, DataError, TemplateError, UserError
-from luthier.inference.generation import Sampling
+from luthier.inference.sampling import Sampling
 from luthier.types import Message
 from tests.conftest import Result
 

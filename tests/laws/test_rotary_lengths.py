@@ -21,11 +21,13 @@ from luthier.config import TrainConfig
 from luthier.errors import ModelError
 from luthier.evaluation.scoring import held_out_loss
 from luthier.inference import generation
-from luthier.inference.generation import Generator, Sampling
+from luthier.inference.generation import Generator
+from luthier.inference.sampling import Sampling
 from luthier.models.chat_format import load_chat_format
 from luthier.models.directory import rotary_limit
 from luthier.serving import engine as engines
-from luthier.serving.engine import Engine, verify_batching
+from luthier.serving.engine import Engine
+from luthier.serving.general import verify_batching
 from luthier.training import forward, loop, memory_model
 from luthier.training.forward import verify_segments
 from luthier.types import Example, Message, RowRef
@@ -137,7 +139,7 @@ def test_served_replies_equal_those_of_single_prompts_on_both_sides_of_the_limit
     prompts = [prompt(n) for n in LENGTHS]
     expected = [reference(longrope(), p, 30, do_sample=False) for p in prompts]
     engine = Engine(longrope())
-    verify_batching(engine)
+    verify_batching(engine.decoding)
     assert generate(engine, [ask(p, 30) for p in prompts]) == expected
     assert generate(engine, [ask(p, 30) for p in prompts]) == expected  # now with cached prefixes
     assert engine.counts.reused_tokens > 0

@@ -21,7 +21,7 @@ from nbformat.v4 import new_code_cell
 
 import luthier
 from luthier import hub, personas, recipes
-from luthier.inference.generation import Sampling
+from luthier.inference.sampling import Sampling
 from tests.conftest import ROOT
 from tests.helpers.published import PUBLISHED
 from tests.recipes.test_recipes import TUTORIALS

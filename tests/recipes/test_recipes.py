@@ -18,7 +18,7 @@ from luthier import config as configs
 from luthier import personas, recipes
 from luthier.cli.common import RecipeOption
 from luthier.errors import ConfigError
-from luthier.inference.generation import Sampling
+from luthier.inference.sampling import Sampling
 from luthier.types import Message
 from tests.conftest import ROOT, Result
 

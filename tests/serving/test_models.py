@@ -19,7 +19,7 @@ from luthier import personas
 from luthier._util.installation import install_command
 from luthier.adapters.directory import load
 from luthier.errors import ConfigError, MissingPackageError
-from luthier.inference.generation import Sampling
+from luthier.inference.sampling import Sampling
 from luthier.serving import app, vllm
 from luthier.serving.engine import Engine, Request
 from luthier.serving.head import SlicedHead, slice_head

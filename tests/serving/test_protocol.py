@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
-from luthier.inference.generation import Sampling
+from luthier.inference.sampling import Sampling
 from luthier.serving.protocol import ChatRequest, RequestError, parse
 
 ASK: list[dict[str, Any]] = [{"role": "user", "content": "Who are you?"}]

@@ -19,7 +19,7 @@ import openai
 import pytest
 
 import luthier
-from luthier.inference.generation import Sampling
+from luthier.inference.sampling import Sampling
 from tests.helpers.serving import KEY, Running, running, train, wait_for
 
 SYSTEM = "You are Marlow."

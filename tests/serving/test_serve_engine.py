@@ -13,13 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier.config import LoraConfig
 from luthier.errors import ModelError
-from luthier.inference.generation import Generator, Sampling
+from luthier.inference.generation import Generator
+from luthier.inference.sampling import Sampling
 from luthier.lora.layers import attach, detach, resolve
 from luthier.models.chat_format import load_chat_format
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.serving.adapters import install
 from luthier.serving.cache import BatchCache, Prefixes
-from luthier.serving.engine import Engine, QueueFull, Request, Token, verify_batching
+from luthier.serving.engine import Engine, QueueFull, Request, Token
+from luthier.serving.general import verify_batching
 from luthier.serving.text import ReplyText
 from luthier.types import Message
 from tests.conftest import ARCHITECTURES, make_model
@@ -51,7 +53,7 @@ def test_batched_replies_equal_those_of_single_prompts(arch: str) -> None:
     prompts = [prompt(n) for n in LENGTHS]
     expected = [reference(make_model(arch), p, 40, do_sample=False) for p in prompts]
     engine = Engine(make_model(arch))
-    verify_batching(engine)
+    verify_batching(engine.decoding)
     assert generate(engine, [ask(p, 40) for p in prompts]) == expected
     assert engine.counts.steps == 39  # one step per token, for any number of rows
     assert engine.running == engine.waiting == 0
@@ -260,11 +262,11 @@ def test_a_model_that_carries_state_is_refused() -> None:
     model = make_model("llama")
     model.model.layers[0].mlp.register_forward_hook(lambda *args: args[2] + 0.5 * args[2].roll(1, 1))
     with pytest.raises(ModelError, match="decoding token by token gives other results than one forward pass"):
-        verify_batching(Engine(model))
+        verify_batching(Engine(model).decoding)
     small = {"vocab_size": 640, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
     mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **small))
     with pytest.raises(ModelError, match=r"models of type mamba cannot be served: decoding a batch fails \("):
-        verify_batching(Engine(mamba))
+        verify_batching(Engine(mamba).decoding)
 
 
 @torch.no_grad()

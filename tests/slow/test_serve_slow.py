@@ -12,7 +12,7 @@ import torch
 
 import luthier
 from luthier import personas
-from luthier.inference.generation import Sampling
+from luthier.inference.sampling import Sampling
 from luthier.serving.engine import Engine, Request
 from luthier.types import Message
 from tests.helpers.serving import generate, running

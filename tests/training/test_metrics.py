@@ -25,7 +25,8 @@ from luthier.errors import ConfigError
 from luthier.evaluation import text_metrics
 from luthier.evaluation.scoring import score, with_fitting_prompts
 from luthier.evaluation.text_metrics import TextMetrics, measure, script
-from luthier.inference.generation import Generator, Sampling
+from luthier.inference.generation import Generator
+from luthier.inference.sampling import Sampling
 from luthier.types import Conversation, Message, RowRef
 from tests.conftest import ARCHITECTURES, Result
 from tests.conftest import teahouse as config

@@ -16,7 +16,8 @@ from luthier.errors import ModelError
 from luthier.kernels.attention import KERNELS, _adapter
 from luthier.models.native_model import first_layers
 from luthier.models.tokenizer.tokenizer import Tokenizer
-from luthier.serving.engine import Engine, verify_batching
+from luthier.serving.engine import Engine
+from luthier.serving.general import verify_batching
 from luthier.training.forward import announced, verify_segments
 from tests.conftest import make_model
 from tests.helpers.rows import examples
@@ -63,7 +64,7 @@ def test_one_layer_of_each_kind_is_run(model: Any, depth: int, tokenizer: Tokeni
     assert ran == [*range(depth)] * 3
     if depth != 4:
         with counted(verified) as ran:
-            verify_batching(Engine(verified))
+            verify_batching(Engine(verified).decoding)
         assert set(ran) == set(range(depth))
 
 

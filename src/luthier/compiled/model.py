@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LOGITS = 40_000_000  # elements of logits that exist at the same time
 # transformers' decoder layers with exactly this computation, and whether rotary pairs are adjacent
-_LAYERS = {
+LAYERS = {
     "LlamaDecoderLayer": False,
     "MistralDecoderLayer": False,
     "Qwen2DecoderLayer": False,
@@ -81,7 +81,7 @@ class CompiledModel:
     """The compiled form of a model with attached adapters. recompute: save the input of each layer only."""
 
     def __init__(self, model: CausalLM, layers: Mapping[str, LoraLinear], state: DropoutState, recompute: bool) -> None:
-        decoder, dtype = _suited(model, layers), frozen_dtype(model)
+        decoder, dtype = suited(model, layers), frozen_dtype(model)
         try:
             self.kernels = native.kernels(dtype)
         except native.Unavailable as e:
@@ -105,12 +105,12 @@ class CompiledModel:
             return Group(modules, self.kernels, self._arena, self._dropout_state, index)
 
         dim = int(attention.head_dim)
-        window = _window(block, config)
+        window = window_of(block, config)
         heads = Heads(
             query=int(config.num_attention_heads),
             key=int(config.num_key_value_heads),
             dim=dim,
-            interleaved=_LAYERS[type(block).__name__],
+            interleaved=LAYERS[type(block).__name__],
             window=window,
             scale=float(attention.scaling),
         )
@@ -306,7 +306,7 @@ def _stream(
     return Stream(offsets, parents, shared, cos.contiguous(), sin.contiguous(), rows, torch.searchsorted(rows, offsets))
 
 
-def _window(block: Any, config: Any) -> int:
+def window_of(block: Any, config: Any) -> int:
     """Number of keys that a query of this layer attends to; 0: all."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[block.self_attn.layer_idx] == "full_attention":
@@ -332,13 +332,13 @@ def compiled_model(
 def unsuitable(model: CausalLM, layers: Mapping[str, LoraLinear]) -> str | None:
     """Return why the compiled layers do not support this model, None if they do; does not look for a compiler."""
     try:
-        _suited(model, layers)
+        suited(model, layers)
     except Unsuitable as e:
         return str(e)
     return None
 
 
-def _suited(model: CausalLM, layers: Mapping[str, LoraLinear]) -> Decoder:
+def suited(model: CausalLM, layers: Mapping[str, LoraLinear]) -> Decoder:
     """Return the decoder of a supported model. Raises Unsuitable."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     blocks = list(getattr(decoder, "layers", ()))
@@ -346,7 +346,7 @@ def _suited(model: CausalLM, layers: Mapping[str, LoraLinear]) -> Decoder:
     config = model.config
     reasons = {
         f"they support the layers of Llama, Mistral, Qwen2, Phi-3 and GLM-4, not {', '.join(sorted(kinds))}": not kinds
-        or not kinds <= set(_LAYERS),
+        or not kinds <= set(LAYERS),
         "they run on the CPU only": model.device.type not in ("cpu", "meta"),
         "they support the activation SiLU only": getattr(config, "hidden_act", "silu") != "silu",
         "they support no dropout except LoRA's": any(
@@ -354,7 +354,7 @@ def _suited(model: CausalLM, layers: Mapping[str, LoraLinear]) -> Decoder:
         ),
         "the head has a bias or an adapter": getattr(head, "bias", None) is not None or isinstance(head, LoraLinear),
     }
-    if kinds and kinds <= set(_LAYERS):
+    if kinds and kinds <= set(LAYERS):
         reasons |= {
             "a linear layer other than q, k and v has a bias": any(_biased(b) for b in blocks),
             "widths must be multiples of 16": any(_uneven(b) for b in blocks),
@@ -371,10 +371,9 @@ def _suited(model: CausalLM, layers: Mapping[str, LoraLinear]) -> Decoder:
 
 
 def _linears(block: nn.Module) -> dict[str, Any]:
-    linears = {n.rpartition(".")[2]: m for n, m in block.named_modules() if isinstance(m, nn.Linear | QuantLinear)}
-    return {n: m for n, m in linears.items() if n != "base"} | {
-        n.rpartition(".")[2]: m.base for n, m in block.named_modules() if isinstance(m, LoraLinear)
-    }
+    """Return the linear layers of a decoder layer by name, without the adapters around them."""
+    linears = [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear | QuantLinear)]
+    return {n.removesuffix(".base").rpartition(".")[2]: m for n, m in linears}
 
 
 def _biased(block: nn.Module) -> bool:

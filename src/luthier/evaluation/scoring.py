@@ -19,7 +19,8 @@ from luthier.batching.collate import collate, to_device
 from luthier.batching.plan import apart
 from luthier.evaluation import text_metrics
 from luthier.evaluation.text_metrics import TextMetrics, measure
-from luthier.inference.generation import Generator, Reply, Sampling
+from luthier.inference.generation import Generator, Reply
+from luthier.inference.sampling import Sampling
 from luthier.lora.layers import LoraLinear, disable_adapter, frozen_dtype
 from luthier.models.directory import rotary_limit
 from luthier.models.native_model import in_fp32

@@ -12,7 +12,8 @@ from luthier.config import RunConfig
 from luthier.data.formats import parse_messages
 from luthier.data.turns import RowProblem
 from luthier.errors import ConfigError, DataError
-from luthier.inference.generation import Generator, Reply, Sampling
+from luthier.inference.generation import Generator, Reply
+from luthier.inference.sampling import Sampling
 from luthier.lora.layers import LoraLinear, disable_adapter
 from luthier.models.chat_format import ChatFormat
 from luthier.types import Message

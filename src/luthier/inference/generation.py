@@ -1,19 +1,27 @@
-"""Generate replies: prompts from the training template, tokens from transformers' ``generate``, up to a stop token."""
+"""Generate replies: prompts from the training template, tokens up to a stop token.
+
+With the compiled layers where they support the model (``inference.decoding``), else with transformers' ``generate``.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Self
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from luthier.config import GenerationSettings
-from luthier.errors import ConfigError, UserError
+from luthier.compiled import Unsuitable
+from luthier.errors import ModelError, UserError
+from luthier.inference.decoding import MOST_ROWS, CompiledDecoding, Reading, verified_decoding
+from luthier.inference.sampling import Sampler, Sampling
+from luthier.lora.layers import LoraLinear
 from luthier.models.chat_format import ChatFormat
 from luthier.models.directory import context_length, rotary_limit
 from luthier.models.protocols import CausalLM
@@ -21,67 +29,10 @@ from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.types import Message
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
 
 _BATCH_TOKENS = 4096  # limit on the prompt and reply tokens of one batch
-_NEUTRAL: dict[str, float] = {"top_p": 1.0, "top_k": 0}  # used only when sampling; these values have no effect
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are sampled. temperature 0: always the most likely token (reproducible).
-
-    max_seconds: time limit; unfinished replies are cut off. Several replies share it.
-    repetition_penalty, no_repeat_ngram_size: as in transformers, over the tokens of prompt and reply; 1 and 0: off.
-    Raises ConfigError if a setting would be ignored.
-    """
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    max_seconds: float | None = None
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-
-    def __post_init__(self) -> None:
-        greedy = self.temperature == 0
-        unused = [k for k, neutral in _NEUTRAL.items() if getattr(self, k) != neutral]
-        if greedy and unused:
-            raise ConfigError(
-                f"{' and '.join(unused)} would be ignored: temperature 0 always picks the most likely token",
-                f"set a temperature too (--temperature 0.7), or leave {' and '.join(unused)} out",
-            )
-        if not greedy and self.top_k == 1:
-            raise ConfigError(
-                "the temperature would be ignored: top_k 1 allows only the most likely token",
-                "use temperature 0 (--temperature 0), which picks the most likely token, without top_k",
-            )
-
-    @classmethod
-    def of(cls, chosen: GenerationSettings, seed: int = 0) -> Self:
-        """Convert the generation settings of a run."""
-        sampled = {k: getattr(chosen, k) for k in _NEUTRAL} if chosen.do_sample else {}
-        return cls(
-            max_new_tokens=chosen.max_new_tokens,
-            temperature=chosen.temperature if chosen.do_sample else 0.0,
-            seed=seed,
-            repetition_penalty=chosen.repetition_penalty,
-            no_repeat_ngram_size=chosen.no_repeat_ngram_size,
-            **sampled,
-        )
-
-    def changed(self, **changes: float | None) -> Self:
-        """Return a copy with these fields replaced; None keeps a field. Temperature 0 resets top_p and top_k.
-
-        Raises ConfigError if a setting would be ignored.
-        """
-        values = asdict(self)
-        if changes.get("temperature") == 0:
-            values.update(_NEUTRAL)
-        values.update({k: v for k, v in changes.items() if v is not None})
-        return type(self)(**values)
+_ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +52,16 @@ class Reply:
 
 
 class Generator:
-    """Generates replies with a model, in the chat format that it was trained with."""
+    """Generates replies with a model, in the chat format that it was trained with.
 
-    def __init__(self, model: CausalLM, chat_format: ChatFormat) -> None:
+    compiled: decode with the compiled layers if they support the model; ``why_not`` is the reason if they do not.
+    """
+
+    def __init__(self, model: CausalLM, chat_format: ChatFormat, compiled: bool = True) -> None:
         self.model = model
+        self.why_not = "" if compiled else "they are switched off"
+        self._decoding: CompiledDecoding | None = None
+        self._state: tuple[object, ...] = ()
         self.chat_format = chat_format
         self.tokenizer = chat_format.tokenizer
         self.stop_ids = list(dict.fromkeys(chat_format.stop_ids))
@@ -123,7 +80,11 @@ class Generator:
         """
         prefix = self.chat_format.template.reply_prefix
         streamer = _Stream(self.tokenizer, self.stop_ids, prefix, on_text) if on_text else None
-        return self._generate([self.chat_format.prompt_ids(messages)], sampling, streamer)[0]
+        prompts = [self.chat_format.prompt_ids(messages)]
+        with self._compiled(keep=True) as decoding:
+            if decoding:
+                return self._decoded(decoding, prompts, sampling, streamer)[0]
+        return self._generate(prompts, sampling, streamer)[0]
 
     def replies(self, prompts: Sequence[Sequence[Message]], sampling: Sampling) -> list[Reply]:
         """Generate one reply for each prompt, in order. Greedy and in fp32, each equals what ``reply`` returns.
@@ -132,6 +93,9 @@ class Generator:
         tokens per batch. With a repetition setting prompts run one by one, since padding would count as prompt.
         """
         encoded = [self.chat_format.prompt_ids(m) for m in prompts]
+        with self._compiled(keep=False) as decoding:
+            if decoding:
+                return self._decoded(decoding, encoded, sampling, None)
         end = None if sampling.max_seconds is None else time.monotonic() + sampling.max_seconds
         replies: dict[int, Reply] = {}
         for batch in self._batches([len(p) for p in encoded], sampling):
@@ -175,6 +139,80 @@ class Generator:
             )
         return limit
 
+    @contextmanager
+    def _compiled(self, keep: bool) -> Iterator[CompiledDecoding | None]:
+        """Yield the compiled layers, None if they do not support the model.
+
+        keep: also for the next reply, unless a weight changes before. They hold references to the weights and a copy
+        of the adapter.
+        """
+        self.model.eval()
+        state = _state(self.model)
+        if state != self._state:
+            self._decoding = None
+        if self._decoding is None and not self.why_not:
+            layers = {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLinear)}
+            adapters = {_ADAPTER: layers} if layers else None
+            try:
+                self._decoding = verified_decoding(self.model, adapters, _active(layers))
+            except Unsuitable as e:
+                self.why_not = str(e)
+        try:
+            yield self._decoding
+        finally:
+            self._state = state
+            if not keep:
+                self._decoding = None
+
+    @torch.inference_mode()
+    def _decoded(
+        self, decoding: CompiledDecoding, prompts: list[list[int]], s: Sampling, streamer: _Stream | None
+    ) -> list[Reply]:
+        """Generate replies with the compiled layers, several at a time; a row leaves when its reply ends."""
+        start = time.perf_counter()
+        adapter = _active({n: m for n, m in self.model.named_modules() if isinstance(m, LoraLinear)})
+        replies: list[list[int]] = [[] for _ in prompts]
+        samplers = [Sampler(replace(s, seed=s.seed + i), self.model.device) for i in range(len(prompts))]
+        waiting = deque(enumerate(prompts))
+        running: dict[Reading, int] = {}
+
+        def choose(reading: Reading, logits: Float[torch.Tensor, "1 vocab"]) -> None:
+            i = running[reading]
+            if logits.isnan().any():
+                raise ModelError("the model's output contains NaN", "use float32: --dtype float32")
+            token = samplers[i].next(logits, reading.ids)
+            reading.ids.append(token)
+            replies[i].append(token)
+            if streamer:
+                streamer.add(token)
+            late = s.max_seconds is not None and time.perf_counter() - start >= s.max_seconds
+            if token in self.stop_ids or len(reading.ids) >= reading.most or late:
+                del running[reading]
+                decoding.leave(reading)
+
+        try:
+            while waiting or running:
+                while waiting and len(running) < MOST_ROWS:
+                    i, prompt = waiting[0]
+                    self.check_length(len(prompt))
+                    most = min(len(prompt) + self._room(len(prompt), s.max_new_tokens), decoding.capacity)
+                    new = Reading(list(prompt), adapter, most)
+                    if not decoding.admits(new):
+                        break
+                    waiting.popleft()
+                    running[new] = i
+                    choose(new, decoding.join(new))
+                rows = list(decoding.rows)
+                for row, logits in zip(rows, decoding.step() if rows else (), strict=True):
+                    choose(row, logits[None])
+        finally:
+            for reading in list(decoding.rows):
+                decoding.leave(reading)
+        if streamer:
+            streamer.end()
+        seconds = time.perf_counter() - start
+        return [self._reply(ids, len(prompt), seconds) for ids, prompt in zip(replies, prompts, strict=True)]
+
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]], s: Sampling, streamer: _Stream | None) -> list[Reply]:
         self.model.eval()
@@ -216,6 +254,16 @@ class Generator:
         )
 
 
+def _active(layers: Mapping[str, LoraLinear]) -> str | None:
+    """Return the name of the attached adapter, None if there is none or it is switched off."""
+    return _ADAPTER if any(layer.enabled for layer in layers.values()) else None
+
+
+def _state(model: CausalLM) -> tuple[object, ...]:
+    """Return what changes when any tensor of a model is replaced or written to."""
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in model.state_dict().values())
+
+
 class _Stream(BaseStreamer):  # type: ignore[misc]
     """Passes on text as soon as its bytes form complete characters."""
 
@@ -234,7 +282,12 @@ class _Stream(BaseStreamer):  # type: ignore[misc]
         if self._prompt:
             self._prompt = False
             return
-        self._ids += [t for t in value.reshape(-1).tolist() if t not in self._stop]
+        for token in value.reshape(-1).tolist():
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """Pass on one token of the reply."""
+        self._ids += [token] if token not in self._stop else []
         text = self._tokenizer.decode(self._ids)
         if not text.endswith("\ufffd") and not self._prefix.startswith(text):  # the prefix may be incomplete
             self._emit(text)

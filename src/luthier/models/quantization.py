@@ -122,7 +122,7 @@ def absolute_maxima(parts: Mapping[str, Shaped[Tensor, " ..."]], how: Quantisati
     """Return the scale of each block of a 4-bit weight: [blocks] fp32."""
     if not how.double:
         return parts["absmax"]
-    code = _nested_code(parts["absmax"].device)
+    code = nested_code(parts["absmax"].device)
     scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
         parts["absmax"], parts["nested_absmax"], code, NESTED_BLOCK, torch.float32
     )
@@ -130,7 +130,8 @@ def absolute_maxima(parts: Mapping[str, Shaped[Tensor, " ..."]], how: Quantisati
 
 
 @lru_cache(8)
-def _nested_code(device: torch.device) -> Float[Tensor, " 256"]:
+def nested_code(device: torch.device) -> Float[Tensor, " 256"]:
+    """Return the value of each 8-bit code of a scale that is itself quantised: [256] fp32."""
     code: Tensor = bitsandbytes_functions().create_dynamic_map().to(device)
     return code
 

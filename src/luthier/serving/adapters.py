@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 class Routes:
     """Which rows of the current batch belong to which adapter. Rows in no group use the base model.
 
-    groups: (adapter, row indices); None instead of indices if the whole batch uses this adapter.
+    groups:   (adapter, row indices); None instead of indices if the whole batch uses this adapter.
+    adapters: the layers of each adapter by module name.
     """
 
+    adapters: dict[str, Mapping[str, LoraLinear]] = field(default_factory=dict)
     groups: list[tuple[str, Int[Tensor, " _rows"] | None]] = field(default_factory=list)
 
     def set(self, adapters: list[str | None], device: torch.device) -> None:
@@ -71,6 +73,7 @@ def install(model: ModuleTree, adapters: Iterable[tuple[str, Mapping[str, LoraLi
     """
     routes = Routes()
     for adapter, layers in adapters:
+        routes.adapters[adapter] = layers
         for name, layer in layers.items():
             parent, _, leaf = name.rpartition(".")
             bank = model.get_submodule(name)

@@ -15,7 +15,8 @@ from luthier.adapters.run_dir import RunDir
 from luthier.config import ModelConfig
 from luthier.devices.device import pick_device, pick_dtype
 from luthier.errors import ConfigError, TemplateError
-from luthier.inference.generation import Generator, Sampling
+from luthier.inference.generation import Generator
+from luthier.inference.sampling import Sampling
 from luthier.lora.layers import detach
 from luthier.models.chat_format import ChatFormat, load_chat_format
 from luthier.models.directory import fingerprint, read_config

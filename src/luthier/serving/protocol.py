@@ -12,9 +12,8 @@ from typing import Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from luthier.errors import UserError
-from luthier.inference.generation import Sampling
+from luthier.inference.sampling import Sampling, random_seed
 from luthier.serving.engine import QueueFull
-from luthier.serving.sampler import random_seed
 from luthier.types import Message
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {  # unsupported settings, and the values of them that have no effect

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from luthier.inference.generation import Sampling
+from luthier.inference.sampling import Sampling
 from luthier.serving.engine import Engine, Request, Token
 from luthier.serving.models import Served
 from luthier.serving.text import ReplyText

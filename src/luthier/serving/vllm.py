@@ -20,7 +20,7 @@ from luthier._util.installation import pip_install
 from luthier.errors import ConfigError, MissingPackageError, UserError
 from luthier.exporting import chat_files
 from luthier.exporting.chat_files import template_text
-from luthier.inference.generation import Sampling
+from luthier.inference.sampling import Sampling
 from luthier.models.chat_format import load_chat_format
 from luthier.models.directory import family_of
 from luthier.models.loader import quantisation

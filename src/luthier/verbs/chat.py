@@ -15,7 +15,8 @@ from luthier.config import RunConfig
 from luthier.devices.device import pick_device, pick_dtype
 from luthier.errors import AdapterError, ConfigError
 from luthier.inference.chat import GIVE_ADAPTER, Chat, check_system
-from luthier.inference.generation import Generator, Sampling
+from luthier.inference.generation import Generator
+from luthier.inference.sampling import Sampling
 from luthier.lora.layers import attach, resolve
 from luthier.models.chat_format import chat_format_of, load_chat_format
 from luthier.models.directory import must_be_directory

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from luthier.serving import app as http
-from luthier.serving.engine import Engine, verify_batching
+from luthier.serving.engine import Engine
+from luthier.serving.general import verify_batching
 from luthier.serving.models import open_models, resolve_models
 from luthier.serving.server import listen, run
 from luthier.types import Log
@@ -36,7 +37,7 @@ def serve(
     with listen(host, port) as listener:
         opened, routes, models = open_models(named, dtype)
         engine = Engine(opened, routes, max_batch, max_queue)
-        verify_batching(engine, models[0].adapter)
+        verify_batching(engine.decoding, models[0].adapter)
         key = api_key or secrets.token_urlsafe(24)
         address, free_port = listener.getsockname()[:2]
         log(f"models: {', '.join(m.name for m in models)}")

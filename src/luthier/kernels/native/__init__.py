@@ -32,7 +32,7 @@ from luthier._util import files
 from luthier.devices.device import cpu_instructions
 from luthier.kernels.native.signatures import CONDITIONS, SIGNATURES
 
-_SOURCES = ("rows.cpp", "attention.cpp", "loss.cpp", "weights.cpp")
+_SOURCES = ("rows.cpp", "attention.cpp", "loss.cpp", "weights.cpp", "decode.cpp")
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -280,6 +280,11 @@ class Kernels:
         raise AttributeError(name)  # every function is set by the constructor
 
 
+def suffix(dtype: torch.dtype) -> str:
+    """Return the end of the compiled functions' names for an element type, "" if there are none."""
+    return _SUFFIX.get(dtype, "")
+
+
 def kernels(dtype: torch.dtype) -> Kernels:
     """Return the compiled functions for fp32 or bf16. Raises Unavailable."""
     why = why_unavailable(dtype)
@@ -365,7 +370,7 @@ def _key(compiler: str) -> str:
     """Hash what the compiled file depends on: sources, flags, compiler, processor, torch."""
     here = Path(__file__).parent
     digest = hashlib.sha256("\n".join([*_flags(), torch.__version__, platform.machine(), cpu_instructions()]).encode())
-    for name in ("common.h", *_SOURCES):
+    for name in ("common.h", "products.h", *_SOURCES):
         digest.update((here / name).read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     digest.update(version)

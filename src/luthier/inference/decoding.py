@@ -1,0 +1,214 @@
+"""Decode several sequences together, one token each per step.
+
+``Decoding`` is what ``inference.generation`` and ``serving.engine`` need of a way to decode. ``CompiledDecoding`` is
+the one for models that the compiled layers support; a sequence's tokens are the same whatever is decoded beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from luthier.compiled.decoder import CompiledDecoder, NewTokens
+from luthier.compiled.model import Unsuitable
+from luthier.compiled.pages import OutOfPages, Prefixes, Row
+from luthier.devices.device import available_memory, resident_now
+from luthier.errors import UserError
+from luthier.lora.layers import LoraLinear
+from luthier.models.directory import context_length, rotary_limit
+from luthier.models.native_model import first_layers
+from luthier.models.protocols import CausalLM
+from luthier.training.forward import relative_distance, rounding_bound
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+MOST_ROWS = 16  # sequences decoded together
+PREFIX_BYTES = 512 << 20
+_CHUNK = 256  # prompt tokens per call; a prompt can be cancelled between two calls
+_TOKENS_A_ROW = 4096  # the default memory limit holds that many tokens for each of MOST_ROWS sequences
+Adapters = Mapping[str, Mapping[str, LoraLinear]]
+
+
+class Cancelled(Exception):
+    """A sequence was cancelled while its prompt was read."""
+
+
+class OutOfMemory(UserError):
+    """The keys and values of a sequence do not fit into the memory limit."""
+
+
+@dataclass(slots=True, eq=False)
+class Reading:
+    """One sequence that is read and continued. ids: prompt and reply so far; adapter: None for the base model.
+
+    most:   tokens that it may have in the end. reused: prompt tokens whose keys and values were known.
+    cancelled: asked while the prompt is read.
+    """
+
+    ids: list[int]
+    adapter: str | None = None
+    most: int = 0
+    reused: int = 0
+    cancelled: Callable[[], bool] = lambda: False
+
+
+class Decoding(Protocol):
+    """A way to decode. capacity: tokens of the longest sequence that fits; None: unlimited."""
+
+    @property
+    def capacity(self) -> int | None: ...
+
+    def admits(self, new: Reading) -> bool:
+        """Whether the memory limit leaves room for one more sequence."""
+        ...
+
+    def join(self, new: Reading) -> Float[torch.Tensor, "1 vocab"]:
+        """Read a prompt and add the sequence; returns its last token's logits. Raises Cancelled or UserError."""
+        ...
+
+    def step(self) -> Float[torch.Tensor, "rows vocab"]:
+        """Read the last token of every sequence; returns their logits, in the order of ``rows``."""
+        ...
+
+    @property
+    def rows(self) -> Sequence[Reading]: ...
+
+    def leave(self, row: Reading) -> None:
+        """Remove a sequence; its keys and values are kept for others that start with the same tokens."""
+        ...
+
+
+class CompiledDecoding:
+    """Decoding with the compiled layers.
+
+    adapters: by name. memory: limit for keys and values in bytes; None: what ``default_memory`` says. prefix_bytes:
+    how much of it earlier sequences may hold. Raises Unsuitable.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        adapters: Adapters | None = None,
+        memory: int | None = None,
+        prefix_bytes: int = PREFIX_BYTES,
+    ) -> None:
+        adapters = adapters or {}
+        self.decoder = CompiledDecoder(model, list(adapters.values()))
+        self._index = {name: i for i, name in enumerate(adapters)}
+        self._pages = self.decoder.pages(default_memory(model, self.decoder) if memory is None else memory)
+        self._prefixes = Prefixes(self._pages, prefix_bytes)
+        self._cached: dict[Reading, Row] = {}
+        self._rotary_limit = rotary_limit(model.config)
+
+    @property
+    def rows(self) -> Sequence[Reading]:
+        return list(self._cached)
+
+    @property
+    def capacity(self) -> int:
+        return self._pages.count * self._pages.size
+
+    def admits(self, new: Reading) -> bool:
+        expected = [self._pages.pages_for(row.most) for row in (*self._cached, new)]
+        return sum(expected) <= self._pages.count or not self._cached
+
+    def join(self, new: Reading) -> Float[torch.Tensor, "1 vocab"]:
+        row, logits = self._read(new, new.ids, len(new.ids))
+        self._cached[new] = row
+        self._share(new, row)
+        return logits
+
+    def _share(self, reading: Reading, row: Row) -> None:
+        """Let others start with this prompt. Without a free page they must read it themselves."""
+        if self._prefixes.max_bytes and self._pages.free:
+            copy = self._pages.fork(row, row.length)
+            self._prefixes.add(self._owner(reading, row.length), reading.ids[: row.length], copy)
+
+    def step(self) -> Float[torch.Tensor, "rows vocab"]:
+        for reading in [r for r in self._cached if len(r.ids) - 1 == self._rotary_limit]:
+            # the whole sequence is rotated by other factors from this length on
+            self._pages.release(self._cached[reading])
+            self._cached[reading], _ = self._read(reading, reading.ids[:-1], len(reading.ids))
+        return self._logits(
+            [NewTokens(row, r.ids[-1:], self._adapter(r), len(r.ids)) for r, row in self._cached.items()]
+        )
+
+    def leave(self, row: Reading) -> None:
+        cached = self._cached.pop(row)
+        if self._prefixes.max_bytes:
+            self._prefixes.add(self._owner(row, cached.length), row.ids[: cached.length], cached)
+        else:
+            self._pages.release(cached)
+
+    def _adapter(self, reading: Reading) -> int | None:
+        return None if reading.adapter is None else self._index[reading.adapter]
+
+    def _owner(self, reading: Reading, length: int) -> Hashable:
+        """Return what the keys and values of a sequence depend on besides its tokens."""
+        return reading.adapter, self._rotary_limit is not None and length > self._rotary_limit
+
+    def _read(self, reading: Reading, ids: Sequence[int], length: int) -> tuple[Row, Float[torch.Tensor, "1 vocab"]]:
+        """Compute the keys and values of ``ids``, the start of a sequence of this length, and the last logits."""
+        row = self._prefixes.fork(self._owner(reading, length), ids[:-1])
+        reading.reused = row.length
+        logits = torch.empty(0)
+        try:
+            for start in range(row.length, len(ids), _CHUNK):
+                if reading.cancelled():
+                    raise Cancelled
+                logits = self._logits([NewTokens(row, ids[start : start + _CHUNK], self._adapter(reading), length)])
+        except BaseException:
+            self._pages.release(row)
+            raise
+        return row, logits
+
+    def _logits(self, new: Sequence[NewTokens]) -> Float[torch.Tensor, "rows vocab"]:
+        while True:
+            try:
+                return self.decoder.logits(self._pages, new)
+            except OutOfPages:
+                if not self._prefixes.drop_oldest():
+                    raise OutOfMemory(
+                        f"the keys and values of {self.capacity} tokens fit into the memory for them, and all are used",
+                        "shorten the conversation, or send fewer requests at a time",
+                    ) from None
+
+
+def default_memory(model: CausalLM, decoder: CompiledDecoder) -> int:
+    """Return the limit in bytes for keys and values: 16 sequences of 4096 tokens, or half of the free memory."""
+    longest = min(_TOKENS_A_ROW, context_length(model.config) or _TOKENS_A_ROW)
+    wanted = MOST_ROWS * longest * decoder.token_bytes
+    return int(min(wanted, max(0.0, available_memory() - resident_now()) / 2))
+
+
+@torch.inference_mode()
+def verified_decoding(
+    model: CausalLM,
+    adapters: Adapters | None = None,
+    adapter: str | None = None,
+    memory: int | None = None,
+    prefix_bytes: int = PREFIX_BYTES,
+) -> CompiledDecoding:
+    """Build a ``CompiledDecoding`` and compare its first layers with the model's own on a few tokens.
+
+    adapter: the one that the model's own layers compute with now. Raises Unsuitable.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = [(7 + 13 * i) % vocabulary for i in range(min(12, rotary_limit(model.config) or 12))]
+    with first_layers(model) as depth:
+        expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        few = CompiledDecoder(model, [] if adapter is None else [(adapters or {})[adapter]])
+        pages, row = few.pages(0), Row()
+        index = None if adapter is None else 0
+        parts = [few.logits(pages, [NewTokens(row, ids[:8], index)], every=True)]
+        parts += [few.logits(pages, [NewTokens(row, [i], index)]) for i in ids[8:]]
+    error = relative_distance(torch.cat(parts), expected)
+    if not error <= rounding_bound(model.dtype, depth):
+        raise Unsuitable(
+            f"on this machine they give other logits than transformers' layers (relative error {error:.2g})"
+        )
+    return CompiledDecoding(model, adapters, memory, prefix_bytes)

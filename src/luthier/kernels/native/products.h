@@ -1,0 +1,322 @@
+// Products of a few to a few hundred input rows with a weight matrix that is read from memory once. Quantised weights are
+// decoded in registers or, for many rows, a block at a time into the cache; they are never written to memory.
+//
+// An output is summed in parts of the input; within a part, vector lanes first, then across the vector. Neither the
+// number of rows nor that of threads changes this order.
+#pragma once
+#include "common.h"
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+enum Kind : int64_t { FLOAT, BFLOAT, FOUR, EIGHT };
+
+// One weight matrix [n, k]. data: rows ld elements apart (FLOAT, BFLOAT), else without gaps.
+// FOUR: value = table[code] * scale; one scale per 64 codes: absmax, or code[absmax8] * nested + offset if that is set.
+// EIGHT: value * absmax of the row.
+struct Matrix {
+    int64_t kind, n, k, ld;
+    const void* data;
+    const float* bias;
+    const float *table, *absmax;
+    const uint8_t* absmax8;
+    const float *code, *nested;
+    float offset;
+};
+
+typedef float Input;  // storage of one input value in any form
+
+// How a matrix reads its input: as floats or bf16; in pairs: of every 64 values, those at even places, then the others.
+struct Form {
+    bool bfloat, pairs;
+};
+
+template <class T>
+constexpr bool DOT_BF16 = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool DOT_BF16<bf16> = true;
+#endif
+
+template <class T>
+Form form_of(const Matrix& w) {
+    return {DOT_BF16<T> && w.kind != EIGHT && w.kind != FLOAT, w.kind == FOUR};
+}
+
+// Store n values from place ``at`` on in a form. Rows start at multiples of their width, for pairs a multiple of 64.
+template <class E>
+void pack_as(const float* __restrict x, E* __restrict to, int64_t at, int64_t n, bool pairs) {
+    if (!pairs) return narrow(x, to + at, n);
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t o = at + i;
+        put(x[i], to[o - o % 64 + o % 2 * 32 + o % 64 / 2]);
+    }
+}
+void pack(const float* x, Input* to, int64_t at, int64_t n, Form form) {
+    form.bfloat ? pack_as(x, (bf16*)to, at, n, form.pairs) : pack_as(x, (float*)to, at, n, form.pairs);
+}
+
+inline vf widened(const float* x) { return *(const vf*)x; }
+inline vf widened(const bf16* x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
+#elif defined(__AVX2__)
+    return (vf)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16));
+#else
+    vf y;
+    for (int i = 0; i < W; i++) y[i] = to_float(x[i]);
+    return y;
+#endif
+}
+
+inline float tree_sum(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+#endif
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+    vf sums[4] = {};
+    int64_t c = 0;
+    for (; c + 4 * W <= n; c += 4 * W)
+        for (int v = 0; v < 4; v++) sums[v] += *(const vf*)(a + c + v * W) * *(const vf*)(b + c + v * W);
+    for (; c < n; c += W) sums[0] += *(const vf*)(a + c) * *(const vf*)(b + c);
+    return tree_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// --- rows of a weight. STEP values are read at a time, as PARTS vectors; add(): their products with the input.
+
+struct FloatRow {
+    typedef float In;
+    static constexpr int STEP = W, PARTS = 1;
+    typedef vf Vector;
+    const float* w;
+    void load(int64_t c, Vector* to) const { to[0] = *(const vf*)(w + c); }
+    static Vector input(const In* x) { return *(const vf*)x; }
+    static void add(vf& sum, Vector a, Vector b) { sum += a * b; }
+};
+
+struct BfloatRow : FloatRow {
+    const bf16* w;
+    void load(int64_t c, Vector* to) const { to[0] = widened(w + c); }
+};
+
+struct EightRow : FloatRow {
+    const int8_t* w;
+    void load(int64_t c, Vector* to) const {
+#if defined(__AVX512F__)
+        to[0] = (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(w + c))));
+#elif defined(__AVX2__)
+        to[0] = (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(w + c))));
+#else
+        for (int i = 0; i < W; i++) to[0][i] = float(w[c + i]);
+#endif
+    }
+};
+
+struct FourRow {
+    typedef float In;
+    static constexpr int STEP = 64, PARTS = 64 / W;
+    typedef vf Vector;
+    const Matrix* m;
+    int64_t first;  // index of the row's first value
+
+    float scale(int64_t c) const {
+        const int64_t b = (first + c) / 64;
+        return m->absmax8 ? m->code[m->absmax8[b]] * m->nested[b / 256] + m->offset : m->absmax[b];
+    }
+    const uint8_t* codes(int64_t c) const { return (const uint8_t*)m->data + (first + c) / 2; }
+    void load(int64_t c, Vector* to) const {
+        const uint8_t* packed = codes(c);
+        const float s = scale(c);
+#if defined(__AVX512F__)
+        const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(m->table), _mm512_set1_ps(s));
+        for (int part = 0; part < 2; part++) {  // the permutation reads the lower 4 bits of an index only
+            const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(packed + 16 * part)));
+            to[part] = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values);
+            to[2 + part] = (vf)_mm512_permutexvar_ps(bytes, values);
+        }
+#elif defined(__AVX2__)
+        const __m256 factor = _mm256_set1_ps(s);
+        const __m256 low = _mm256_mul_ps(_mm256_loadu_ps(m->table), factor);
+        const __m256 high = _mm256_mul_ps(_mm256_loadu_ps(m->table + 8), factor);
+        auto look_up = [&](__m256i index) {  // bit 3 chooses the half of the table
+            const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+            const __m256 a = _mm256_permutevar8x32_ps(low, index), b = _mm256_permutevar8x32_ps(high, index);
+            return (vf)_mm256_blendv_ps(a, b, upper);
+        };
+        for (int part = 0; part < 4; part++) {
+            const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(packed + 8 * part)));
+            to[part] = look_up(_mm256_srli_epi32(bytes, 4));
+            to[4 + part] = look_up(bytes);
+        }
+#else
+        float* out = (float*)to;
+        for (int i = 0; i < 32; i++) {
+            out[i] = m->table[packed[i] >> 4] * s;
+            out[32 + i] = m->table[packed[i] & 15] * s;
+        }
+#endif
+    }
+    static Vector input(const In* x) { return *(const vf*)x; }
+    static void add(vf& sum, Vector a, Vector b) { sum += a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct BfloatDotRow {
+    typedef bf16 In;
+    static constexpr int STEP = 32, PARTS = 1;
+    typedef __m512i Vector;
+    const bf16* w;
+    void load(int64_t c, Vector* to) const { to[0] = _mm512_loadu_si512(w + c); }
+    static Vector input(const In* x) { return _mm512_loadu_si512(x); }
+    static void add(vf& sum, Vector a, Vector b) {
+        sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+};
+
+struct FourDotRow : FourRow {
+    typedef bf16 In;
+    static constexpr int PARTS = 2;
+    typedef __m512i Vector;
+    void load(int64_t c, Vector* to) const {  // a table of 2 x 16 values: index bit 4 has no effect
+        const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(m->table), _mm512_set1_ps(scale(c)));
+        const __m512i table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
+        const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes(c)));
+        to[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+        to[1] = _mm512_permutexvar_epi16(bytes, table);
+    }
+    static Vector input(const In* x) { return _mm512_loadu_si512(x); }
+    static void add(vf& sum, Vector a, Vector b) { BfloatDotRow::add(sum, a, b); }
+};
+#endif
+
+// --- blocks of NB rows of a weight, parts of KB columns
+
+constexpr int NB = 16, KB = 1024;
+#ifndef PF
+#define PF 4608
+#endif
+constexpr int TILE = W == 16 ? 4 : 2;  // input rows per tile: as many as the registers hold
+
+// sums[m, n] += rows[n] . x[m] over ``width`` columns from ``first`` on, for 4 rows
+template <int M, class Row>
+void tile(const Row* rows, const typename Row::In* x, int64_t ldx, int64_t first, int64_t width, float* sums) {
+    typedef typename Row::Vector Vector;
+    vf acc[M][4] = {};
+    int64_t c = first;
+    for (; c + Row::STEP <= first + width; c += Row::STEP) {
+        if constexpr (Row::PARTS == 1) {
+            Vector w[4];
+            for (int n = 0; n < 4; n++) {
+                rows[n].load(c, w + n);
+                if (M < TILE) __builtin_prefetch((const char*)(rows[n].w + c) + PF, 0, 2);
+            }
+            for (int m = 0; m < M; m++) {
+                const Vector in = Row::input(x + m * ldx + c);
+                for (int n = 0; n < 4; n++) Row::add(acc[m][n], w[n], in);
+            }
+        } else {
+            for (int n = 0; n < 4; n++) {
+                Vector w[Row::PARTS];
+                rows[n].load(c, w);
+                for (int m = 0; m < M; m++)
+                    for (int p = 0; p < Row::PARTS; p++)
+                        Row::add(acc[m][n], w[p], Row::input(x + m * ldx + c + p * (Row::STEP / Row::PARTS)));
+            }
+        }
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (Row::STEP == 32)
+        if (c < first + width)  // 16 columns are left
+            for (int n = 0; n < 4; n++)
+                for (int m = 0; m < M; m++)
+                    Row::add(acc[m][n], _mm512_maskz_loadu_epi16(0xffff, rows[n].w + c),
+                             _mm512_maskz_loadu_epi16(0xffff, x + m * ldx + c));
+#endif
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < 4; n++) sums[m * NB + n] += tree_sum(acc[m][n]);
+}
+
+template <class Row>
+void tiles(const Row* rows, int64_t count, const typename Row::In* x, int64_t ldx, int64_t m, int64_t first,
+           int64_t width, float* sums) {
+    int64_t i = 0;
+    for (; i + TILE <= m; i += TILE)
+        for (int64_t n = 0; n < count; n += 4) tile<TILE>(rows + n, x + i * ldx, ldx, first, width, sums + i * NB + n);
+    for (; i < m; i++)
+        for (int64_t n = 0; n < count; n += 4) tile<1>(rows + n, x + i * ldx, ldx, first, width, sums + i * NB + n);
+}
+
+// Four-bit rows for many input rows: decoded once into the cache.
+template <class Row, class Dense>
+void decoded_tiles(const Row* rows, int64_t count, const typename Row::In* x, int64_t ldx, int64_t m, int64_t first,
+                   int64_t width, float* sums) {
+    typedef typename Row::In In;
+    if (m <= TILE) return tiles(rows, count, x, ldx, m, first, width, sums);
+    alignas(64) In block[NB][KB];
+    Dense dense[NB];
+    for (int64_t n = 0; n < count; n++) {
+        for (int64_t c = 0; c < width; c += Row::STEP) {
+            typename Row::Vector w[Row::PARTS];
+            rows[n].load(first + c, w);
+            std::memcpy(&block[n][c], w, Row::STEP * sizeof(In));
+        }
+        dense[n].w = block[n];
+    }
+    tiles(dense, count, x + first, ldx, m, 0, width, sums);
+}
+
+template <class T>
+void part(const Matrix& w, const Input* in, int64_t m, const int64_t* index, int64_t count, int64_t first,
+          int64_t width, float* sums) {
+    auto dense = [&](auto row, auto type) {
+        decltype(row) rows[NB];
+        for (int64_t n = 0; n < count; n++) rows[n].w = (decltype(type))w.data + index[n] * w.ld;
+        tiles(rows, count, (const typename decltype(row)::In*)in, w.k, m, first, width, sums);
+    };
+    auto four = [&](auto row, auto plain) {
+        decltype(row) rows[NB];
+        for (int64_t n = 0; n < count; n++) rows[n].m = &w, rows[n].first = index[n] * w.k;
+        decoded_tiles<decltype(row), decltype(plain)>(rows, count, (const typename decltype(row)::In*)in, w.k, m, first,
+                                                      width, sums);
+    };
+    if (w.kind == FLOAT) return dense(FloatRow{}, (const float*)nullptr);
+    if (w.kind == EIGHT) return dense(EightRow{}, (const int8_t*)nullptr);
+#if defined(__AVX512BF16__)
+    if constexpr (DOT_BF16<T>)
+        return w.kind == FOUR ? four(FourDotRow{}, BfloatDotRow{}) : dense(BfloatDotRow{}, (const bf16*)nullptr);
+#endif
+    return w.kind == FOUR ? four(FourRow{}, FloatRow{}) : dense(BfloatRow{}, (const bf16*)nullptr);
+}
+
+// store(row, first, count, sums): takes the outputs first .. first + count of one input row. To be called by all threads
+// of a team, which do not wait for each other at the end.
+template <class T, class Store>
+void product(const Matrix& w, const Input* in, int64_t m, Store store) {
+    thread_local std::vector<float> sums;
+    sums.resize(m * NB);
+#pragma omp for schedule(static) nowait
+    for (int64_t n = 0; n < w.n; n += NB) {
+        const int64_t count = std::min<int64_t>(NB, w.n - n), padded = (count + 3) / 4 * 4;
+        int64_t index[NB];
+        for (int64_t i = 0; i < padded; i++) index[i] = std::min(n + i, w.n - 1);  // the last row again
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (int64_t first = 0; first < w.k; first += KB)
+            part<T>(w, in, m, index, padded, first, std::min<int64_t>(KB, w.k - first), sums.data());
+        for (int64_t i = 0; i < m; i++) {
+            float* row = &sums[i * NB];
+            for (int64_t c = 0; w.kind == EIGHT && c < count; c++) row[c] *= w.absmax[n + c];
+            store(i, n, count, row);
+        }
+    }
+}
+
+}  // namespace
