@@ -18,7 +18,7 @@ from luthier.compiled.model import LAYERS, Unsuitable, input_projections, suited
 from luthier.compiled.pages import Pages, Row
 from luthier.kernels import native
 from luthier.kernels.native import decoding
-from luthier.lora.layers import LoraLinear, frozen_dtype
+from luthier.lora.layers import LoraLinear
 from luthier.models.directory import rotary_limit
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import BLOCK, QuantLinear, code_table, nested_code
@@ -53,7 +53,8 @@ class CompiledDecoder:
     """
 
     def __init__(self, model: CausalLM, adapters: Sequence[Adapter] = ()) -> None:
-        decoder, self._dtype = suited(model, {}), frozen_dtype(model)
+        decoder = suited(model, {})
+        self._dtype = decoder.norm.weight.dtype
         try:
             native.kernels(self._dtype)
             self._decode = decoding.decode(self._dtype)
@@ -191,7 +192,7 @@ class CompiledDecoder:
     def _matrix(self, module: nn.Module) -> decoding.Matrix:
         """Describe a linear layer's weight, without its adapter. Raises Unsuitable."""
         base: Any = getattr(module, "base", module)
-        bias = self._floats(base.bias)
+        bias = self._floats(getattr(base, "bias", None))
         if not isinstance(base, QuantLinear):
             weight = base.weight.detach()
             if weight.dtype not in _KINDS or weight.stride(1) != 1 or weight.device.type != "cpu":

@@ -359,7 +359,7 @@ def suited(model: CausalLM, layers: Mapping[str, LoraLinear]) -> Decoder:
             "a linear layer other than q, k and v has a bias": any(_biased(b) for b in blocks),
             "widths must be multiples of 16": any(_uneven(b) for b in blocks),
             "quantised layers must compute in the model's own dtype": any(
-                isinstance(m, QuantLinear) and m.compute is not frozen_dtype(model) for m in decoder.modules()
+                isinstance(m, QuantLinear) and m.compute is not decoder.norm.weight.dtype for m in decoder.modules()
             ),
         }
     inside = {id(m) for m in decoder.modules()}

@@ -208,7 +208,5 @@ def verified_decoding(
         parts += [few.logits(pages, [NewTokens(row, [i], index)]) for i in ids[8:]]
     error = relative_distance(torch.cat(parts), expected)
     if not error <= rounding_bound(model.dtype, depth):
-        raise Unsuitable(
-            f"on this machine they give other logits than transformers' layers (relative error {error:.2g})"
-        )
+        raise Unsuitable(f"on this machine their logits differ from those of transformers' layers by {error:.2g}")
     return CompiledDecoding(model, adapters, memory, prefix_bytes)

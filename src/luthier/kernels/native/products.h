@@ -82,6 +82,25 @@ inline float tree_sum(vf x) {
 #endif
 }
 
+// to[i] += the sum of x[i], for 4 vectors
+inline void add_sums(const vf* x, float* to) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    __m256 halves[4];
+    for (int i = 0; i < 4; i++)
+        halves[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)x[i]), _mm512_extractf32x8_ps((__m512)x[i], 1));
+#else
+    const __m256* halves = (const __m256*)x;
+#endif
+    const __m256 a = _mm256_hadd_ps(halves[0], halves[1]), b = _mm256_hadd_ps(halves[2], halves[3]);
+    const __m256 c = _mm256_hadd_ps(a, b);
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), sums));
+#else
+    for (int i = 0; i < 4; i++) to[i] += tree_sum(x[i]);
+#endif
+}
+
 inline float dot(const float* a, const float* b, int64_t n) {
     vf sums[4] = {};
     int64_t c = 0;
@@ -98,6 +117,7 @@ struct FloatRow {
     static constexpr int STEP = W, PARTS = 1;
     typedef vf Vector;
     const float* w;
+    const float* at(int64_t c) const { return w + c; }
     void load(int64_t c, Vector* to) const { to[0] = *(const vf*)(w + c); }
     static Vector input(const In* x) { return *(const vf*)x; }
     static void add(vf& sum, Vector a, Vector b) { sum += a * b; }
@@ -105,11 +125,13 @@ struct FloatRow {
 
 struct BfloatRow : FloatRow {
     const bf16* w;
+    const bf16* at(int64_t c) const { return w + c; }
     void load(int64_t c, Vector* to) const { to[0] = widened(w + c); }
 };
 
 struct EightRow : FloatRow {
     const int8_t* w;
+    const int8_t* at(int64_t c) const { return w + c; }
     void load(int64_t c, Vector* to) const {
 #if defined(__AVX512F__)
         to[0] = (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(w + c))));
@@ -132,9 +154,9 @@ struct FourRow {
         const int64_t b = (first + c) / 64;
         return m->absmax8 ? m->code[m->absmax8[b]] * m->nested[b / 256] + m->offset : m->absmax[b];
     }
-    const uint8_t* codes(int64_t c) const { return (const uint8_t*)m->data + (first + c) / 2; }
+    const uint8_t* at(int64_t c) const { return (const uint8_t*)m->data + (first + c) / 2; }
     void load(int64_t c, Vector* to) const {
-        const uint8_t* packed = codes(c);
+        const uint8_t* packed = at(c);
         const float s = scale(c);
 #if defined(__AVX512F__)
         const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(m->table), _mm512_set1_ps(s));
@@ -175,6 +197,7 @@ struct BfloatDotRow {
     static constexpr int STEP = 32, PARTS = 1;
     typedef __m512i Vector;
     const bf16* w;
+    const bf16* at(int64_t c) const { return w + c; }
     void load(int64_t c, Vector* to) const { to[0] = _mm512_loadu_si512(w + c); }
     static Vector input(const In* x) { return _mm512_loadu_si512(x); }
     static void add(vf& sum, Vector a, Vector b) {
@@ -189,7 +212,7 @@ struct FourDotRow : FourRow {
     void load(int64_t c, Vector* to) const {  // a table of 2 x 16 values: index bit 4 has no effect
         const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(m->table), _mm512_set1_ps(scale(c)));
         const __m512i table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
-        const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes(c)));
+        const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)at(c)));
         to[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
         to[1] = _mm512_permutexvar_epi16(bytes, table);
     }
@@ -201,14 +224,14 @@ struct FourDotRow : FourRow {
 // --- blocks of NB rows of a weight, parts of KB columns
 
 constexpr int NB = 16, KB = 1024;
-#ifndef PF
-#define PF 4608
-#endif
+
 constexpr int TILE = W == 16 ? 4 : 2;  // input rows per tile: as many as the registers hold
 
-// sums[m, n] += rows[n] . x[m] over ``width`` columns from ``first`` on, for 4 rows
-template <int M, class Row>
-void tile(const Row* rows, const typename Row::In* x, int64_t ldx, int64_t first, int64_t width, float* sums) {
+// sums[m, n] += rows[n] . x[m] over ``width`` columns from ``first`` on, for 4 rows. AHEAD: also move what is ``ahead`` bytes
+// further into the cache, since a processor does so by itself only within a row.
+template <int M, bool AHEAD, class Row>
+void tile(const Row* rows, const typename Row::In* x, int64_t ldx, int64_t first, int64_t width, int64_t ahead,
+          float* sums) {
     typedef typename Row::Vector Vector;
     vf acc[M][4] = {};
     int64_t c = first;
@@ -217,7 +240,7 @@ void tile(const Row* rows, const typename Row::In* x, int64_t ldx, int64_t first
             Vector w[4];
             for (int n = 0; n < 4; n++) {
                 rows[n].load(c, w + n);
-                if (M < TILE) __builtin_prefetch((const char*)(rows[n].w + c) + PF, 0, 2);
+                if (AHEAD) __builtin_prefetch((const char*)rows[n].at(c) + ahead);
             }
             for (int m = 0; m < M; m++) {
                 const Vector in = Row::input(x + m * ldx + c);
@@ -227,6 +250,7 @@ void tile(const Row* rows, const typename Row::In* x, int64_t ldx, int64_t first
             for (int n = 0; n < 4; n++) {
                 Vector w[Row::PARTS];
                 rows[n].load(c, w);
+                if (AHEAD) __builtin_prefetch((const char*)rows[n].at(c) + ahead);
                 for (int m = 0; m < M; m++)
                     for (int p = 0; p < Row::PARTS; p++)
                         Row::add(acc[m][n], w[p], Row::input(x + m * ldx + c + p * (Row::STEP / Row::PARTS)));
@@ -241,37 +265,46 @@ void tile(const Row* rows, const typename Row::In* x, int64_t ldx, int64_t first
                     Row::add(acc[m][n], _mm512_maskz_loadu_epi16(0xffff, rows[n].w + c),
                              _mm512_maskz_loadu_epi16(0xffff, x + m * ldx + c));
 #endif
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < 4; n++) sums[m * NB + n] += tree_sum(acc[m][n]);
+    for (int m = 0; m < M; m++) add_sums(acc[m], sums + m * NB);
 }
 
+// ahead: bytes between a row and the next one, 0 if the rows are in the cache
 template <class Row>
 void tiles(const Row* rows, int64_t count, const typename Row::In* x, int64_t ldx, int64_t m, int64_t first,
-           int64_t width, float* sums) {
+           int64_t width, int64_t ahead, float* sums) {
     int64_t i = 0;
     for (; i + TILE <= m; i += TILE)
-        for (int64_t n = 0; n < count; n += 4) tile<TILE>(rows + n, x + i * ldx, ldx, first, width, sums + i * NB + n);
+        for (int64_t n = 0; n < count; n += 4)
+            if (i == 0 && ahead)
+                tile<TILE, true>(rows + n, x, ldx, first, width, NB * ahead, sums + n);
+            else
+                tile<TILE, false>(rows + n, x + i * ldx, ldx, first, width, 0, sums + i * NB + n);
     for (; i < m; i++)
-        for (int64_t n = 0; n < count; n += 4) tile<1>(rows + n, x + i * ldx, ldx, first, width, sums + i * NB + n);
+        for (int64_t n = 0; n < count; n += 4)
+            if (i == 0 && ahead)
+                tile<1, true>(rows + n, x, ldx, first, width, 4 * ahead, sums + n);
+            else
+                tile<1, false>(rows + n, x + i * ldx, ldx, first, width, 0, sums + i * NB + n);
 }
 
 // Four-bit rows for many input rows: decoded once into the cache.
 template <class Row, class Dense>
 void decoded_tiles(const Row* rows, int64_t count, const typename Row::In* x, int64_t ldx, int64_t m, int64_t first,
-                   int64_t width, float* sums) {
+                   int64_t width, int64_t ahead, float* sums) {
     typedef typename Row::In In;
-    if (m <= TILE) return tiles(rows, count, x, ldx, m, first, width, sums);
+    if (m <= TILE) return tiles(rows, count, x, ldx, m, first, width, ahead, sums);
     alignas(64) In block[NB][KB];
     Dense dense[NB];
     for (int64_t n = 0; n < count; n++) {
         for (int64_t c = 0; c < width; c += Row::STEP) {
             typename Row::Vector w[Row::PARTS];
             rows[n].load(first + c, w);
+            __builtin_prefetch((const char*)rows[n].at(first + c) + 4 * ahead);
             std::memcpy(&block[n][c], w, Row::STEP * sizeof(In));
         }
         dense[n].w = block[n];
     }
-    tiles(dense, count, x + first, ldx, m, 0, width, sums);
+    tiles(dense, count, x + first, ldx, m, 0, width, 0, sums);
 }
 
 template <class T>
@@ -280,13 +313,13 @@ void part(const Matrix& w, const Input* in, int64_t m, const int64_t* index, int
     auto dense = [&](auto row, auto type) {
         decltype(row) rows[NB];
         for (int64_t n = 0; n < count; n++) rows[n].w = (decltype(type))w.data + index[n] * w.ld;
-        tiles(rows, count, (const typename decltype(row)::In*)in, w.k, m, first, width, sums);
+        tiles(rows, count, (const typename decltype(row)::In*)in, w.k, m, first, width, w.ld * sizeof(*rows->w), sums);
     };
     auto four = [&](auto row, auto plain) {
         decltype(row) rows[NB];
         for (int64_t n = 0; n < count; n++) rows[n].m = &w, rows[n].first = index[n] * w.k;
         decoded_tiles<decltype(row), decltype(plain)>(rows, count, (const typename decltype(row)::In*)in, w.k, m, first,
-                                                      width, sums);
+                                                      width, w.k / 2, sums);
     };
     if (w.kind == FLOAT) return dense(FloatRow{}, (const float*)nullptr);
     if (w.kind == EIGHT) return dense(EightRow{}, (const int8_t*)nullptr);
