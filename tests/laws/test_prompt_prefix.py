@@ -204,7 +204,7 @@ def sent_by_chat(base: Path, turns: Sequence[Message], monkeypatch: pytest.Monke
     """Return the ids that ``luthier chat`` passes to the model for the next reply."""
     sent: list[list[int]] = []
 
-    def caught(self: Generator, prompts: list[list[int]], *_: Any) -> list[Reply]:
+    def caught(self: Generator, prompts: list[list[int]], *_: Any, **__: Any) -> list[Reply]:
         sent.extend(prompts)
         return [Reply("", True, 0, 0, 0.0)]
 

@@ -20,12 +20,12 @@ from luthier.batching import plan
 from luthier.config import TrainConfig
 from luthier.errors import ModelError
 from luthier.evaluation.scoring import held_out_loss
-from luthier.inference import generation
+from luthier.inference import decoding, generation
 from luthier.inference.generation import Generator
 from luthier.inference.sampling import Sampling
 from luthier.models.chat_format import load_chat_format
 from luthier.models.directory import rotary_limit
-from luthier.serving import engine as engines
+from luthier.serving import general
 from luthier.serving.engine import Engine
 from luthier.serving.general import verify_batching
 from luthier.training import forward, loop, memory_model
@@ -120,7 +120,8 @@ def test_the_estimate_counts_the_micro_batches_of_the_run() -> None:
 
 @pytest.fixture
 def generator(model_dir: Callable[[str], Path]) -> Generator:
-    return Generator(longrope(original_max_position_embeddings=50), load_chat_format(model_dir("llama")))
+    model = longrope(original_max_position_embeddings=50)
+    return Generator(model, load_chat_format(model_dir("llama")), compiled=False)
 
 
 def test_batched_replies_equal_single_ones(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,14 +132,17 @@ def test_batched_replies_equal_single_ones(generator: Generator, monkeypatch: py
     sampling = Sampling(max_new_tokens=20)
     expected = [generator.reply(p, sampling).text for p in prompts]
     assert [r.text for r in generator.replies(prompts, sampling)] == expected
+    compiled = Generator(generator.model, generator.chat_format)
+    assert [r.text for r in compiled.replies(prompts, sampling)] == expected
     monkeypatch.setattr(generation, "rotary_limit", lambda _: math.inf)
     assert [r.text for r in generator.replies(prompts, sampling)] != expected
 
 
-def test_served_replies_equal_those_of_single_prompts_on_both_sides_of_the_limit() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_served_replies_equal_those_of_single_prompts_on_both_sides_of_the_limit(compiled: bool) -> None:
     prompts = [prompt(n) for n in LENGTHS]
     expected = [reference(longrope(), p, 30, do_sample=False) for p in prompts]
-    engine = Engine(longrope())
+    engine = Engine(longrope(), compiled=compiled)
     verify_batching(engine.decoding)
     assert generate(engine, [ask(p, 30) for p in prompts]) == expected
     assert generate(engine, [ask(p, 30) for p in prompts]) == expected  # now with cached prefixes
@@ -150,11 +154,17 @@ def test_served_replies_equal_those_of_single_prompts_on_both_sides_of_the_limit
 
 
 def test_the_law_detects_decoding_with_the_factors_of_the_longest_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "rotate_by_row", lambda _: None)
-    assert fails(test_served_replies_equal_those_of_single_prompts_on_both_sides_of_the_limit)
+    monkeypatch.setattr(general, "rotate_by_row", lambda _: None)
+    assert fails(lambda: test_served_replies_equal_those_of_single_prompts_on_both_sides_of_the_limit(False))
+    monkeypatch.setattr(decoding, "rotary_limit", lambda _: None)
+    assert fails(lambda: test_served_replies_equal_those_of_single_prompts_on_both_sides_of_the_limit(True))
 
 
-def test_a_long_prompt_is_read_in_parts_with_one_kind_of_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "PROMPT_TOKENS_PER_STEP", 16)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_long_prompt_is_read_in_parts_with_one_kind_of_factors(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(general, "CHUNK", 16)
+    monkeypatch.setattr(decoding, "_CHUNK", 16)
     expected = reference(longrope(), prompt(60), 30, do_sample=False)
-    assert generate(Engine(longrope()), [ask(prompt(60), 30)]) == [expected]
+    assert generate(Engine(longrope(), compiled=compiled), [ask(prompt(60), 30)]) == [expected]

@@ -275,7 +275,7 @@ def test_an_internal_error_is_a_500_without_details(
     with running(runs[:1]) as server:
         client = server.openai()
         with monkeypatch.context() as broken:
-            broken.setattr(server.engine, "_forward", _secret)
+            broken.setattr(server.engine.decoding, "join", _secret)
             with pytest.raises(openai.InternalServerError, match="the server failed on this request") as e:
                 chat(client)
             assert "secret" not in str(e.value)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from luthier.compiled import Unsuitable
 from luthier.config import LoraConfig
 from luthier.errors import ModelError
 from luthier.inference.generation import Generator
@@ -18,8 +19,9 @@ from luthier.inference.sampling import Sampling
 from luthier.lora.layers import attach, detach, resolve
 from luthier.models.chat_format import load_chat_format
 from luthier.models.tokenizer.tokenizer import Tokenizer
+from luthier.serving import engine as engines
 from luthier.serving.adapters import install
-from luthier.serving.cache import BatchCache, Prefixes
+from luthier.serving.cache import Prefixes
 from luthier.serving.engine import Engine, QueueFull, Request, Token
 from luthier.serving.general import verify_batching
 from luthier.serving.text import ReplyText
@@ -28,6 +30,18 @@ from tests.conftest import ARCHITECTURES, make_model
 from tests.helpers.serving import generate
 
 LENGTHS = (3, 41, 17, 60, 2, 29)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "general"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run each test with the compiled layers and with the model's own."""
+    if request.param == "general":
+
+        def refuse(*_: Any) -> Any:
+            raise Unsuitable("switched off")
+
+        monkeypatch.setattr(engines, "verified_decoding", refuse)
+    return str(request.param)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -236,11 +250,10 @@ def test_a_failure_ends_only_the_requests_it_affects() -> None:
     assert [str(e) for e in ends] == ["failed"]
     # a failed step (out of memory, for example) fails its requests, and the next request is served
     requests[1].on_end = ends.append
-    update, engine._cache.update = BatchCache.update, _raise  # type: ignore[method-assign]
+    engine.decoding.step = _raise  # type: ignore[method-assign]
     generate(engine, [requests[1]])
     assert str(ends[1]) == "failed" and engine.running == 0
     assert generate(engine, [ask(prompt(7), 8)]) == [reference(make_model("llama"), prompt(7), 8, do_sample=False)]
-    assert BatchCache.update is update
 
 
 def _raise(*_: Any) -> Any:

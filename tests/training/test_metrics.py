@@ -27,9 +27,11 @@ from luthier.evaluation.scoring import score, with_fitting_prompts
 from luthier.evaluation.text_metrics import TextMetrics, measure, script
 from luthier.inference.generation import Generator
 from luthier.inference.sampling import Sampling
+from luthier.kernels import native
 from luthier.types import Conversation, Message, RowRef
 from tests.conftest import ARCHITECTURES, Result
 from tests.conftest import teahouse as config
+from tests.laws.test_decode import COMPILED
 
 Run = Callable[..., Result]
 ENGLISH = (
@@ -248,23 +250,20 @@ def test_a_prompt_longer_than_the_context_is_skipped(model: Path, tmp_path: Path
 
 
 class Recorded(Generator):
-    """A generator that records the token ids of every reply and the size of every batch."""
+    """A generator that records the token ids of every reply and the size of every batch of transformers' generate."""
 
-    def __init__(self, generator: Generator) -> None:
-        super().__init__(generator.model, generator.chat_format)
+    def __init__(self, generator: Generator, compiled: bool = False) -> None:
+        super().__init__(generator.model, generator.chat_format, compiled)
         self.ids: list[list[int]] = []
         self.batches: list[int] = []
 
-    def _generate(self, prompts: list[list[int]], s: Sampling, streamer: Any) -> Any:
+    def _by_transformers(self, prompts: list[list[int]], s: Sampling, streamer: Any) -> Any:
         self.batches.append(len(prompts))
-        self.ids += [[]] * len(prompts)
-        self._at = len(self.ids) - len(prompts)
-        return super()._generate(prompts, s, streamer)
+        return super()._by_transformers(prompts, s, streamer)
 
     def _reply(self, ids: list[int], prompt_tokens: int, seconds: float) -> Any:
         end = next((i for i, t in enumerate(ids) if t in self.stop_ids), len(ids) - 1)
-        self.ids[self._at] = ids[: end + 1]
-        self._at += 1
+        self.ids.append(ids[: end + 1])
         return super()._reply(ids, prompt_tokens, seconds)
 
 
@@ -305,6 +304,12 @@ def test_batched_replies_equal_single_ones_token_for_token(
     assert [replace(r, seconds=0.0) for r in replies] == [replace(r, seconds=0.0) for r in single]
     assert sorted(together.ids) == sorted(alone.ids)
     assert alone.ids == by_ids(alone, prompts, sampling)
+    compiled = Recorded(together, compiled=True)
+    assert [replace(r, seconds=0.0) for r in compiled.replies(prompts, sampling)] == [
+        replace(r, seconds=0.0) for r in single
+    ]
+    assert sorted(compiled.ids) == sorted(alone.ids)
+    assert bool(compiled.batches) == (arch not in COMPILED or native.why_unavailable(torch.float32) is not None)
 
 
 def test_a_long_prompt_does_not_shorten_its_neighbours(model: Path) -> None:

@@ -6,7 +6,9 @@ the one for models that the compiled layers support; a sequence's tokens are the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +18,8 @@ from luthier.compiled.decoder import CompiledDecoder, NewTokens
 from luthier.compiled.model import Unsuitable
 from luthier.compiled.pages import OutOfPages, Prefixes, Row
 from luthier.devices.device import available_memory, resident_now
-from luthier.errors import UserError
+from luthier.errors import ModelError, UserError
+from luthier.inference.sampling import Sampler
 from luthier.lora.layers import LoraLinear
 from luthier.models.directory import context_length, rotary_limit
 from luthier.models.native_model import first_layers
@@ -71,7 +74,7 @@ class Decoding(Protocol):
         ...
 
     def step(self) -> Float[torch.Tensor, "rows vocab"]:
-        """Read the last token of every sequence; returns their logits, in the order of ``rows``."""
+        """Read the last token of every sequence; returns their logits, in the order that ``rows`` then has."""
         ...
 
     @property
@@ -176,6 +179,49 @@ class CompiledDecoding:
                         f"the keys and values of {self.capacity} tokens fit into the memory for them, and all are used",
                         "shorten the conversation, or send fewer requests at a time",
                     ) from None
+
+
+@torch.inference_mode()
+def decode(
+    decoding: Decoding,
+    readings: Sequence[Reading],
+    samplers: Sequence[Sampler],
+    stop_ids: Collection[int],
+    seconds: float | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> None:
+    """Continue sequences up to a stop token, their ``most`` tokens, or the time limit, which they share.
+
+    At most ``MOST_ROWS`` are decoded together; each gets at least one token. Raises ModelError and OutOfMemory.
+    """
+    start, waiting = time.perf_counter(), deque(zip(readings, samplers, strict=True))
+    running: dict[Reading, Sampler] = {}
+
+    def choose(reading: Reading, logits: Float[torch.Tensor, "1 vocab"]) -> None:
+        if logits.isnan().any():
+            raise ModelError("the model's output contains NaN", "use float32: --dtype float32")
+        reading.ids.append(running[reading].next(logits, reading.ids))
+        if on_token:
+            on_token(reading.ids[-1])
+        late = seconds is not None and time.perf_counter() - start >= seconds
+        if reading.ids[-1] in stop_ids or len(reading.ids) >= reading.most or late:
+            del running[reading]
+            decoding.leave(reading)
+
+    try:
+        while waiting or running:
+            while waiting and len(running) < MOST_ROWS and decoding.admits(waiting[0][0]):
+                reading, sampler = waiting.popleft()
+                logits = decoding.join(reading)
+                running[reading] = sampler
+                choose(reading, logits)
+            if running:
+                logits = decoding.step()
+                for i, reading in enumerate(list(decoding.rows)):
+                    choose(reading, logits[i : i + 1])
+    finally:
+        for reading in running:
+            decoding.leave(reading)
 
 
 def default_memory(model: CausalLM, decoder: CompiledDecoder) -> int:

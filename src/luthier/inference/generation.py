@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,8 +17,8 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from luthier.compiled import Unsuitable
-from luthier.errors import ModelError, UserError
-from luthier.inference.decoding import MOST_ROWS, CompiledDecoding, Reading, verified_decoding
+from luthier.errors import UserError
+from luthier.inference.decoding import CompiledDecoding, Reading, decode, verified_decoding
 from luthier.inference.sampling import Sampler, Sampling
 from luthier.lora.layers import LoraLinear
 from luthier.models.chat_format import ChatFormat
@@ -29,7 +28,7 @@ from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.types import Message
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Int
 
 _BATCH_TOKENS = 4096  # limit on the prompt and reply tokens of one batch
 _ADAPTER = "adapter"
@@ -80,29 +79,34 @@ class Generator:
         """
         prefix = self.chat_format.template.reply_prefix
         streamer = _Stream(self.tokenizer, self.stop_ids, prefix, on_text) if on_text else None
-        prompts = [self.chat_format.prompt_ids(messages)]
-        with self._compiled(keep=True) as decoding:
-            if decoding:
-                return self._decoded(decoding, prompts, sampling, streamer)[0]
-        return self._generate(prompts, sampling, streamer)[0]
+        return self._generate([self.chat_format.prompt_ids(messages)], sampling, streamer, keep=True)[0]
 
     def replies(self, prompts: Sequence[Sequence[Message]], sampling: Sampling) -> list[Reply]:
         """Generate one reply for each prompt, in order. Greedy and in fp32, each equals what ``reply`` returns.
 
-        Prompts of similar length are batched (padded on the left, with unchanged positions), up to ``_BATCH_TOKENS``
-        tokens per batch. With a repetition setting prompts run one by one, since padding would count as prompt.
+        Without the compiled layers, prompts of similar length are batched (padded on the left, with unchanged
+        positions), up to ``_BATCH_TOKENS`` tokens per batch. With a repetition setting prompts then run one by one,
+        since padding would count as prompt.
         """
         encoded = [self.chat_format.prompt_ids(m) for m in prompts]
-        with self._compiled(keep=False) as decoding:
+        return self._generate(encoded, sampling, None, keep=False)
+
+    def _generate(
+        self, prompts: list[list[int]], sampling: Sampling, streamer: _Stream | None, keep: bool
+    ) -> list[Reply]:
+        """Generate one reply for each prompt, in order. keep: see ``_compiled``."""
+        with self._compiled(keep) as decoding:
             if decoding:
-                return self._decoded(decoding, encoded, sampling, None)
+                return self._decoded(decoding, prompts, sampling, streamer)
         end = None if sampling.max_seconds is None else time.monotonic() + sampling.max_seconds
         replies: dict[int, Reply] = {}
-        for batch in self._batches([len(p) for p in encoded], sampling):
+        for batch in self._batches([len(p) for p in prompts], sampling):
             left = None if end is None else max(0.0, end - time.monotonic())
-            generated = self._generate([encoded[i] for i in batch], replace(sampling, max_seconds=left), None)
+            generated = self._by_transformers(
+                [prompts[i] for i in batch], replace(sampling, max_seconds=left), streamer
+            )
             replies.update(zip(batch, generated, strict=True))
-        return [replies[i] for i in range(len(encoded))]
+        return [replies[i] for i in range(len(prompts))]
 
     def _batches(self, lengths: Sequence[int], s: Sampling) -> Iterator[list[int]]:
         """Yield the prompt indices of each batch, longest first; the replies of a batch share one length limit.
@@ -151,7 +155,7 @@ class Generator:
         if state != self._state:
             self._decoding = None
         if self._decoding is None and not self.why_not:
-            layers = {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLinear)}
+            layers = self._adapter_layers()
             adapters = {_ADAPTER: layers} if layers else None
             try:
                 self._decoding = verified_decoding(self.model, adapters, _active(layers))
@@ -168,54 +172,26 @@ class Generator:
     def _decoded(
         self, decoding: CompiledDecoding, prompts: list[list[int]], s: Sampling, streamer: _Stream | None
     ) -> list[Reply]:
-        """Generate replies with the compiled layers, several at a time; a row leaves when its reply ends."""
+        """Generate replies with the compiled layers; several prompts are decoded together."""
         start = time.perf_counter()
-        adapter = _active({n: m for n, m in self.model.named_modules() if isinstance(m, LoraLinear)})
-        replies: list[list[int]] = [[] for _ in prompts]
+        adapter = _active(self._adapter_layers())
+        readings = []
+        for prompt in prompts:
+            self.check_length(len(prompt))
+            readings.append(Reading(list(prompt), adapter, len(prompt) + self._room(len(prompt), s.max_new_tokens)))
         samplers = [Sampler(replace(s, seed=s.seed + i), self.model.device) for i in range(len(prompts))]
-        waiting = deque(enumerate(prompts))
-        running: dict[Reading, int] = {}
-
-        def choose(reading: Reading, logits: Float[torch.Tensor, "1 vocab"]) -> None:
-            i = running[reading]
-            if logits.isnan().any():
-                raise ModelError("the model's output contains NaN", "use float32: --dtype float32")
-            token = samplers[i].next(logits, reading.ids)
-            reading.ids.append(token)
-            replies[i].append(token)
-            if streamer:
-                streamer.add(token)
-            late = s.max_seconds is not None and time.perf_counter() - start >= s.max_seconds
-            if token in self.stop_ids or len(reading.ids) >= reading.most or late:
-                del running[reading]
-                decoding.leave(reading)
-
-        try:
-            while waiting or running:
-                while waiting and len(running) < MOST_ROWS:
-                    i, prompt = waiting[0]
-                    self.check_length(len(prompt))
-                    most = min(len(prompt) + self._room(len(prompt), s.max_new_tokens), decoding.capacity)
-                    new = Reading(list(prompt), adapter, most)
-                    if not decoding.admits(new):
-                        break
-                    waiting.popleft()
-                    running[new] = i
-                    choose(new, decoding.join(new))
-                rows = list(decoding.rows)
-                for row, logits in zip(rows, decoding.step() if rows else (), strict=True):
-                    choose(row, logits[None])
-        finally:
-            for reading in list(decoding.rows):
-                decoding.leave(reading)
+        decode(decoding, readings, samplers, self.stop_ids, s.max_seconds, streamer.add if streamer else None)
         if streamer:
             streamer.end()
         seconds = time.perf_counter() - start
-        return [self._reply(ids, len(prompt), seconds) for ids, prompt in zip(replies, prompts, strict=True)]
+        return [self._reply(r.ids[len(p) :], len(p), seconds) for r, p in zip(readings, prompts, strict=True)]
+
+    def _adapter_layers(self) -> dict[str, LoraLinear]:
+        return {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLinear)}
 
     @torch.no_grad()
-    def _generate(self, prompts: list[list[int]], s: Sampling, streamer: _Stream | None) -> list[Reply]:
-        self.model.eval()
+    def _by_transformers(self, prompts: list[list[int]], s: Sampling, streamer: _Stream | None) -> list[Reply]:
+        """Generate the replies of one batch with transformers' ``generate``."""
         longest = max(map(len, prompts))
         self.check_length(longest)
         room = self._room(longest, s.max_new_tokens)

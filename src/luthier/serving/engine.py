@@ -229,10 +229,9 @@ class Engine:
         return len(request.ids) - request.reused
 
     def _decode(self) -> None:
-        rows = [self._rows[reading] for reading in self.decoding.rows]
         logits = self.decoding.step()
         self.counts.steps += 1
-        self._next_tokens(rows, logits)
+        self._next_tokens([self._rows[reading] for reading in self.decoding.rows], logits)
 
     def _next_tokens(self, rows: list[_BatchRow], logits: Float[Tensor, "rows vocab"]) -> None:
         """Choose each row's next token and pass it to ``on_token``; remove the rows that are finished."""
