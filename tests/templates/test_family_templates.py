@@ -202,7 +202,7 @@ class Scripted:
 def talk(template: Template, tokenizer: Tokenizer, replies: list[list[int]]) -> tuple[Chat, Scripted]:
     model = Scripted(replies)
     stops = templates.stop_ids(template, tokenizer)
-    return Chat(Generator(model, ChatFormat(model.config, tokenizer, template, stops))), model
+    return Chat(Generator(model, ChatFormat(model.config, tokenizer, template, stops), compiled=False)), model
 
 
 @pytest.mark.parametrize("name", FORMS)

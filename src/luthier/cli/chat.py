@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.common import AdapterOption, CheckpointOption, JsonOption, ModelOption, importing
+from luthier.cli.common import (
+    AdapterOption,
+    CheckpointOption,
+    FusedOption,
+    JsonOption,
+    ModelOption,
+    importing,
+    print_stderr,
+)
 from luthier.cli.conversation import InteractiveChat, ask, ask_both
 from luthier.errors import ConfigError
 
@@ -59,6 +67,7 @@ def run(
     compare: Annotated[
         bool, typer.Option("--compare", help="Show the replies of the base model and the tuned model side by side.")
     ] = False,
+    fused: FusedOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Chat with a run, an adapter or a base model in the prompt format of its training.
@@ -84,7 +93,7 @@ def run(
         "repetition_penalty": repetition_penalty,
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
-    chat = open_chat(path, system, dtype, model, adapter, checkpoint, sampling, with_adapter=compare)
+    chat = open_chat(path, system, dtype, model, adapter, checkpoint, sampling, compare, fused, print_stderr)
     base = chat.base_chat() if compare else None
     if prompt is None:
         InteractiveChat(chat, base).run()

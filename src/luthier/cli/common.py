@@ -6,6 +6,7 @@ Results go to stdout, progress and errors to stderr.
 from __future__ import annotations
 
 import gc
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -55,6 +56,10 @@ CheckpointOption = Annotated[
     int | None, typer.Option("--checkpoint", metavar="N", help="Use the run's checkpoint of step N.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+FusedOption = Annotated[
+    bool,
+    typer.Option("--fused/--no-fused", help="Decode with luthier's compiled layers if they support the model."),
+]
 
 
 def config(
@@ -103,6 +108,14 @@ def fail(error: UserError) -> None:
     for line in error.message.splitlines():
         print(f"error: {line}", file=sys.stderr)
     print(f"  fix: {error.fix}", file=sys.stderr)
+
+
+def size_in_bytes(option: str, text: str) -> int:
+    """Parse a size such as 2GB, 500MB or 1.5 GB. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?B)", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"{option} {text}: is not a size", f"write a number and a unit, such as {option} 2GB")
+    return int(float(match[1]) * {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}[match[2].lower()])
 
 
 def print_stderr(text: str) -> None:

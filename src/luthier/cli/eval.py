@@ -13,6 +13,7 @@ from luthier.cli.common import (
     AdapterOption,
     CheckpointOption,
     DataOption,
+    FusedOption,
     JsonOption,
     ModelOption,
     importing,
@@ -38,6 +39,7 @@ def run(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest reply in tokens.")
     ] = 200,
+    fused: FusedOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Compare base and tuned model on held-out rows: those of the run, or those of --data.
@@ -50,7 +52,7 @@ def run(
     with importing():
         from luthier.verbs.eval import eval as evaluate
 
-    result = evaluate(path, data or (), dtype, model, adapter, checkpoint, samples, max_new_tokens, print_stderr)
+    result = evaluate(path, data or (), dtype, model, adapter, checkpoint, samples, max_new_tokens, print_stderr, fused)
     if as_json:
         print(json.dumps(result.as_dict()))
     else:

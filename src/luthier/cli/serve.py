@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import AdapterOption, ModelOption, importing, print_stderr
+from luthier.cli.common import AdapterOption, FusedOption, ModelOption, importing, print_stderr, size_in_bytes
 from luthier.errors import ConfigError
 
 
@@ -36,6 +36,13 @@ def run(
     max_queue: Annotated[
         int, typer.Option("--max-queue", metavar="N", min=1, help="Maximum number of waiting requests; more get a 429.")
     ] = 64,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory", metavar="SIZE", help="Memory for keys and values of all requests, such as 2GB or 500MB."
+        ),
+    ] = None,
+    fused: FusedOption = True,
     engine: Annotated[
         str, typer.Option("--engine", metavar="NAME", help="luthier, or vllm to start an installed vLLM instead.")
     ] = "luthier",
@@ -62,4 +69,5 @@ def run(
     with importing():
         from luthier.verbs.serve import serve
 
-    serve(paths or [], host, port, api_key, dtype, model, adapter, max_batch, max_queue, print_stderr)
+    limit = None if memory is None else size_in_bytes("--memory", memory)
+    serve(paths or [], host, port, api_key, dtype, model, adapter, max_batch, max_queue, limit, fused, print_stderr)

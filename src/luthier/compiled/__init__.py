@@ -1,5 +1,8 @@
-"""Compute loss and adapter gradients with compiled decoder layers: the same mathematics with less memory traffic."""
+"""Compute whole decoder layers with compiled kernels: loss and adapter gradients in training, logits in decoding.
 
-from luthier.compiled.model import CompiledModel, Unsuitable, compiled_model, unsuitable
+The same mathematics as transformers' layers with less memory traffic.
+"""
 
-__all__ = ["CompiledModel", "Unsuitable", "compiled_model", "unsuitable"]
+from luthier.compiled.model import CompiledModel, Unsuitable, compiled_model, report_compilation, unsuitable
+
+__all__ = ["CompiledModel", "Unsuitable", "compiled_model", "report_compilation", "unsuitable"]

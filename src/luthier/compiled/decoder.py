@@ -7,7 +7,7 @@ same bits whatever else is in the call and however its sequence was divided into
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,14 @@ from luthier.kernels.native import decoding
 from luthier.lora.layers import LoraLinear
 from luthier.models.directory import rotary_limit
 from luthier.models.protocols import CausalLM
-from luthier.models.quantization import BLOCK, QuantLinear, code_table, nested_code
+from luthier.models.quantization import QuantLinear, quantised_matrix
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
 
 _TABLE = 512  # positions by which the tables of rotary factors grow
 _KINDS = {torch.float32: decoding.FLOAT, torch.bfloat16: decoding.BFLOAT}
-Adapter = Mapping[str, LoraLinear]
+AdapterLayers = Mapping[str, LoraLinear]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +52,18 @@ class CompiledDecoder:
     Raises Unsuitable.
     """
 
-    def __init__(self, model: CausalLM, adapters: Sequence[Adapter] = ()) -> None:
+    def __init__(self, model: CausalLM, adapters: Sequence[AdapterLayers] = ()) -> None:
         decoder = suited(model, {})
         self._dtype = decoder.norm.weight.dtype
         try:
-            native.kernels(self._dtype)
-            self._decode = decoding.decode(self._dtype)
+            self._decode = _function(self._dtype)
         except native.Unavailable as e:
             raise Unsuitable(str(e)) from None
         self._model, self._decoder = model, decoder
         self._tensors: list[Tensor] = []  # what the structures point to
         blocks = [_Block(block) for block in decoder.layers]
         shape = blocks[0]
-        self._layers = (decoding.Layer * len(blocks))(*(self._layer(block) for block in blocks))
+        self._layers = (decoding.LayerStruct * len(blocks))(*(self._layer(block) for block in blocks))
         self._updates = self._all_updates(blocks, adapters)
         self.page_shape = (len(blocks), 2, shape.kv, shape.dim, decoding.PAGE)
         config: Any = model.config
@@ -73,7 +72,7 @@ class CompiledDecoder:
         self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
         head = model.get_output_embeddings()
         self._vocabulary = int(head.weight.shape[0])
-        self._structure = decoding.Model(
+        self._structure = decoding.ModelStruct(
             layers=len(blocks),
             hidden=int(decoder.norm.weight.shape[0]),
             heads=shape.heads,
@@ -124,7 +123,7 @@ class CompiledDecoder:
         embedding: Tensor = self._model.get_input_embeddings()(ids)
         x = embedding.float().contiguous()
         logits = torch.empty(len(output), self._vocabulary)
-        step = decoding.Step(
+        step = decoding.StepStruct(
             len(ids), len(output), table.shape[1], x.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
             rows.data_ptr(), adapters.data_ptr(), table.data_ptr(), pages.address, output.data_ptr(), logits.data_ptr(),
         )  # fmt: skip
@@ -169,27 +168,27 @@ class CompiledDecoder:
     def _floats(self, tensor: Float[Tensor, " ..."] | None) -> int | None:
         return None if tensor is None else self._kept(tensor.detach().float().contiguous())
 
-    def _layer(self, block: _Block) -> decoding.Layer:
+    def _layer(self, block: _Block) -> decoding.LayerStruct:
         groups = [self._group(modules) for modules in block.groups]
-        return decoding.Layer(
+        return decoding.LayerStruct(
             norm=self._floats(block.norms[0].weight),
             norm2=self._floats(block.norms[1].weight),
             eps=block.norms[0].variance_epsilon,
             eps2=block.norms[1].variance_epsilon,
             window=block.window,
-            groups=(decoding.Group * decoding.GROUPS)(*groups),
+            groups=(decoding.GroupStruct * decoding.GROUPS)(*groups),
         )
 
-    def _group(self, modules: Sequence[nn.Module]) -> decoding.Group:
+    def _group(self, modules: Sequence[nn.Module]) -> decoding.GroupStruct:
         matrices = [self._matrix(m) for m in modules]
-        return decoding.Group(
+        return decoding.GroupStruct(
             count=len(matrices),
             n=sum(m.n for m in matrices),
             k=matrices[0].k,
-            matrices=(decoding.Matrix * decoding.MATRICES)(*matrices),
+            matrices=(decoding.MatrixStruct * decoding.MATRICES)(*matrices),
         )
 
-    def _matrix(self, module: nn.Module) -> decoding.Matrix:
+    def _matrix(self, module: nn.Module) -> decoding.MatrixStruct:
         """Describe a linear layer's weight, without its adapter. Raises Unsuitable."""
         base: Any = getattr(module, "base", module)
         bias = self._floats(getattr(base, "bias", None))
@@ -199,27 +198,19 @@ class CompiledDecoder:
                 raise Unsuitable("weights must be fp32 or bf16")
             self._tensors.append(weight)
             n, k = weight.shape
-            return decoding.Matrix(_KINDS[weight.dtype], n, k, weight.stride(0), weight.data_ptr(), bias)
-        stored: Any = base
-        n, k = base.out_features, base.in_features
-        if base.how.kind == "int8":
-            return decoding.Matrix(
-                decoding.EIGHT, n, k, k, self._kept(stored.values), bias, absmax=self._floats(stored.scale)
-            )
-        if k % BLOCK:
-            raise Unsuitable(f"the input width of a 4-bit layer must be a multiple of {BLOCK}")
-        matrix = decoding.Matrix(decoding.FOUR, n, k, k, self._kept(stored.packed), bias)
-        matrix.table = self._kept(code_table(base.how.kind, stored.packed.device).contiguous())
-        if base.how.double:
-            matrix.absmax8, matrix.nested = self._kept(stored.absmax), self._kept(stored.nested_absmax)
-            matrix.code, matrix.offset = self._kept(nested_code(stored.packed.device)), float(stored.offset)
-        else:
-            matrix.absmax = self._kept(stored.absmax)
+            return decoding.MatrixStruct(_KINDS[weight.dtype], n, k, weight.stride(0), weight.data_ptr(), bias)
+        try:
+            matrix, tensors = quantised_matrix(base, bias)
+        except native.Unavailable as e:
+            raise Unsuitable(str(e)) from None
+        self._tensors += tensors
         return matrix
 
-    def _all_updates(self, blocks: Sequence[_Block], adapters: Sequence[Adapter]) -> ctypes.Array[decoding.Update]:
+    def _all_updates(
+        self, blocks: Sequence[_Block], adapters: Sequence[AdapterLayers]
+    ) -> ctypes.Array[decoding.UpdateStruct]:
         names = {id(m): n for n, m in self._model.named_modules()}
-        updates = (decoding.Update * (len(adapters) * len(blocks) * decoding.GROUPS * decoding.MATRICES))()
+        updates = (decoding.UpdateStruct * (len(adapters) * len(blocks) * decoding.GROUPS * decoding.MATRICES))()
         at = 0
         for adapter in adapters:
             for block in blocks:
@@ -230,9 +221,23 @@ class CompiledDecoder:
                     at += decoding.MATRICES
         return updates
 
-    def _update(self, layer: LoraLinear) -> decoding.Update:
+    def _update(self, layer: LoraLinear) -> decoding.UpdateStruct:
         a = (layer.lora_A.detach() * layer.scaling).contiguous()
-        return decoding.Update(len(a), self._kept(a), self._kept(layer.lora_B.detach().t().contiguous()))
+        return decoding.UpdateStruct(len(a), self._kept(a), self._kept(layer.lora_B.detach().t().contiguous()))
+
+
+def _function(dtype: torch.dtype) -> Callable[[decoding.ModelStruct, decoding.StepStruct], None]:
+    """Return the compiled forward pass for models of this dtype. Raises Unavailable."""
+    native.kernels(dtype)
+    library = native.load()
+    function = library.decode_f32 if dtype is torch.float32 else library.decode_bf16
+    function.restype = None
+    function.argtypes = [ctypes.POINTER(decoding.ModelStruct), ctypes.POINTER(decoding.StepStruct)]
+
+    def call(model: decoding.ModelStruct, step: decoding.StepStruct) -> None:
+        function(ctypes.byref(model), ctypes.byref(step))
+
+    return call
 
 
 class _Block:
@@ -248,4 +253,4 @@ class _Block:
         self.dim, self.scale = int(attention.head_dim), float(attention.scaling)
         self.interleaved = LAYERS[type(block).__name__]
         self.inner = int(getattr(mlp.down_proj, "base", mlp.down_proj).in_features)
-        self.window = window_of(block, config)
+        self.window = window_of(block)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from luthier._util import files
 from luthier.batching.collate import DeviceBatch
 from luthier.compiled.group import Arena, Bump, Group
 from luthier.compiled.layer import Heads, Layer, Saved, Stream
@@ -24,6 +25,7 @@ from luthier.lora.layers import LoraLinear, frozen_dtype
 from luthier.models.native_model import rows_of
 from luthier.models.protocols import CausalLM, Decoder
 from luthier.models.quantization import QuantLinear
+from luthier.types import Log
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -105,7 +107,7 @@ class CompiledModel:
             return Group(modules, self.kernels, self._arena, self._dropout_state, index)
 
         dim = int(attention.head_dim)
-        window = window_of(block, config)
+        window = window_of(block)
         heads = Heads(
             query=int(config.num_attention_heads),
             key=int(config.num_key_value_heads),
@@ -306,10 +308,12 @@ def _stream(
     return Stream(offsets, parents, shared, cos.contiguous(), sin.contiguous(), rows, torch.searchsorted(rows, offsets))
 
 
-def window_of(block: Any, config: Any) -> int:
-    """Number of keys that a query of this layer attends to; 0: all."""
+def window_of(block: nn.Module) -> int:
+    """Return the number of keys that a query of this layer attends to; 0: all."""
+    attention: Any = block.self_attn
+    config = attention.config
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[block.self_attn.layer_idx] == "full_attention":
+    if kinds is not None and kinds[attention.layer_idx] == "full_attention":
         return 0
     return int(getattr(config, "sliding_window", None) or 0)
 
@@ -327,6 +331,12 @@ def compiled_model(
         yield compiled
     finally:
         compiled.release()
+
+
+def report_compilation(model: CausalLM, layers: Mapping[str, LoraLinear], what: str, log: Log) -> None:
+    """Log that ``what`` is compiled now, if the compiled layers support the model and are not compiled yet."""
+    if native.needs_compilation() and not unsuitable(model, layers):
+        log(f"compiling {what} for this processor{', once' if files.can_cache(log) else ''} (about 10 s)")
 
 
 def unsuitable(model: CausalLM, layers: Mapping[str, LoraLinear]) -> str | None:

@@ -105,7 +105,7 @@ class Pages:
         return self._memory[page * self.page_bytes : (page + 1) * self.page_bytes]
 
 
-class Prefixes:
+class PrefixPages:
     """Keys and values of earlier sequences, so that a new one with the same start need not compute them again.
 
     Least recently used entries are dropped to stay within ``max_bytes``, or when a page is needed. Entries are shared

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from luthier.compiled import Unsuitable, report_compilation
 from luthier.compiled.decoder import CompiledDecoder, NewTokens
-from luthier.compiled.model import Unsuitable
-from luthier.compiled.pages import OutOfPages, Prefixes, Row
+from luthier.compiled.pages import OutOfPages, PrefixPages, Row
 from luthier.devices.device import available_memory, resident_now
 from luthier.errors import ModelError, UserError
 from luthier.inference.sampling import Sampler
@@ -25,6 +25,7 @@ from luthier.models.directory import context_length, rotary_limit
 from luthier.models.native_model import first_layers
 from luthier.models.protocols import CausalLM
 from luthier.training.forward import relative_distance, rounding_bound
+from luthier.types import Log
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -103,7 +104,7 @@ class CompiledDecoding:
         self.decoder = CompiledDecoder(model, list(adapters.values()))
         self._index = {name: i for i, name in enumerate(adapters)}
         self._pages = self.decoder.pages(default_memory(model, self.decoder) if memory is None else memory)
-        self._prefixes = Prefixes(self._pages, prefix_bytes)
+        self._prefixes = PrefixPages(self._pages, prefix_bytes)
         self._cached: dict[Reading, Row] = {}
         self._rotary_limit = rotary_limit(model.config)
 
@@ -224,6 +225,11 @@ def decode(
             decoding.leave(reading)
 
 
+def not_compiled(why: str) -> str:
+    """Return the note for the user of a model that is decoded without the compiled layers."""
+    return f"note: luthier's compiled layers are not used ({why}); replies are slower without them"
+
+
 def default_memory(model: CausalLM, decoder: CompiledDecoder) -> int:
     """Return the limit in bytes for keys and values: 16 sequences of 4096 tokens, or half of the free memory."""
     longest = min(_TOKENS_A_ROW, context_length(model.config) or _TOKENS_A_ROW)
@@ -238,11 +244,13 @@ def verified_decoding(
     adapter: str | None = None,
     memory: int | None = None,
     prefix_bytes: int = PREFIX_BYTES,
+    log: Log = lambda _: None,
 ) -> CompiledDecoding:
     """Build a ``CompiledDecoding`` and compare its first layers with the model's own on a few tokens.
 
     adapter: the one that the model's own layers compute with now. Raises Unsuitable.
     """
+    report_compilation(model, {}, "the decoding of replies", log)
     vocabulary = int(model.config.get_text_config().vocab_size)
     ids = [(7 + 13 * i) % vocabulary for i in range(min(12, rotary_limit(model.config) or 12))]
     with first_layers(model) as depth:

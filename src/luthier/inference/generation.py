@@ -18,14 +18,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from luthier.compiled import Unsuitable
 from luthier.errors import UserError
-from luthier.inference.decoding import CompiledDecoding, Reading, decode, verified_decoding
+from luthier.inference.decoding import CompiledDecoding, Reading, decode, not_compiled, verified_decoding
 from luthier.inference.sampling import Sampler, Sampling
 from luthier.lora.layers import LoraLinear
 from luthier.models.chat_format import ChatFormat
 from luthier.models.directory import context_length, rotary_limit
 from luthier.models.protocols import CausalLM
 from luthier.models.tokenizer.tokenizer import Tokenizer
-from luthier.types import Message
+from luthier.types import Log, Message
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -54,10 +54,14 @@ class Generator:
     """Generates replies with a model, in the chat format that it was trained with.
 
     compiled: decode with the compiled layers if they support the model; ``why_not`` is the reason if they do not.
+    log:      gets a note if they do not.
     """
 
-    def __init__(self, model: CausalLM, chat_format: ChatFormat, compiled: bool = True) -> None:
+    def __init__(
+        self, model: CausalLM, chat_format: ChatFormat, compiled: bool = True, log: Log = lambda _: None
+    ) -> None:
         self.model = model
+        self._log = log
         self.why_not = "" if compiled else "they are switched off"
         self._decoding: CompiledDecoding | None = None
         self._state: tuple[object, ...] = ()
@@ -151,16 +155,20 @@ class Generator:
         of the adapter.
         """
         self.model.eval()
+        if self.why_not:
+            yield None
+            return
         state = _state(self.model)
         if state != self._state:
             self._decoding = None
-        if self._decoding is None and not self.why_not:
+        if self._decoding is None:
             layers = self._adapter_layers()
             adapters = {_ADAPTER: layers} if layers else None
             try:
-                self._decoding = verified_decoding(self.model, adapters, _active(layers))
+                self._decoding = verified_decoding(self.model, adapters, _active(layers), log=self._log)
             except Unsuitable as e:
                 self.why_not = str(e)
+                self._log(not_compiled(self.why_not))
         try:
             yield self._decoding
         finally:

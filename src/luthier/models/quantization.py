@@ -10,6 +10,7 @@ a later backward pass; here a weight never changes after loading.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 from collections.abc import Mapping
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 
 from luthier._util.installation import install_command
 from luthier.errors import MissingPackageError
+from luthier.kernels.native import Unavailable, decoding, load
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
 
 BLOCK, NESTED_BLOCK = 64, 256
+_FEW_ROWS = 16
 QuantisationKind = Literal["nf4", "fp4", "int8"]
 
 
@@ -168,11 +171,65 @@ class QuantLinear(nn.Module):
         return dequantise(parts, self.how, (self.out_features, self.in_features), dtype or self.compute)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        few = _few_rows(x, self)
+        if few is not None:
+            return few
         out: Tensor = _Matmul.apply(x, self)  # type: ignore[no-untyped-call]
         return out
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.how.kind}"
+
+
+def quantised_matrix(
+    layer: QuantLinear, bias: int | None = None
+) -> tuple[decoding.MatrixStruct, list[Shaped[Tensor, " ..."]]]:
+    """Describe a layer's stored weight to the compiled functions, and return the tensors that this refers to.
+
+    bias: address of its bias in fp32. Raises Unavailable if they do not support it.
+    """
+    stored: Any = layer
+    n, k = layer.out_features, layer.in_features
+    if layer.how.kind == "int8":
+        tensors = {"data": stored.values, "absmax": stored.scale}
+    else:
+        if k % BLOCK:
+            raise Unavailable(f"the input width of a 4-bit layer must be a multiple of {BLOCK}")
+        tensors = {"data": stored.packed, "table": code_table(layer.how.kind, layer.device)}
+        if layer.how.double:
+            nested = {"absmax8": stored.absmax, "nested": stored.nested_absmax, "code": nested_code(layer.device)}
+            tensors |= nested
+        else:
+            tensors["absmax"] = stored.absmax
+    if k % 16 or any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors.values()):
+        raise Unavailable("widths must be multiples of 16")
+    kind = decoding.EIGHT if layer.how.kind == "int8" else decoding.FOUR
+    matrix = decoding.MatrixStruct(kind, n, k, k, bias=bias, **{name: t.data_ptr() for name, t in tensors.items()})
+    if layer.how.kind != "int8" and layer.how.double:
+        matrix.offset = float(stored.offset)
+    return matrix, list(tensors.values())
+
+
+def _few_rows(x: Float[Tensor, "*batch in"], layer: QuantLinear) -> Float[Tensor, "*batch out"] | None:
+    """Compute a layer for a few inputs from its stored weight; None if the compiled functions are not available.
+
+    Dequantising a weight takes as long as reading it seven times; for one token at a time that is nearly all the time.
+    """
+    rows = x.numel() // layer.in_features
+    if torch.is_grad_enabled() or x.device.type != "cpu" or not 0 < rows <= _FEW_ROWS:
+        return None
+    try:
+        library = load()
+        multiply = {torch.float32: library.multiply_f32, torch.bfloat16: library.multiply_bf16}[layer.compute]
+        bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
+        matrix, tensors = quantised_matrix(layer, None if bias is None else bias.data_ptr())
+    except (Unavailable, KeyError):
+        return None
+    flat = x.detach().to(layer.compute).float().reshape(rows, layer.in_features).contiguous()
+    out = torch.empty(rows, layer.out_features)
+    multiply(ctypes.byref(matrix), ctypes.c_int64(rows), *(ctypes.c_void_p(t.data_ptr()) for t in (flat, out)))
+    del tensors  # they had to live until here
+    return out.to(x.dtype).view(*x.shape[:-1], layer.out_features)
 
 
 class _Matmul(torch.autograd.Function):

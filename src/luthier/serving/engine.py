@@ -3,7 +3,7 @@
     submit -> waiting -> prompt computed (after a cached prefix) -> running, one row of the batch -> done
                          `-- between two steps ---------------'     `-- joins and leaves at any step
 
-A batch is decoded with the compiled layers, or with the model's own forward pass if they do not support the model.
+The compiled layers compute the tokens, or the model's own forward pass if they do not support the model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,21 @@ from torch import Tensor
 
 from luthier.compiled import Unsuitable
 from luthier.errors import ModelError, UserError
-from luthier.inference.decoding import MOST_ROWS, PREFIX_BYTES, Cancelled, Decoding, Reading, verified_decoding
+from luthier.inference.decoding import (
+    MOST_ROWS,
+    PREFIX_BYTES,
+    Cancelled,
+    Decoding,
+    Reading,
+    not_compiled,
+    verified_decoding,
+)
 from luthier.inference.sampling import Sampler, Sampling
 from luthier.models.directory import context_length
 from luthier.models.protocols import CausalLM
 from luthier.serving.adapters import Routes
 from luthier.serving.general import GeneralDecoding
+from luthier.types import Log
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -98,6 +107,7 @@ class Engine:
     memory:       limit for keys and values in bytes; None: ``inference.decoding.default_memory``.
     prefix_bytes: how much of it those of earlier prompts may take.
     compiled:     decode with the compiled layers if they support the model; ``why_not`` is the reason if they do not.
+    log:          gets a note if they do not.
     """
 
     def __init__(
@@ -109,12 +119,14 @@ class Engine:
         memory: int | None = None,
         prefix_bytes: int = PREFIX_BYTES,
         compiled: bool = True,
+        log: Log = lambda _: None,
     ) -> None:
         self.model = model.eval()
         self.limit = context_length(model.config)
         self.counts = Counts()
         self.max_batch, self.max_queue = max_batch, max_queue
         self.why_not = "" if compiled else "they are switched off"
+        self._log = log
         self._routes = routes or Routes()
         self._memory, self._prefix_bytes = memory, prefix_bytes
         self._waiting: deque[Request] = deque()
@@ -129,9 +141,10 @@ class Engine:
         if not self.why_not:
             try:
                 adapters, memory = self._routes.adapters, self._memory
-                return verified_decoding(self.model, adapters, None, memory, self._prefix_bytes)
+                return verified_decoding(self.model, adapters, None, memory, self._prefix_bytes, self._log)
             except Unsuitable as e:
                 self.why_not = str(e)
+                self._log(not_compiled(self.why_not))
         return GeneralDecoding(self.model, self._routes, self._memory, self._prefix_bytes)
 
     @property

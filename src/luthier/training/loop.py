@@ -23,14 +23,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from luthier._util import files
 from luthier.batching.collate import DeviceBatch, to_device
 from luthier.batching.plan import Packing, Plan
-from luthier.compiled import Unsuitable, compiled_model, unsuitable
+from luthier.compiled import Unsuitable, compiled_model, report_compilation
 from luthier.config import TrainConfig
 from luthier.devices.device import deterministic, keeping_freed_memory
 from luthier.errors import ConfigError, TrainError, listed
-from luthier.kernels import native
 from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype, share_dropout_state
 from luthier.models.directory import rotary_limit
@@ -151,9 +149,7 @@ def loss_function(
             try:
                 if session.attention != "auto":
                     raise Unsuitable(f"model.attn_implementation is {session.attention}")
-                if native.needs_compilation() and not unsuitable(model, layers):
-                    once = ", once" if files.can_cache(session.log) else ""
-                    session.log(f"compiling the training step for this processor{once} (about 10 s)")
+                report_compilation(model, layers, "the training step", session.log)
                 with ExitStack() as tried:
                     compiled = tried.enter_context(compiled_model(model, layers, dropout, recompute))
                     with announced(session.log, "verifying the compiled layers on two short rows"):

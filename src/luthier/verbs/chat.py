@@ -23,6 +23,7 @@ from luthier.models.directory import must_be_directory
 from luthier.models.loader import load_weights, open_base
 from luthier.models.native_model import empty_model
 from luthier.training import checkpoint as checkpoints
+from luthier.types import Log
 
 
 def chat(
@@ -34,6 +35,8 @@ def chat(
     checkpoint: int | None = None,
     sampling: Mapping[str, float | None] | None = None,
     with_adapter: bool = False,
+    fused: bool = True,
+    log: Log = lambda _: None,
 ) -> Chat:
     """Open a run, an adapter or a base model directory; or ``model`` with ``adapter``, which may be a PEFT directory.
 
@@ -42,6 +45,8 @@ def chat(
     checkpoint:   step of the run's checkpoint to load instead of the finished adapter.
     sampling:     fields of ``Sampling`` that override the run's own; None values are ignored.
     with_adapter: refuse a base model.
+    fused:        decode with luthier's compiled layers if they support the model, which is faster.
+    log:          gets a note if they do not.
 
     Raises UserError, before weights are read whenever possible.
     """
@@ -51,7 +56,7 @@ def chat(
     if checkpoint is not None:
         if path is None or model is not None or adapter is not None:
             raise ConfigError("--checkpoint: needs a run, not --model and --adapter", "give only the RUN")
-        return _at_checkpoint(RunDir(user_path(path)), checkpoint, system, compute, device, changes)
+        return _at_checkpoint(RunDir(user_path(path)), checkpoint, system, compute, device, changes, fused, log)
     source = locate(path, model, adapter)
     if source.tuned is None:
         if with_adapter:
@@ -60,7 +65,8 @@ def chat(
         chat_format = load_chat_format(source.base)
         check_system(chat_format, system)
         settings = _sampling(None, changes)
-        return Chat(Generator(load_weights(source.base, compute, device), chat_format), system, sampling=settings)
+        weights = load_weights(source.base, compute, device)
+        return Chat(Generator(weights, chat_format, fused, log), system, sampling=settings)
     tuned = source.tuned
     chat_format = tuned.chat_format()
     system = tuned.system if system is None else system
@@ -68,7 +74,7 @@ def chat(
     settings = _sampling(tuned.config, changes)
     base = open_base(tuned.model_settings, compute, device, chat_format.config)
     layers = adapters.apply(base, tuned.adapter, chat_format.modules())
-    return Chat(Generator(base, chat_format), system, layers, tuned.config, sampling=settings)
+    return Chat(Generator(base, chat_format, fused, log), system, layers, tuned.config, sampling=settings)
 
 
 def _at_checkpoint(
@@ -78,6 +84,8 @@ def _at_checkpoint(
     dtype: torch.dtype,
     device: torch.device,
     changes: Mapping[str, float | None],
+    fused: bool,
+    log: Log,
 ) -> Chat:
     """Open an unfinished adapter as a run's checkpoint holds it. Raises UserError."""
     by_step = {int(p.name.removeprefix("step-")): p for p in checkpoints.steps(run.checkpoints)}
@@ -97,7 +105,7 @@ def _at_checkpoint(
     targets = resolve(empty_model(chat_format.config), config.lora.target_modules, chat_format.modules())
     layers = attach(model, config.lora, targets, seed=0)
     checkpoints.restore_adapter(saved, layers)
-    return Chat(Generator(model, chat_format), system, layers, config, sampling=settings)
+    return Chat(Generator(model, chat_format, fused, log), system, layers, config, sampling=settings)
 
 
 def _sampling(config: RunConfig | None, changes: Mapping[str, float | None]) -> Sampling:

@@ -37,12 +37,14 @@ def eval(  # noqa: A001 - the verb's name
     samples: int = REPLIES,
     max_new_tokens: int = NEW_TOKENS,
     log: Log = lambda _: None,
+    fused: bool = True,
 ) -> Comparison:
     """Score base and tuned model on held-out rows, those of the run if ``data`` is empty. Raises UserError.
 
     samples: number of prompts that both models answer, with at most ``max_new_tokens`` tokens each.
+    fused:   generate replies with luthier's compiled layers if they support the model, which is faster.
     """
-    opened = chat(path, None, dtype, model, adapter, checkpoint, with_adapter=True)
+    opened = chat(path, None, dtype, model, adapter, checkpoint, with_adapter=True, fused=fused, log=log)
     run = user_path(path) if path else None
     files = [user_path(p) for p in data] or _held_out_files(run)
     settings = opened.config.data if opened.config else DataConfig.model_validate({"train": files})

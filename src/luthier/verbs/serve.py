@@ -24,6 +24,8 @@ def serve(
     adapter: Path | str | None = None,
     max_batch: int = 16,
     max_queue: int = 64,
+    memory: int | None = None,
+    fused: bool = True,
     log: Log = lambda _: None,
 ) -> None:
     """Serve runs that share a base model over OpenAI's API, until interrupted. Raises UserError.
@@ -31,12 +33,14 @@ def serve(
     paths:     runs, adapter directories, or a base or merged model; each is served under its directory's name.
     port:      0 chooses a free one. api_key: None creates a random one and passes it to ``log``.
     max_batch: maximum number of replies per batch. max_queue: maximum number of waiting requests.
+    memory:    limit in bytes for the keys and values of all requests; None: ``inference.decoding.default_memory``.
+    fused:     decode with luthier's compiled layers if they support the model, which is faster.
     """
     http.require()
     named = resolve_models(paths, model, adapter)
     with listen(host, port) as listener:
         opened, routes, models = open_models(named, dtype)
-        engine = Engine(opened, routes, max_batch, max_queue)
+        engine = Engine(opened, routes, max_batch, max_queue, memory, compiled=fused, log=log)
         verify_batching(engine.decoding, models[0].adapter)
         key = api_key or secrets.token_urlsafe(24)
         address, free_port = listener.getsockname()[:2]

@@ -119,7 +119,7 @@ def train_locked(
         rope_theta=config.model.rope_theta,
     )
     adapters.save(run.adapter, layers, config.lora, targets, facts, config.model.path)
-    generator = Generator(model, chat_format)
+    generator = Generator(model, chat_format, compiled=bool(settings.fused))
     seconds = progress.seconds * settings.eval_time_ratio
     held_out = _evaluate(run, prepared, generator, layers, losses, seconds, log)
     summary = _summary(prepared, model, layers, progress, identity)

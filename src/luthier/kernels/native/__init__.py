@@ -4,6 +4,7 @@
     attention.cpp  attention over the segments of a flat stream
     loss.cpp       cross-entropy with its gradient; dropout
     weights.cpp    dequantisation of 4-bit and 8-bit weights
+    decode.cpp     a whole model's forward pass for new tokens (declared in ``decoding``)
 
 If there is no C++ compiler, ``load`` raises Unavailable with the reason and callers use torch's own operations.
 """
@@ -278,11 +279,6 @@ class Kernels:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         raise AttributeError(name)  # every function is set by the constructor
-
-
-def suffix(dtype: torch.dtype) -> str:
-    """Return the end of the compiled functions' names for an element type, "" if there are none."""
-    return _SUFFIX.get(dtype, "")
 
 
 def kernels(dtype: torch.dtype) -> Kernels:

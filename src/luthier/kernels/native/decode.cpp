@@ -53,8 +53,11 @@ struct Step {
 
 // Scratch of the calling thread, shared by the team and kept between calls.
 struct Workspace {
-    std::vector<float> h, wide, z;
-    std::vector<Input> input;
+    std::vector<float> h, wide, z, input;
+    static float* room(std::vector<float>& x, size_t n) {  // from a cache line on
+        if (x.size() < n + 16) x.resize(n + 16);
+        return (float*)(((uintptr_t)x.data() + 63) / 64 * 64);
+    }
 };
 
 template <class T>
@@ -264,11 +267,8 @@ void decode(const Model& m, const Step& s) {
     int64_t in = m.hidden, out = 0;
     for (const Group& g : m.layer[0].groups) in = std::max(in, g.k), out = std::max(out, g.n);
     const int64_t ranks = most_ranks(m, s);
-    mine.h.resize(s.count * in);
-    mine.input.resize(s.count * in);
-    mine.wide.resize(s.count * out);
-    mine.z.resize(s.count * ranks);
-    const Decoder<T> d{m, s, mine.h.data(), mine.wide.data(), mine.z.data(), mine.input.data(), ranks};
+    float *h = mine.room(mine.h, s.count * in), *input = mine.room(mine.input, s.count * in);
+    const Decoder<T> d{m, s, h, mine.room(mine.wide, s.count * out), mine.room(mine.z, s.count * ranks), input, ranks};
 #pragma omp parallel
     {
         for (int64_t l = 0; l < m.layers; l++) d.layer(l);
@@ -276,7 +276,28 @@ void decode(const Model& m, const Step& s) {
     }
 }
 
+// out [count, n] = the matrix times x [count, k]
+template <class T>
+void multiply(const Matrix& w, int64_t count, const float* x, float* out) {
+    thread_local Workspace mine;
+    Input* input = mine.room(mine.input, count * w.k);
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i++) pack(x + i * w.k, input, i * w.k, w.k, form_of<T>(w));
+        product<T>(w, input, count, [&](int64_t i, int64_t first, int64_t n, const float* sums) {
+            for (int64_t c = 0; c < n; c++) out[i * w.n + first + c] = sums[c] + (w.bias ? w.bias[first + c] : 0.0f);
+        });
+    }
+}
+
 }  // namespace
 
+extern "C" void multiply_f32(const Matrix* w, int64_t count, const float* x, float* out) {
+    multiply<float>(*w, count, x, out);
+}
+extern "C" void multiply_bf16(const Matrix* w, int64_t count, const float* x, float* out) {
+    multiply<bf16>(*w, count, x, out);
+}
 extern "C" void decode_f32(const Model* model, const Step* step) { decode<float>(*model, *step); }
 extern "C" void decode_bf16(const Model* model, const Step* step) { decode<bf16>(*model, *step); }

@@ -82,6 +82,16 @@ inline float tree_sum(vf x) {
 #endif
 }
 
+// Load a vector once: compilers would load it again for each product.
+template <class V>
+inline void in_register(V& x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#endif
+}
+
 // to[i] += the sum of x[i], for 4 vectors
 inline void add_sums(const vf* x, float* to) {
 #if defined(__AVX2__)
@@ -109,6 +119,8 @@ inline float dot(const float* a, const float* b, int64_t n) {
     for (; c < n; c += W) sums[0] += *(const vf*)(a + c) * *(const vf*)(b + c);
     return tree_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
+
+constexpr int NB = 16, KB = 1024;  // outputs and inputs that are processed together
 
 // --- rows of a weight. STEP values are read at a time, as PARTS vectors; add(): their products with the input.
 
@@ -147,19 +159,27 @@ struct FourRow {
     typedef float In;
     static constexpr int STEP = 64, PARTS = 64 / W;
     typedef vf Vector;
-    const Matrix* m;
-    int64_t first;  // index of the row's first value
+    const uint8_t* w;
+    const float* table;
+    float scales[KB / 64];  // of the current part
 
-    float scale(int64_t c) const {
-        const int64_t b = (first + c) / 64;
-        return m->absmax8 ? m->code[m->absmax8[b]] * m->nested[b / 256] + m->offset : m->absmax[b];
+    const uint8_t* at(int64_t c) const { return w + c / 2; }
+    float scale(int64_t c) const { return scales[c % KB / 64]; }
+    // the scales of the part [at, at + width) of the matrix, counted in values
+    void begin(const Matrix& m, int64_t at, int64_t width) {
+        const int64_t first = at / 64, count = width / 64;
+        if (!m.absmax8) return (void)std::copy(m.absmax + first, m.absmax + first + count, scales);
+        for (int64_t i = 0; i < count; i++) scales[i] = m.code[m.absmax8[first + i]];
+        for (int64_t i = 0; i < count;) {  // as far as one nested scale applies
+            const int64_t limit = std::min(count, ((first + i) / 256 + 1) * 256 - first);
+            for (const float nested = m.nested[(first + i) / 256]; i < limit; i++) scales[i] = scales[i] * nested + m.offset;
+        }
     }
-    const uint8_t* at(int64_t c) const { return (const uint8_t*)m->data + (first + c) / 2; }
     void load(int64_t c, Vector* to) const {
         const uint8_t* packed = at(c);
         const float s = scale(c);
 #if defined(__AVX512F__)
-        const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(m->table), _mm512_set1_ps(s));
+        const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(s));
         for (int part = 0; part < 2; part++) {  // the permutation reads the lower 4 bits of an index only
             const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(packed + 16 * part)));
             to[part] = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values);
@@ -167,8 +187,8 @@ struct FourRow {
         }
 #elif defined(__AVX2__)
         const __m256 factor = _mm256_set1_ps(s);
-        const __m256 low = _mm256_mul_ps(_mm256_loadu_ps(m->table), factor);
-        const __m256 high = _mm256_mul_ps(_mm256_loadu_ps(m->table + 8), factor);
+        const __m256 low = _mm256_mul_ps(_mm256_loadu_ps(table), factor);
+        const __m256 high = _mm256_mul_ps(_mm256_loadu_ps(table + 8), factor);
         auto look_up = [&](__m256i index) {  // bit 3 chooses the half of the table
             const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
             const __m256 a = _mm256_permutevar8x32_ps(low, index), b = _mm256_permutevar8x32_ps(high, index);
@@ -182,8 +202,8 @@ struct FourRow {
 #else
         float* out = (float*)to;
         for (int i = 0; i < 32; i++) {
-            out[i] = m->table[packed[i] >> 4] * s;
-            out[32 + i] = m->table[packed[i] & 15] * s;
+            out[i] = table[packed[i] >> 4] * s;
+            out[32 + i] = table[packed[i] & 15] * s;
         }
 #endif
     }
@@ -210,7 +230,7 @@ struct FourDotRow : FourRow {
     static constexpr int PARTS = 2;
     typedef __m512i Vector;
     void load(int64_t c, Vector* to) const {  // a table of 2 x 16 values: index bit 4 has no effect
-        const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(m->table), _mm512_set1_ps(scale(c)));
+        const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(scale(c)));
         const __m512i table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
         const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)at(c)));
         to[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
@@ -220,10 +240,6 @@ struct FourDotRow : FourRow {
     static void add(vf& sum, Vector a, Vector b) { BfloatDotRow::add(sum, a, b); }
 };
 #endif
-
-// --- blocks of NB rows of a weight, parts of KB columns
-
-constexpr int NB = 16, KB = 1024;
 
 constexpr int TILE = W == 16 ? 4 : 2;  // input rows per tile: as many as the registers hold
 
@@ -243,7 +259,8 @@ void tile(const Row* rows, const typename Row::In* x, int64_t ldx, int64_t first
                 if (AHEAD) __builtin_prefetch((const char*)rows[n].at(c) + ahead);
             }
             for (int m = 0; m < M; m++) {
-                const Vector in = Row::input(x + m * ldx + c);
+                Vector in = Row::input(x + m * ldx + c);
+                in_register(in);
                 for (int n = 0; n < 4; n++) Row::add(acc[m][n], w[n], in);
             }
         } else {
@@ -287,22 +304,23 @@ void tiles(const Row* rows, int64_t count, const typename Row::In* x, int64_t ld
                 tile<1, false>(rows + n, x + i * ldx, ldx, first, width, 0, sums + i * NB + n);
 }
 
-// Four-bit rows for many input rows: decoded once into the cache.
+// As ``tiles``; for many input rows, the weights are first decoded into the cache, with gaps between rows: at a distance of
+// a power of two they would displace one another.
 template <class Row, class Dense>
-void decoded_tiles(const Row* rows, int64_t count, const typename Row::In* x, int64_t ldx, int64_t m, int64_t first,
-                   int64_t width, int64_t ahead, float* sums) {
+void block(const Row* rows, int64_t count, const typename Row::In* x, int64_t ldx, int64_t m, int64_t first,
+           int64_t width, int64_t ahead, float* sums) {
     typedef typename Row::In In;
     if (m <= TILE) return tiles(rows, count, x, ldx, m, first, width, ahead, sums);
-    alignas(64) In block[NB][KB];
+    alignas(64) In values[NB][KB + 64 / sizeof(In)];
     Dense dense[NB];
     for (int64_t n = 0; n < count; n++) {
-        for (int64_t c = 0; c < width; c += Row::STEP) {
+        for (int64_t c = 0; c < width; c += Row::STEP) {  // may read past a row's end, up to a vector
             typename Row::Vector w[Row::PARTS];
             rows[n].load(first + c, w);
             __builtin_prefetch((const char*)rows[n].at(first + c) + 4 * ahead);
-            std::memcpy(&block[n][c], w, Row::STEP * sizeof(In));
+            std::memcpy(&values[n][c], w, Row::STEP * sizeof(In));
         }
-        dense[n].w = block[n];
+        dense[n].w = values[n];
     }
     tiles(dense, count, x + first, ldx, m, 0, width, 0, sums);
 }
@@ -310,24 +328,28 @@ void decoded_tiles(const Row* rows, int64_t count, const typename Row::In* x, in
 template <class T>
 void part(const Matrix& w, const Input* in, int64_t m, const int64_t* index, int64_t count, int64_t first,
           int64_t width, float* sums) {
-    auto dense = [&](auto row, auto type) {
-        decltype(row) rows[NB];
-        for (int64_t n = 0; n < count; n++) rows[n].w = (decltype(type))w.data + index[n] * w.ld;
-        tiles(rows, count, (const typename decltype(row)::In*)in, w.k, m, first, width, w.ld * sizeof(*rows->w), sums);
+    auto run = [&](auto row, auto type, auto plain, int64_t ld) {
+        typedef decltype(row) Row;
+        Row rows[NB];
+        for (int64_t n = 0; n < count; n++) {
+            rows[n].w = (decltype(type))w.data + index[n] * ld;
+            if constexpr (Row::STEP == 64) rows[n].table = w.table, rows[n].begin(w, index[n] * w.k + first, width);
+        }
+        block<Row, decltype(plain)>(rows, count, (const typename Row::In*)in, w.k, m, first, width, ld * sizeof(*type),
+                                    sums);
     };
-    auto four = [&](auto row, auto plain) {
-        decltype(row) rows[NB];
-        for (int64_t n = 0; n < count; n++) rows[n].m = &w, rows[n].first = index[n] * w.k;
-        decoded_tiles<decltype(row), decltype(plain)>(rows, count, (const typename decltype(row)::In*)in, w.k, m, first,
-                                                      width, w.k / 2, sums);
-    };
-    if (w.kind == FLOAT) return dense(FloatRow{}, (const float*)nullptr);
-    if (w.kind == EIGHT) return dense(EightRow{}, (const int8_t*)nullptr);
+    const float* floats = nullptr;
+    const bf16* bfloats = nullptr;
+    const uint8_t* bytes = nullptr;
+    const int8_t* signed_bytes = nullptr;
+    if (w.kind == FLOAT) return run(FloatRow{}, floats, FloatRow{}, w.ld);
+    if (w.kind == EIGHT) return run(EightRow{}, signed_bytes, FloatRow{}, w.k);
 #if defined(__AVX512BF16__)
     if constexpr (DOT_BF16<T>)
-        return w.kind == FOUR ? four(FourDotRow{}, BfloatDotRow{}) : dense(BfloatDotRow{}, (const bf16*)nullptr);
+        return w.kind == FOUR ? run(FourDotRow{}, bytes, BfloatDotRow{}, w.k / 2)
+                              : run(BfloatDotRow{}, bfloats, BfloatDotRow{}, w.ld);
 #endif
-    return w.kind == FOUR ? four(FourRow{}, FloatRow{}) : dense(BfloatRow{}, (const bf16*)nullptr);
+    return w.kind == FOUR ? run(FourRow{}, bytes, FloatRow{}, w.k / 2) : run(BfloatRow{}, bfloats, FloatRow{}, w.ld);
 }
 
 // store(row, first, count, sums): takes the outputs first .. first + count of one input row. To be called by all threads
