@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from luthier.kernels import native
-from luthier.kernels.native import ELEMENTS, parameters
+from luthier.kernels.native import ELEMENTS, decoding, parameters
 from luthier.kernels.native.signatures import CONDITIONS, SIGNATURES
 
 _HERE = Path(native.__file__).parent
@@ -41,6 +42,43 @@ def _parameter(text: str) -> tuple[str, str]:
 def test_python_and_cpp_declare_the_same_functions_with_the_same_parameters() -> None:
     declared = {name: [(_C_TYPES[p.kind], p.name) for p in parameters(text)] for name, text in SIGNATURES.items()}
     assert declared == _exported()
+
+
+def _fields(name: str) -> list[tuple[str, str]]:
+    """The fields of a C++ structure as (name, type): "l", "f", "p" for a pointer, else the type's name."""
+    text = (_HERE / "decode.cpp").read_text() + (_HERE / "products.h").read_text()
+    body = re.search(rf"struct {name} {{\n(.*?)\n}};", text, re.DOTALL)[1]  # type: ignore[index]
+    fields = []
+    for line in re.sub(r"//.*", "", body).split(";"):
+        match = re.fullmatch(r"(?:const )?(\w+\*?)\s+(.*)", line.strip(), re.DOTALL)
+        if match is None or "(" in line:
+            continue
+        for declared in match[2].split(","):
+            pointer, field = "*" in declared or "*" in match[1], declared.strip(" *")
+            kind = "p" if pointer else {"int64_t": "l", "float": "f"}.get(match[1], match[1])
+            fields.append((field.split("[")[0], kind))
+    return fields
+
+
+@pytest.mark.parametrize("name", ["Matrix", "Group", "Update", "DecoderLayer", "Model", "Step"])
+def test_python_and_cpp_declare_the_same_structures(name: str) -> None:
+    structure = getattr(decoding, f"{name.removeprefix('Decoder')}Struct")
+    kinds = {ctypes.c_int64: "l", ctypes.c_float: "f", ctypes.c_void_p: "p"}
+    nested = {decoding.MatrixStruct: "Matrix", decoding.GroupStruct: "Group"}
+    declared = []
+    for field, kind in structure._fields_:
+        element = getattr(kind, "_type_", kind) if issubclass(kind, ctypes.Array) else kind
+        declared.append((field, kinds.get(element) or nested.get(element) or "p"))
+    assert declared == _fields(name)
+
+
+def test_python_and_cpp_have_the_same_constants() -> None:
+    text = (_HERE / "decode.cpp").read_text()
+    assert f"constexpr int64_t PAGE = {decoding.PAGE};" in text
+    assert f"Group groups[{decoding.GROUPS}];" in text and f"Matrix matrices[{decoding.MATRICES}];" in text
+    kinds = "enum Kind : int64_t { FLOAT, BFLOAT, FOUR, EIGHT };"
+    assert kinds in (_HERE / "products.h").read_text()
+    assert [decoding.FLOAT, decoding.BFLOAT, decoding.FOUR, decoding.EIGHT] == [0, 1, 2, 3]
 
 
 @pytest.fixture

@@ -44,17 +44,18 @@ def prompt(length: int) -> list[int]:
     return torch.randint(5, 640, (length,), generator=generator).tolist()
 
 
-def opened(arch: str, dtype: torch.dtype, how: Quantisation | None, path: Path) -> Any:
-    make_model(arch, intermediate_size=128).save_pretrained(path)
+def opened(arch: str, dtype: torch.dtype, how: Quantisation | None, path: Path, **sizes: int) -> Any:
+    make_model(arch, **{"intermediate_size": 128, **sizes}).save_pretrained(path)
     if how is None:
         return load_weights(path, dtype).eval()
     options = QuantisedOptions(how, dtype, cache=False)
     return load_quantised(path, dtype, torch.device("cpu"), read_config(path), options).eval()
 
 
-@torch.inference_mode()
 def reference(model: Any, ids: Sequence[int]) -> Tensor:
-    return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+    """Compute with autograd, so that quantised layers dequantise their weights whatever the number of tokens."""
+    logits: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    return logits.detach().float()
 
 
 def close(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
@@ -99,6 +100,16 @@ def test_decoding_equals_one_forward_pass(
     law(model, dtype, [layers], 0)
 
 
+@pytest.mark.parametrize("how", [None, Quantisation("nf4"), Quantisation("int8")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_widths_that_are_not_multiples_of_a_block(dtype: torch.dtype, how: Quantisation | None, tmp_path: Path) -> None:
+    """Inputs in two parts of 1024, a last half vector of bf16, a number of outputs that is odd."""
+    four_bit = how is not None and how.kind == "nf4"
+    sizes = {"hidden_size": 128 if four_bit else 80, "intermediate_size": 1088 if four_bit else 1040}
+    model = opened("llama", dtype, how, tmp_path, vocab_size=645, **sizes)
+    law(model, dtype, [with_adapter(model)], 0)
+
+
 @pytest.mark.parametrize("arch", COMPILED)
 def test_a_cached_prefix_changes_no_bit(arch: str) -> None:
     """Neither do the parts in which a prompt is read, nor the sequences beside it."""
@@ -110,7 +121,7 @@ def test_a_cached_prefix_changes_no_bit(arch: str) -> None:
     decoding = CompiledDecoding(model, memory=1 << 24)
     readings = [Reading(list(ids)) for ids in prompts]
     first = [decoding.join(reading) for reading in readings]
-    assert [r.reused for r in readings[1:]] >= [70] * 15 and readings[0].reused == 0
+    assert all(r.reused >= 70 for r in readings[1:]) and readings[0].reused == 0
     for logits, (one, _) in zip(first, expected, strict=True):
         assert torch.equal(logits, one)
     for reading in readings:

@@ -19,7 +19,7 @@ from luthier.compiled.pages import Pages, Row
 from luthier.kernels import native
 from luthier.kernels.native import decoding
 from luthier.lora.layers import LoraLinear
-from luthier.models.directory import rotary_limit
+from luthier.models.directory import context_length, rotary_limit
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import QuantLinear, quantised_matrix
 
@@ -63,29 +63,32 @@ class CompiledDecoder:
         self._tensors: list[Tensor] = []  # what the structures point to
         blocks = [_Block(block) for block in decoder.layers]
         shape = blocks[0]
+        hidden = int(decoder.norm.weight.shape[0])
+        if any(block.sizes() != shape.sizes() or block.sizes() != block.expected(hidden) for block in blocks):
+            raise Unsuitable("the layers differ in size")
         self._layers = (decoding.LayerStruct * len(blocks))(*(self._layer(block) for block in blocks))
-        self._updates = self._all_updates(blocks, adapters)
-        self.page_shape = (len(blocks), 2, shape.kv, shape.dim, decoding.PAGE)
+        self._updates, self._adapters = self._all_updates(blocks, adapters), len(adapters)
+        self._page_shape = (len(blocks), 2, shape.kv, shape.dim, decoding.PAGE)
         config: Any = model.config
         self._rotary = int(decoder.rotary_emb(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long))[0].shape[-1])
         self._rotary_limit = rotary_limit(config)
         self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
-        head = model.get_output_embeddings()
-        self._vocabulary = int(head.weight.shape[0])
+        head = self._matrix(model.get_output_embeddings())
+        self._vocabulary = int(head.n)
         self._structure = decoding.ModelStruct(
             layers=len(blocks),
-            hidden=int(decoder.norm.weight.shape[0]),
+            hidden=hidden,
             heads=shape.heads,
             kv=shape.kv,
             dim=shape.dim,
             rotary=self._rotary,
             interleaved=shape.interleaved,
-            inner=shape.inner,
+            mlp=shape.inner,
             scale=shape.scale,
             eps=decoder.norm.variance_epsilon,
             layer=self._layers,
             norm=self._floats(decoder.norm.weight),
-            head=self._matrix(head),
+            head=head,
             updates=self._updates,
             page_bytes=self.page_bytes,
         )
@@ -93,7 +96,7 @@ class CompiledDecoder:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page: the keys and values of ``decoding.PAGE`` tokens in all layers."""
-        return int(torch.Size(self.page_shape).numel()) * self._dtype.itemsize
+        return int(torch.Size(self._page_shape).numel()) * self._dtype.itemsize
 
     @property
     def token_bytes(self) -> int:
@@ -114,6 +117,8 @@ class CompiledDecoder:
         ids = torch.tensor([i for part in new for i in part.ids])
         positions = torch.tensor([part.row.length + i for part in new for i in range(len(part.ids))])
         rows = torch.tensor([r for r, part in enumerate(new) for _ in part.ids])
+        if any(part.adapter is not None and not 0 <= part.adapter < self._adapters for part in new):
+            raise ValueError(f"an adapter's index is not below {self._adapters}")
         adapters = torch.tensor([-1 if part.adapter is None else part.adapter for part in new])[rows]
         lengths = [max(part.length, part.row.length + len(part.ids)) for part in new]
         cos, sin = self._factors(positions, torch.tensor(lengths)[rows])
@@ -151,6 +156,7 @@ class CompiledDecoder:
         size = int(positions.max()) + 1
         if long not in self._tables or len(self._tables[long][0]) < size:
             count = -(-size // _TABLE) * _TABLE
+            count = max(size, min(count, context_length(self._model.config) or count))
             if self._rotary_limit is not None:  # the module chooses the factors by the largest position
                 count = max(count, self._rotary_limit + 1) if long else self._rotary_limit
             ids = torch.arange(count)[None]
@@ -161,7 +167,8 @@ class CompiledDecoder:
 
     def _kept(self, tensor: Tensor) -> int:
         """Keep a contiguous tensor on the CPU as long as this object; returns its address."""
-        assert tensor.device.type == "cpu" and tensor.is_contiguous()
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise Unsuitable("tensors must be contiguous and on the CPU")
         self._tensors.append(tensor)
         return tensor.data_ptr()
 
@@ -181,6 +188,8 @@ class CompiledDecoder:
 
     def _group(self, modules: Sequence[nn.Module]) -> decoding.GroupStruct:
         matrices = [self._matrix(m) for m in modules]
+        if len({m.kind for m in matrices}) > 1:
+            raise Unsuitable("layers that read the same input are stored in different types")
         return decoding.GroupStruct(
             count=len(matrices),
             n=sum(m.n for m in matrices),
@@ -222,8 +231,8 @@ class CompiledDecoder:
         return updates
 
     def _update(self, layer: LoraLinear) -> decoding.UpdateStruct:
-        a = (layer.lora_A.detach() * layer.scaling).contiguous()
-        return decoding.UpdateStruct(len(a), self._kept(a), self._kept(layer.lora_B.detach().t().contiguous()))
+        a, b = layer.lora_A.detach().float() * layer.scaling, layer.lora_B.detach().float().t()
+        return decoding.UpdateStruct(len(a), self._kept(a.contiguous()), self._kept(b.contiguous()))
 
 
 def _function(dtype: torch.dtype) -> Callable[[decoding.ModelStruct, decoding.StepStruct], None]:
@@ -254,3 +263,17 @@ class _Block:
         self.interleaved = LAYERS[type(block).__name__]
         self.inner = int(getattr(mlp.down_proj, "base", mlp.down_proj).in_features)
         self.window = window_of(block)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return output and input width of each group of linear layers; the input width of all its layers is equal."""
+        bases: list[list[Any]] = [[getattr(m, "base", m) for m in group] for group in self.groups]
+        widths = [{int(b.in_features) for b in group} for group in bases]
+        return [
+            (sum(int(b.out_features) for b in group), width.pop() if len(width) == 1 else 0)
+            for group, width in zip(bases, widths, strict=True)
+        ]
+
+    def expected(self, hidden: int) -> list[tuple[int, int]]:
+        """Return what ``sizes`` must be."""
+        q = self.heads * self.dim
+        return [(q + 2 * self.kv * self.dim, hidden), (hidden, q), (2 * self.inner, hidden), (hidden, self.inner)]

@@ -85,11 +85,16 @@ class Pages:
 
     def release(self, row: Row) -> None:
         """Give up a row's pages; those that no other row holds are free again."""
-        for page in row.pages:
+        self.truncate(row, 0)
+
+    def truncate(self, row: Row, length: int) -> None:
+        """Reduce a row to its first ``length`` tokens."""
+        count = self.pages_for(length)
+        for page in row.pages[count:]:
             self._users[page] -= 1
             if not self._users[page]:
                 self._free.append(page)
-        row.pages, row.length = [], 0
+        row.pages, row.length = row.pages[:count], min(length, row.length)
 
     def table(self, rows: Sequence[Row]) -> Int[Tensor, "rows pages"]:
         """Return the page table of some rows; -1 past the end of a row."""
@@ -131,15 +136,19 @@ class PrefixPages:
         if best is None or not lengths[best]:
             return Row()
         self._entries.move_to_end(best)
-        if lengths[best] % self.pages.size and not self.pages.free and not self.drop_oldest():
-            return Row()
-        if best not in self._entries:
-            return Row()
-        return self.pages.fork(self._entries[best], lengths[best])
+        entry, length = self._entries[best], lengths[best]
+        while length % self.pages.size and not self.pages.free and len(self._entries) > 1:
+            self.drop_oldest()  # not ``entry``, which is now the latest
+        if not self.pages.free:  # share whole pages only
+            length -= length % self.pages.size
+        return self.pages.fork(entry, length)
 
     def add(self, owner: Hashable, ids: Sequence[int], row: Row) -> None:
-        """Take over a row with the keys and values of ``ids``; its pages are released if it cannot be an entry."""
-        new = tuple(ids)
+        """Take over a row with the keys and values of ``ids``; as much of its start as fits is kept."""
+        most = self.max_bytes // self.pages.page_bytes * self.pages.size
+        if len(ids) > most:
+            self.pages.truncate(row, most)
+        new = tuple(ids[:most])
         for entry in [key for key in self._entries if key[0] == owner]:
             if entry[1][: len(new)] == new:
                 self._entries.move_to_end(entry)

@@ -6,6 +6,7 @@ the one for models that the compiled layers support; a sequence's tokens are the
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 16  # sequences decoded together
 PREFIX_BYTES = 512 << 20
+_VERIFIED = 24  # tokens; with more than ``quantization.FEW_ROWS``, the model's own layers dequantise their weights
 _CHUNK = 256  # prompt tokens per call; a prompt can be cancelled between two calls
 _TOKENS_A_ROW = 4096  # the default memory limit holds that many tokens for each of MOST_ROWS sequences
 Adapters = Mapping[str, Mapping[str, LoraLinear]]
@@ -55,7 +57,7 @@ class Reading:
 
     ids: list[int]
     adapter: str | None = None
-    most: int = 0
+    most: int = sys.maxsize
     reused: int = 0
     cancelled: Callable[[], bool] = lambda: False
 
@@ -106,7 +108,9 @@ class CompiledDecoding:
         self._pages = self.decoder.pages(default_memory(model, self.decoder) if memory is None else memory)
         self._prefixes = PrefixPages(self._pages, prefix_bytes)
         self._cached: dict[Reading, Row] = {}
+        self._owners: dict[Reading, Hashable] = {}  # of the keys and values in each row
         self._rotary_limit = rotary_limit(model.config)
+        self._computed = 0  # tokens of the latest prompt whose keys and values were not known
 
     @property
     def rows(self) -> Sequence[Reading]:
@@ -121,54 +125,56 @@ class CompiledDecoding:
         return sum(expected) <= self._pages.count or not self._cached
 
     def join(self, new: Reading) -> Float[torch.Tensor, "1 vocab"]:
-        row, logits = self._read(new, new.ids, len(new.ids))
-        self._cached[new] = row
-        self._share(new, row)
+        logits = self._read(new, new.ids, len(new.ids), new.cancelled)
+        new.reused = len(new.ids) - self._computed
+        self._share(new)
         return logits
 
-    def _share(self, reading: Reading, row: Row) -> None:
+    def _share(self, reading: Reading) -> None:
         """Let others start with this prompt. Without a free page they must read it themselves."""
+        row = self._cached[reading]
         if self._prefixes.max_bytes and self._pages.free:
             copy = self._pages.fork(row, row.length)
-            self._prefixes.add(self._owner(reading, row.length), reading.ids[: row.length], copy)
+            self._prefixes.add(self._owners[reading], reading.ids[: row.length], copy)
 
     def step(self) -> Float[torch.Tensor, "rows vocab"]:
         for reading in [r for r in self._cached if len(r.ids) - 1 == self._rotary_limit]:
             # the whole sequence is rotated by other factors from this length on
             self._pages.release(self._cached[reading])
-            self._cached[reading], _ = self._read(reading, reading.ids[:-1], len(reading.ids))
+            self._read(reading, reading.ids[:-1], len(reading.ids), lambda: False)
         return self._logits(
             [NewTokens(row, r.ids[-1:], self._adapter(r), len(r.ids)) for r, row in self._cached.items()]
         )
 
     def leave(self, row: Reading) -> None:
-        cached = self._cached.pop(row)
-        if self._prefixes.max_bytes:
-            self._prefixes.add(self._owner(row, cached.length), row.ids[: cached.length], cached)
+        cached, owner = self._cached.pop(row), self._owners.pop(row)
+        if self._prefixes.max_bytes and cached.length:
+            self._prefixes.add(owner, row.ids[: cached.length], cached)
         else:
             self._pages.release(cached)
 
     def _adapter(self, reading: Reading) -> int | None:
         return None if reading.adapter is None else self._index[reading.adapter]
 
-    def _owner(self, reading: Reading, length: int) -> Hashable:
-        """Return what the keys and values of a sequence depend on besides its tokens."""
-        return reading.adapter, self._rotary_limit is not None and length > self._rotary_limit
-
-    def _read(self, reading: Reading, ids: Sequence[int], length: int) -> tuple[Row, Float[torch.Tensor, "1 vocab"]]:
-        """Compute the keys and values of ``ids``, the start of a sequence of this length, and the last logits."""
-        row = self._prefixes.fork(self._owner(reading, length), ids[:-1])
-        reading.reused = row.length
+    def _read(
+        self, reading: Reading, ids: Sequence[int], length: int, cancelled: Callable[[], bool]
+    ) -> Float[torch.Tensor, "1 vocab"]:
+        """Compute the keys and values of ``ids``, the start of a sequence of this length; returns the last logits."""
+        owner = reading.adapter, self._rotary_limit is not None and length > self._rotary_limit
+        row = self._prefixes.fork(owner, ids[:-1])
+        self._cached[reading], self._owners[reading] = row, owner
+        self._computed = len(ids) - row.length
         logits = torch.empty(0)
         try:
             for start in range(row.length, len(ids), _CHUNK):
-                if reading.cancelled():
+                if cancelled():
                     raise Cancelled
                 logits = self._logits([NewTokens(row, ids[start : start + _CHUNK], self._adapter(reading), length)])
         except BaseException:
             self._pages.release(row)
+            del self._cached[reading], self._owners[reading]
             raise
-        return row, logits
+        return logits
 
     def _logits(self, new: Sequence[NewTokens]) -> Float[torch.Tensor, "rows vocab"]:
         while True:
@@ -221,20 +227,23 @@ def decode(
                 for i, reading in enumerate(list(decoding.rows)):
                     choose(reading, logits[i : i + 1])
     finally:
-        for reading in running:
+        for reading in list(decoding.rows):
             decoding.leave(reading)
 
 
-def not_compiled(why: str) -> str:
+def not_compiled(model: CausalLM, why: str) -> str:
     """Return the note for the user of a model that is decoded without the compiled layers."""
-    return f"note: luthier's compiled layers are not used ({why}); replies are slower without them"
+    slower = "; replies are slower without them" if model.device.type == "cpu" else ""
+    return f"note: luthier's compiled layers are not used ({why}){slower}"
 
 
 def default_memory(model: CausalLM, decoder: CompiledDecoder) -> int:
-    """Return the limit in bytes for keys and values: 16 sequences of 4096 tokens, or half of the free memory."""
-    longest = min(_TOKENS_A_ROW, context_length(model.config) or _TOKENS_A_ROW)
-    wanted = MOST_ROWS * longest * decoder.token_bytes
-    return int(min(wanted, max(0.0, available_memory() - resident_now()) / 2))
+    """Return the limit in bytes for keys and values: 16 sequences of 4096 tokens, or half of the free memory.
+
+    At least one such sequence: memory is used only as far as it is filled.
+    """
+    longest = min(_TOKENS_A_ROW, context_length(model.config) or _TOKENS_A_ROW) * decoder.token_bytes
+    return int(max(longest, min(MOST_ROWS * longest, (available_memory() - resident_now()) / 2)))
 
 
 @torch.inference_mode()
@@ -252,14 +261,15 @@ def verified_decoding(
     """
     report_compilation(model, {}, "the decoding of replies", log)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = [(7 + 13 * i) % vocabulary for i in range(min(12, rotary_limit(model.config) or 12))]
+    most = min(_VERIFIED, rotary_limit(model.config) or _VERIFIED)
+    ids = [(7 + 13 * i) % vocabulary for i in range(most)]
     with first_layers(model) as depth:
         expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
         few = CompiledDecoder(model, [] if adapter is None else [(adapters or {})[adapter]])
         pages, row = few.pages(0), Row()
         index = None if adapter is None else 0
-        parts = [few.logits(pages, [NewTokens(row, ids[:8], index)], every=True)]
-        parts += [few.logits(pages, [NewTokens(row, [i], index)]) for i in ids[8:]]
+        parts = [few.logits(pages, [NewTokens(row, ids[:-4], index)], every=True)]
+        parts += [few.logits(pages, [NewTokens(row, [i], index)]) for i in ids[-4:]]
     error = relative_distance(torch.cat(parts), expected)
     if not error <= rounding_bound(model.dtype, depth):
         raise Unsuitable(f"on this machine their logits differ from those of transformers' layers by {error:.2g}")

@@ -168,7 +168,7 @@ class Generator:
                 self._decoding = verified_decoding(self.model, adapters, _active(layers), log=self._log)
             except Unsuitable as e:
                 self.why_not = str(e)
-                self._log(not_compiled(self.why_not))
+                self._log(not_compiled(self.model, self.why_not))
         try:
             yield self._decoding
         finally:
@@ -186,7 +186,8 @@ class Generator:
         readings = []
         for prompt in prompts:
             self.check_length(len(prompt))
-            readings.append(Reading(list(prompt), adapter, len(prompt) + self._room(len(prompt), s.max_new_tokens)))
+            most = min(len(prompt) + self._room(len(prompt), s.max_new_tokens), decoding.capacity)
+            readings.append(Reading(list(prompt), adapter, most))
         samplers = [Sampler(replace(s, seed=s.seed + i), self.model.device) for i in range(len(prompts))]
         decode(decoding, readings, samplers, self.stop_ids, s.max_seconds, streamer.add if streamer else None)
         if streamer:
@@ -244,8 +245,10 @@ def _active(layers: Mapping[str, LoraLinear]) -> str | None:
 
 
 def _state(model: CausalLM) -> tuple[object, ...]:
-    """Return what changes when any tensor of a model is replaced or written to."""
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in model.state_dict().values())
+    """Return what changes when any tensor of a model is replaced, or an adapter's values change."""
+    places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in model.state_dict().values())
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear)]
+    return *places, *(float(p.detach().sum()) for m in layers for p in (m.lora_A, m.lora_B))
 
 
 class _Stream(BaseStreamer):  # type: ignore[misc]

@@ -13,11 +13,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
 
 BLOCK, NESTED_BLOCK = 64, 256
-_FEW_ROWS = 16
+FEW_ROWS = 16
 QuantisationKind = Literal["nf4", "fp4", "int8"]
 
 
@@ -191,16 +191,20 @@ def quantised_matrix(
     stored: Any = layer
     n, k = layer.out_features, layer.in_features
     if layer.how.kind == "int8":
-        tensors = {"data": stored.values, "absmax": stored.scale}
+        tensors = {"data": stored.values, "absmax": stored.scale.float()}
     else:
         if k % BLOCK:
             raise Unavailable(f"the input width of a 4-bit layer must be a multiple of {BLOCK}")
         tensors = {"data": stored.packed, "table": code_table(layer.how.kind, layer.device)}
         if layer.how.double:
-            nested = {"absmax8": stored.absmax, "nested": stored.nested_absmax, "code": nested_code(layer.device)}
+            nested = {
+                "absmax8": stored.absmax,
+                "nested": stored.nested_absmax.float(),
+                "code": nested_code(layer.device),
+            }
             tensors |= nested
         else:
-            tensors["absmax"] = stored.absmax
+            tensors["absmax"] = stored.absmax.float()
     if k % 16 or any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors.values()):
         raise Unavailable("widths must be multiples of 16")
     kind = decoding.EIGHT if layer.how.kind == "int8" else decoding.FOUR
@@ -210,24 +214,39 @@ def quantised_matrix(
     return matrix, list(tensors.values())
 
 
+@lru_cache(4)
+def _multiply(dtype: torch.dtype) -> Callable[..., None] | None:
+    """Return the compiled product of a stored weight, computed in this dtype; None if it is not available."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    try:
+        function = load().multiply_f32 if dtype is torch.float32 else load().multiply_bf16
+    except Unavailable:
+        return None
+    function.restype = None
+    function.argtypes = [ctypes.POINTER(decoding.MatrixStruct), ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+    return cast(Callable[..., None], function)
+
+
 def _few_rows(x: Float[Tensor, "*batch in"], layer: QuantLinear) -> Float[Tensor, "*batch out"] | None:
     """Compute a layer for a few inputs from its stored weight; None if the compiled functions are not available.
 
     Dequantising a weight takes as long as reading it seven times; for one token at a time that is nearly all the time.
     """
     rows = x.numel() // layer.in_features
-    if torch.is_grad_enabled() or x.device.type != "cpu" or not 0 < rows <= _FEW_ROWS:
+    if torch.is_grad_enabled() or x.device.type != "cpu" or not 0 < rows <= FEW_ROWS:
+        return None
+    multiply = _multiply(layer.compute)
+    if multiply is None:
         return None
     try:
-        library = load()
-        multiply = {torch.float32: library.multiply_f32, torch.bfloat16: library.multiply_bf16}[layer.compute]
         bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
         matrix, tensors = quantised_matrix(layer, None if bias is None else bias.data_ptr())
-    except (Unavailable, KeyError):
+    except Unavailable:
         return None
     flat = x.detach().to(layer.compute).float().reshape(rows, layer.in_features).contiguous()
     out = torch.empty(rows, layer.out_features)
-    multiply(ctypes.byref(matrix), ctypes.c_int64(rows), *(ctypes.c_void_p(t.data_ptr()) for t in (flat, out)))
+    multiply(ctypes.byref(matrix), rows, flat.data_ptr(), out.data_ptr())
     del tensors  # they had to live until here
     return out.to(x.dtype).view(*x.shape[:-1], layer.out_features)
 

@@ -24,6 +24,7 @@ from luthier.inference.decoding import (
     PREFIX_BYTES,
     Cancelled,
     Decoding,
+    OutOfMemory,
     Reading,
     not_compiled,
     verified_decoding,
@@ -144,7 +145,7 @@ class Engine:
                 return verified_decoding(self.model, adapters, None, memory, self._prefix_bytes, self._log)
             except Unsuitable as e:
                 self.why_not = str(e)
-                self._log(not_compiled(self.why_not))
+                self._log(not_compiled(self.model, self.why_not))
         return GeneralDecoding(self.model, self._routes, self._memory, self._prefix_bytes)
 
     @property
@@ -190,17 +191,18 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Process waiting prompts, then decode one token for every row. Returns false if no request is left."""
-        for row in [r for r in self._rows.values() if r.request.cancelled]:
-            self._remove(row)
-        self._admit()
-        if self._rows:
-            try:
+        try:
+            for row in [r for r in self._rows.values() if r.request.cancelled]:
+                self._remove(row)
+            self._admit()
+            if self._rows:
                 self._decode()
-            except Exception as e:  # as in ``_admit``
-                failed = list(self._rows.values())
-                self._rows, self.decoding = {}, self._open()
-                for row in failed:
-                    row.request.on_end(e)
+        except Exception as e:  # a failed step (out of memory, for example) fails its requests, not the server
+            failed, self._rows = list(self._rows.values()), {}
+            for row in failed:
+                row.request.on_end(e)
+            for reading in self.decoding.rows:
+                self.decoding.leave(reading)
         return bool(self._rows or self._waiting)
 
     def _admit(self) -> None:
@@ -226,7 +228,13 @@ class Engine:
 
     def _new_row(self, request: Request) -> _BatchRow:
         wanted = len(request.ids) + request.sampling.max_new_tokens
-        most = min(n for n in (wanted, self.limit, self.decoding.capacity) if n is not None)
+        capacity = self.decoding.capacity
+        if capacity is not None and len(request.ids) >= capacity:
+            raise OutOfMemory(
+                f"the prompt has {len(request.ids)} tokens; the memory for keys and values holds {capacity}",
+                "start the server with a larger --memory, or shorten the conversation",
+            )
+        most = min(n for n in (wanted, self.limit, capacity) if n is not None)
         reading = Reading(list(request.ids), request.adapter, most, cancelled=lambda: request.cancelled)
         return _BatchRow(request, Sampler(request.sampling, self.model.device), reading)
 
@@ -256,12 +264,12 @@ class Engine:
                 self._end(row, ModelError("the model's output contains NaN", "use float32: --dtype float32"))
                 continue
             one = logits[i : i + 1]
-            token = most_likely[i] if row.sampler.greedy else row.sampler.next(one, reading.ids)
-            reading.ids.append(token)
-            self.counts.reply_tokens += 1
             try:
+                token = most_likely[i] if row.sampler.greedy else row.sampler.next(one, reading.ids)
+                reading.ids.append(token)
+                self.counts.reply_tokens += 1
                 more = request.on_token(_with_logprobs(token, one[0], request.logprobs))
-            except Exception as e:  # a failing callback must not affect the other rows
+            except Exception as e:  # extreme settings or a failing callback must not affect the other rows
                 self._end(row, e)
                 continue
             if not more or token in request.stop_ids:
@@ -270,8 +278,10 @@ class Engine:
                 self._end(row, "length")
 
     def _end(self, row: _BatchRow, how: str | Exception) -> None:
-        self._remove(row)
-        row.request.on_end(how)
+        try:
+            self._remove(row)
+        finally:
+            row.request.on_end(how)
 
     def _remove(self, row: _BatchRow) -> None:
         del self._rows[row.reading]

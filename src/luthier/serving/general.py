@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,7 +79,7 @@ class GeneralDecoding:
         for row in [r for r in self._rows if self._rotary and len(r.ids) == self._rotary.limit + 1]:
             # the whole row is rotated by other factors from this length on, as in transformers' ``generate``
             self._remove(row)
-            self._add(row, self.prefill(row, row.ids[:-1], len(row.ids))[1])
+            self._add(row, self.prefill(replace(row, cancelled=lambda: False), row.ids[:-1], len(row.ids))[1])
         positions = self.cache.begin(device)
         self.routes.set([r.adapter for r in self._rows], device)
         ids = torch.tensor([[r.ids[-1]] for r in self._rows], device=device)

@@ -29,7 +29,7 @@ struct DecoderLayer {
 };
 
 struct Model {
-    int64_t layers, hidden, heads, kv, dim, rotary, interleaved, inner;
+    int64_t layers, hidden, heads, kv, dim, rotary, interleaved, mlp;
     float scale, eps;
     const DecoderLayer* layer;
     const float* norm;
@@ -100,7 +100,7 @@ struct Decoder {
     }
 
     // z = a h for the adapters of this group
-    void inner(int64_t layer, int64_t group, const Group& g) const {
+    void adapters_in(int64_t layer, int64_t group, const Group& g) const {
         if (!ranks) return;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s.count; i++) {
@@ -117,10 +117,10 @@ struct Decoder {
             const Matrix& w = g.matrices[j];
             auto store = [&](int64_t i, int64_t first, int64_t count, float* sums) {
                 if (const Update* u = ranks ? updates(i, layer, group) : nullptr) {
-                    const float* inner = z + i * ranks;
-                    for (int64_t before = 0; before < j; before++) inner += u[before].rank;
+                    const float* mine = z + i * ranks;
+                    for (int64_t before = 0; before < j; before++) mine += u[before].rank;
                     for (int64_t r = 0; r < u[j].rank; r++)
-                        for (int64_t c = 0; c < count; c++) sums[c] += inner[r] * u[j].bt[r * w.n + first + c];
+                        for (int64_t c = 0; c < count; c++) sums[c] += mine[r] * u[j].bt[r * w.n + first + c];
                 }
                 float* to = out + i * g.n + column + first;
                 for (int64_t c = 0; c < count; c++) {
@@ -211,7 +211,7 @@ struct Decoder {
     }
 
     void swiglu(Form form) const {
-        const int64_t k = m.inner, parts = (k + PART - 1) / PART;
+        const int64_t k = m.mlp, parts = (k + PART - 1) / PART;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < s.count * parts; task++) {
             const int64_t i = task / parts, first = task % parts * PART, limit = std::min(k, first + PART);
@@ -227,17 +227,17 @@ struct Decoder {
         const DecoderLayer& layer = m.layer[l];
         const Group &qkv = layer.groups[0], &o = layer.groups[1], &gate_up = layer.groups[2], &down = layer.groups[3];
         norms(layer.norm, layer.eps, form_of<T>(qkv.matrices[0]));
-        inner(l, 0, qkv);
+        adapters_in(l, 0, qkv);
         multiply(l, 0, qkv, wide, false);
         append(l);
         attend(l, layer.window, form_of<T>(o.matrices[0]));
-        inner(l, 1, o);
+        adapters_in(l, 1, o);
         multiply(l, 1, o, s.x, true);
         norms(layer.norm2, layer.eps2, form_of<T>(gate_up.matrices[0]));
-        inner(l, 2, gate_up);
+        adapters_in(l, 2, gate_up);
         multiply(l, 2, gate_up, wide, false);
         swiglu(form_of<T>(down.matrices[0]));
-        inner(l, 3, down);
+        adapters_in(l, 3, down);
         multiply(l, 3, down, s.x, true);
     }
 

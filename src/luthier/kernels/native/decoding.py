@@ -1,7 +1,7 @@
 """The structures that the compiled forward pass of ``decode.cpp`` reads, field by field as C++ declares them.
 
-The C++ side sees only addresses. ``compiled.decoder`` builds these structures, from tensors that it checks and keeps,
-and calls the function.
+The C++ side sees only addresses. ``compiled.decoder`` and ``models.quantization`` build these structures, from
+tensors that they check and keep, and call the functions.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class LayerStruct(Structure):
 
 
 class ModelStruct(Structure):
-    """A model. inner: width of the MLP. updates [adapters, layers, GROUPS, MATRICES]. page_bytes: of one page."""
+    """A model. mlp: its width. updates [adapters, layers, GROUPS, MATRICES]. page_bytes: of one page."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("layers", "hidden", "heads", "kv", "dim", "rotary", "interleaved", "inner")),
+        *((name, c_int64) for name in ("layers", "hidden", "heads", "kv", "dim", "rotary", "interleaved", "mlp")),
         ("scale", c_float),
         ("eps", c_float),
         ("layer", POINTER(LayerStruct)),

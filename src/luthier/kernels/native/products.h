@@ -92,15 +92,19 @@ inline void in_register(V& x) {
 #endif
 }
 
+#if defined(__AVX512F__)
+inline __m256 upper_half(__m512 x) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)); }
+#endif
+
 // to[i] += the sum of x[i], for 4 vectors
 inline void add_sums(const vf* x, float* to) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
     __m256 halves[4];
     for (int i = 0; i < 4; i++)
-        halves[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)x[i]), _mm512_extractf32x8_ps((__m512)x[i], 1));
+        halves[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)x[i]), upper_half((__m512)x[i]));
 #else
-    const __m256* halves = (const __m256*)x;
+    const __m256 halves[4] = {(__m256)x[0], (__m256)x[1], (__m256)x[2], (__m256)x[3]};
 #endif
     const __m256 a = _mm256_hadd_ps(halves[0], halves[1]), b = _mm256_hadd_ps(halves[2], halves[3]);
     const __m256 c = _mm256_hadd_ps(a, b);
@@ -314,12 +318,15 @@ void block(const Row* rows, int64_t count, const typename Row::In* x, int64_t ld
     alignas(64) In values[NB][KB + 64 / sizeof(In)];
     Dense dense[NB];
     for (int64_t n = 0; n < count; n++) {
-        for (int64_t c = 0; c < width; c += Row::STEP) {  // may read past a row's end, up to a vector
+        int64_t c = 0;
+        for (; c + Row::STEP <= width; c += Row::STEP) {
             typename Row::Vector w[Row::PARTS];
             rows[n].load(first + c, w);
             __builtin_prefetch((const char*)rows[n].at(first + c) + 4 * ahead);
             std::memcpy(&values[n][c], w, Row::STEP * sizeof(In));
         }
+        if constexpr (Row::STEP == 32)
+            if (c < width) std::memcpy(&values[n][c], rows[n].at(first + c), 16 * sizeof(In));
         dense[n].w = values[n];
     }
     tiles(dense, count, x + first, ldx, m, 0, width, 0, sums);
