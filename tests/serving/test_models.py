@@ -18,6 +18,7 @@ import luthier as library
 from luthier import personas
 from luthier._util.installation import install_command
 from luthier.adapters.directory import load
+from luthier.cli.common import size_in_bytes
 from luthier.errors import ConfigError, MissingPackageError
 from luthier.inference.sampling import Sampling
 from luthier.serving import app, vllm
@@ -209,11 +210,19 @@ def test_a_layout_that_needs_the_models_own_code_is_refused_for_vllm(
         vllm.command(resolve_models([run]), "127.0.0.1", 8000, "auto")
 
 
+def test_sizes_are_read_with_their_units() -> None:
+    sizes = {"2GB": 2e9, "500 MB": 5e8, "1.5gb": 1.5e9, "7kB": 7e3, "9B": 9}
+    assert {text: size_in_bytes("--memory", text) for text in sizes} == sizes
+
+
 def test_wrong_options_are_refused(luthier: Run, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for argv, message in (
         (("--dtype", "int3"), "--dtype int3: is not a dtype"),
         (("--engine", "magic"), "--engine magic: is not an engine"),
         (("--print",), "--print would be ignored: luthier's engine has no command to print"),
+        (("--memory", "2 apples"), "--memory 2 apples: is not a size"),
+        (("--engine", "vllm", "--memory", "2GB"), "--memory would be ignored: it is a setting of luthier's engine"),
+        (("--engine", "vllm", "--no-fused"), "--no-fused would be ignored"),
     ):
         done = luthier("serve", run, *argv)
         assert done.code == 2 and message in done.err

@@ -239,7 +239,7 @@ def test_a_full_queue_refuses_requests() -> None:
         engine.submit(ask(prompt(5)))
 
 
-def test_a_failure_ends_only_the_requests_it_affects() -> None:
+def test_a_failure_ends_only_the_requests_it_affects(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(make_model("llama"))
     ends: list[Any] = []
     broken = ask(prompt(5))
@@ -250,8 +250,9 @@ def test_a_failure_ends_only_the_requests_it_affects() -> None:
     assert [str(e) for e in ends] == ["failed"]
     # a failed step (out of memory, for example) fails its requests, and the next request is served
     requests[1].on_end = ends.append
-    engine.decoding.step = _raise  # type: ignore[method-assign]
-    generate(engine, [requests[1]])
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.decoding, "step", _raise)
+        generate(engine, [requests[1]])
     assert str(ends[1]) == "failed" and engine.running == 0
     assert generate(engine, [ask(prompt(7), 8)]) == [reference(make_model("llama"), prompt(7), 8, do_sample=False)]
 

@@ -61,6 +61,9 @@ def run(
         raise ConfigError(f"--engine {engine}: is not an engine", "use luthier or vllm")
     if only_print and engine != "vllm":
         raise ConfigError("--print would be ignored: luthier's engine has no command to print", "add --engine vllm")
+    if engine == "vllm" and (memory is not None or not fused):
+        name = "--memory" if memory is not None else "--no-fused"
+        raise ConfigError(f"{name} would be ignored: it is a setting of luthier's engine", f"leave {name} out")
     if engine == "vllm":
         from luthier.serving.vllm import hand_over
 

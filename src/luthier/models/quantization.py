@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -220,12 +220,14 @@ def _multiply(dtype: torch.dtype) -> Callable[..., None] | None:
     if dtype not in (torch.float32, torch.bfloat16):
         return None
     try:
-        function = load().multiply_f32 if dtype is torch.float32 else load().multiply_bf16
+        library: Any = load()
     except Unavailable:
         return None
+    function = library.multiply_f32 if dtype is torch.float32 else library.multiply_bf16
     function.restype = None
     function.argtypes = [ctypes.POINTER(decoding.MatrixStruct), ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
-    return cast(Callable[..., None], function)
+    multiply: Callable[..., None] = function
+    return multiply
 
 
 def _few_rows(x: Float[Tensor, "*batch in"], layer: QuantLinear) -> Float[Tensor, "*batch out"] | None:

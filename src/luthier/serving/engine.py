@@ -201,8 +201,11 @@ class Engine:
             failed, self._rows = list(self._rows.values()), {}
             for row in failed:
                 row.request.on_end(e)
-            for reading in self.decoding.rows:
-                self.decoding.leave(reading)
+            try:
+                for reading in self.decoding.rows:
+                    self.decoding.leave(reading)
+            except Exception:
+                self.decoding = self._open()
         return bool(self._rows or self._waiting)
 
     def _admit(self) -> None:
