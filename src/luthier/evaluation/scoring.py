@@ -29,6 +29,7 @@ from luthier.training.forward import LossFunction, LossOf, loss_sum, segment_att
 from luthier.types import Batch, Conversation, Example, Log, Message
 
 REPLIES, NEW_TOKENS = 24, 200  # held-out prompts that are answered, and the maximum length of a reply
+SAMPLE_TOKENS = 128  # maximum length of a reply to a training prompt
 HELD_OUT, RESULTS = "held-out.jsonl", "evaluation.json"  # files in a run directory
 _ROWS, _TOKENS = 8, 2048  # per batch
 
@@ -304,12 +305,16 @@ def write_sample_replies(
     seconds: float,
     log: Log,
 ) -> None:
-    """Write replies of both models to a few training prompts for the report, if there are no held-out rows."""
+    """Write replies of both models to a few training prompts for the report, if there are no held-out rows.
+
+    The tuned model may take half of the time, the base model, which seldom stops by itself, what is left.
+    """
+    deadline = time.monotonic() + seconds
     asked = with_fitting_prompts(generator, conversations, len(conversations))
     prompts = [c.messages[:-1] for c in asked]
-    after = answers(generator, prompts, NEW_TOKENS, time.monotonic() + seconds / 2)
+    after = answers(generator, prompts, SAMPLE_TOKENS, deadline - seconds / 2)
     with disable_adapter(layers):
-        before = answers(generator, prompts[: len(after)], NEW_TOKENS, time.monotonic() + seconds / 2)
+        before = answers(generator, prompts[: len(after)], SAMPLE_TOKENS, deadline)
     if len(before) < len(asked):
         log(f"replies for the report stopped at their time limit ({seconds:.1f} s): {len(before)} of {len(asked)} done")
     rows = zip(asked, before, after, strict=False)

@@ -65,6 +65,7 @@ class Generator:
         self.why_not = "" if compiled else "they are switched off"
         self._decoding: CompiledDecoding | None = None
         self._state: tuple[object, ...] = ()
+        self._verified = set[str | None]()  # adapters that the compiled layers were verified with
         self.chat_format = chat_format
         self.tokenizer = chat_format.tokenizer
         self.stop_ids = list(dict.fromkeys(chat_format.stop_ids))
@@ -163,9 +164,13 @@ class Generator:
             self._decoding = None
         if self._decoding is None:
             layers = self._adapter_layers()
-            adapters = {_ADAPTER: layers} if layers else None
+            adapters, active = {_ADAPTER: layers} if layers else None, _active(layers)
             try:
-                self._decoding = verified_decoding(self.model, adapters, _active(layers), log=self._log)
+                if self._verified & {_ADAPTER, active}:  # with the adapter, or again without it
+                    self._decoding = CompiledDecoding(self.model, adapters)
+                else:
+                    self._decoding = verified_decoding(self.model, adapters, active, log=self._log)
+                    self._verified.add(active)
             except Unsuitable as e:
                 self.why_not = str(e)
                 self._log(not_compiled(self.model, self.why_not))
