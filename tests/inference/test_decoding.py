@@ -56,10 +56,10 @@ def test_pages_are_taken_as_a_row_grows_and_are_free_again() -> None:
 def test_a_fork_shares_whole_pages_and_copies_the_last() -> None:
     pages = Pages(page_bytes=64, size=32, limit=64 * 5)
     (row,) = rows_of(pages, 70)
-    pages._page(row.pages[1]).fill_(7)
+    pages._page(row.pages[1])[:] = 7
     fork = pages.fork(row, 40)
     assert fork.pages[0] == row.pages[0] and fork.pages[1] != row.pages[1]
-    assert pages._page(fork.pages[1]).eq(7).all() and pages.free == 1
+    assert (pages._page(fork.pages[1]) == 7).all() and pages.free == 1
     pages.release(row)
     assert pages.free == 3  # the shared page is still held
     pages.release(fork)
@@ -98,6 +98,17 @@ def within(pages: int, **options: Any) -> CompiledDecoding:
     model = make_model("llama")
     page_bytes = CompiledDecoding(model, memory=0).decoder.page_bytes
     return CompiledDecoding(model, memory=pages * page_bytes, **options)
+
+
+def test_decoding_works_inside_and_outside_inference_mode() -> None:
+    with torch.inference_mode():
+        decoding = verified_decoding(make_model("llama"), memory=1 << 20)
+    first = Reading(prompt(41))
+    decoding.join(first)  # a page that is filled partly is copied
+    with torch.inference_mode():
+        decoding.join(Reading([*prompt(41), 9]))
+    first.ids.append(9)
+    assert decoding.step().shape == (2, 640)
 
 
 def test_a_sequence_waits_until_its_longest_reply_fits() -> None:

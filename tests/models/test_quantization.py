@@ -18,10 +18,11 @@ from luthier import personas
 from luthier._util import files
 from luthier._util.installation import install_command
 from luthier.errors import ConfigError, MissingPackageError
+from luthier.kernels import native
 from luthier.models import quantization
 from luthier.models.checkpoint_reader import write_safetensors
 from luthier.models.directory import read_config
-from luthier.models.quantization import Quantisation
+from luthier.models.quantization import Quantisation, QuantLinear
 from luthier.models.quantized_loader import QuantisedOptions, cache_dir, load_quantised
 from luthier.verbs.train import Stopped
 from tests.conftest import Result
@@ -52,6 +53,48 @@ def run_config(model: Path, run: Path, **values: Any) -> configs.RunConfig:
     for key, value in values.items():
         base[key] = {**base[key], **value}
     return configs.build(base)
+
+
+KINDS = [Quantisation("nf4"), Quantisation("nf4", double=False), Quantisation("fp4"), Quantisation("int8")]
+
+
+def stored(rows: int, columns: int, how: Quantisation, dtype: torch.dtype) -> QuantLinear:
+    """Return a quantised layer with a random weight and bias."""
+    torch.manual_seed(rows)
+    linear = torch.nn.Linear(columns, rows)
+    layer = QuantLinear(linear, how, dtype)
+    for part, tensor in quantization.quantise(linear.weight.detach(), how).items():
+        setattr(layer, part, tensor)
+    return layer
+
+
+@pytest.mark.parametrize("how", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2, 3), (16,), (17,)], ids=str)
+def test_a_few_inputs_are_multiplied_with_the_stored_weight(
+    shape: tuple[int, ...], dtype: torch.dtype, how: Quantisation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal to the product with the dequantised weight, which then is not made."""
+    layer = stored(75, 1152, how, dtype)
+    x = torch.randn(*shape, 1152, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = layer(x).detach()  # with autograd, so the weight is dequantised
+    made: list[QuantLinear] = []
+    whole = QuantLinear.dequantised
+    monkeypatch.setattr(QuantLinear, "dequantised", lambda self, *a: made.append(self) or whole(self, *a))
+    with torch.no_grad():
+        out = layer(x)
+    assert out.shape == expected.shape and out.dtype is dtype
+    bound = 1e-6 if dtype is torch.float32 else 0.01
+    assert float((out - expected).float().norm() / expected.float().norm()) < bound
+    assert bool(made) == (shape == (17,) or native.why_unavailable(torch.float32) is not None)
+
+
+@pytest.mark.parametrize("columns", [96, 100])
+def test_rows_that_do_not_end_with_a_block_are_dequantised(columns: int) -> None:
+    layer = stored(12, columns, Quantisation("nf4"), torch.float32)
+    x = torch.randn(2, columns, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer(x.requires_grad_()).detach())
 
 
 def load(model: Path, log: Callable[[str], None] = lambda _: None, options: QuantisedOptions = NF4) -> Any:

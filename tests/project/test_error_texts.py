@@ -41,7 +41,8 @@ def test_every_error_text_was_raised(whole_suite: None) -> None:
 def test_every_offered_fix_is_valid(whole_suite: None) -> None:
     """Its options exist, its settings are accepted, its commands are parsed, its extras exist."""
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    options = {o for verb in verbs.values() for p in verb.params for o in p.opts} | {"--no-save", "--rows"}
+    parameters = [p for verb in verbs.values() for p in verb.params]
+    options = {o for p in parameters for o in (*p.opts, *p.secondary_opts)} | {"--no-save", "--rows"}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert len(recorder.fixes) > 60
     for fix, text in recorder.fixes.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 import luthier
 from luthier import personas
+from luthier.inference.decoding import Reading, verified_decoding
 from luthier.inference.sampling import Sampling
 from luthier.serving.engine import Engine, Request
 from luthier.types import Message
@@ -43,6 +45,34 @@ def test_thirty_two_clients_get_the_same_replies_as_sequential_ones(smollm2: Pat
 
         got = list(pool.map(one, asked))
     assert got == [expected[q] for q in asked]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_takes_about_the_time_of_reading_the_weights(smollm2: Path, dtype: str) -> None:
+    """At least 0.7 of the bandwidth of a plain read of the weights. Needs an idle machine."""
+    model = luthier.chat(smollm2, dtype=dtype).generator.model
+    decoding = verified_decoding(model)
+    reading = Reading([5, 6, 7])
+    decoding.join(reading)
+    weights = {t.data_ptr(): t.reshape(-1).view(torch.int64) for t in model.state_dict().values() if t.numel() > 9}
+
+    def step() -> None:
+        reading.ids.append(9)
+        decoding.step()
+
+    def read() -> None:
+        for t in weights.values():
+            t.sum()
+
+    times: dict[str, list[float]] = {"step": [], "read": []}
+    for _ in range(30):  # in turn, since other tenants change the bandwidth
+        for name, run in (("step", step), ("read", read)):
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    ratio = statistics.median(times["read"]) / statistics.median(times["step"])
+    print(f"{dtype}: {ratio:.2f} of the bandwidth of a plain read")
+    assert ratio >= 0.7
 
 
 def test_a_batch_of_eight_is_four_times_as_fast_as_single_requests(smollm2: Path) -> None:

@@ -14,11 +14,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Int, Shaped
+    from jaxtyping import Int
 
 
 class OutOfPages(Exception):
@@ -42,13 +44,13 @@ class Pages:
     def __init__(self, page_bytes: int, size: int, limit: int) -> None:
         self.page_bytes, self.size = page_bytes, size
         self.count = max(1, limit // page_bytes)
-        self._memory = torch.frombuffer(mmap.mmap(-1, self.count * page_bytes), dtype=torch.uint8)
+        self._memory = np.frombuffer(mmap.mmap(-1, self.count * page_bytes), np.uint8)
         self._users = [0] * self.count  # rows that hold each page
         self._free = list(range(self.count - 1, -1, -1))
 
     @property
     def address(self) -> int:
-        return self._memory.data_ptr()
+        return self._memory.ctypes.data
 
     @property
     def free(self) -> int:
@@ -80,7 +82,7 @@ class Pages:
             self._users[page] += 1
         own = [self._take()] if rest else []
         for page in own:
-            self._page(page).copy_(self._page(row.pages[whole]))
+            self._page(page)[:] = self._page(row.pages[whole])
         return Row([*shared, *own], length)
 
     def release(self, row: Row) -> None:
@@ -106,7 +108,7 @@ class Pages:
         self._users[page] = 1
         return page
 
-    def _page(self, page: int) -> Shaped[Tensor, " bytes"]:
+    def _page(self, page: int) -> NDArray[np.uint8]:
         return self._memory[page * self.page_bytes : (page + 1) * self.page_bytes]
 
 
