@@ -91,7 +91,7 @@ struct Decoder {
         const float r = 1.0f / std::sqrt(tree_sum(squares) / k + eps);
         float* out = h + row * k;
         for (int64_t c = 0; c < k; c++) out[c] = weight[c] * (in[c] * r);
-        pack(out, input, row * k, k, form);
+        pack(out, input, row * k, k, 0, k, form);
     }
 
     void norms(const float* weight, float eps, Form form) const {
@@ -196,7 +196,7 @@ struct Decoder {
                     collect(scores.data() + p - start, values(page(i, p / PAGE, layer), head),
                             std::max<int64_t>(0, first - p), std::min(PAGE, limit - p), out);
                 for (int64_t c = 0; c < m.dim; c++) out[c] *= factor;
-                pack(out, input, i * q_width() + column, m.dim, form);
+                pack(out, input, i * q_width(), q_width(), column, m.dim, form);
             }
         }
     }
@@ -219,7 +219,7 @@ struct Decoder {
             float* out = h + i * k;
 #pragma omp simd
             for (int64_t c = first; c < limit; c++) out[c] = gate[c] * sigmoid(gate[c]) * up[c];
-            pack(out + first, input, i * k + first, limit - first, form);
+            pack(out + first, input, i * k, k, first, limit - first, form);
         }
     }
 
@@ -284,7 +284,7 @@ void multiply(const Matrix& w, int64_t count, const float* x, float* out) {
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < count; i++) pack(x + i * w.k, input, i * w.k, w.k, form_of<T>(w));
+        for (int64_t i = 0; i < count; i++) pack(x + i * w.k, input, i * w.k, w.k, 0, w.k, form_of<T>(w));
         product<T>(w, input, count, [&](int64_t i, int64_t first, int64_t n, const float* sums) {
             for (int64_t c = 0; c < n; c++) out[i * w.n + first + c] = sums[c] + (w.bias ? w.bias[first + c] : 0.0f);
         });

@@ -29,9 +29,13 @@ struct Matrix {
 
 typedef float Input;  // storage of one input value in any form
 
-// How a matrix reads its input: as floats or bf16; in pairs: of every 64 values, those at even places, then the others.
+// How a matrix reads its input: as floats or bf16, and in which order. PAIRS: of every 64 values, those at even places, then
+// the others. QUADS: of every 128, those at places 1, 5, 9, ..., then 0, 4, ..., then 3, 7, ..., then 2, 6, ...; the same
+// for 64 at the end of a row.
+enum Order { PLAIN, PAIRS, QUADS };
 struct Form {
-    bool bfloat, pairs;
+    bool bfloat;
+    Order order;
 };
 
 template <class T>
@@ -43,20 +47,25 @@ constexpr bool DOT_BF16<bf16> = true;
 
 template <class T>
 Form form_of(const Matrix& w) {
-    return {DOT_BF16<T> && w.kind != EIGHT && w.kind != FLOAT, w.kind == FOUR};
+    const bool bfloat = DOT_BF16<T> && w.kind != EIGHT && w.kind != FLOAT;
+    return {bfloat, w.kind != FOUR ? PLAIN : bfloat ? QUADS : PAIRS};
 }
 
-// Store n values from place ``at`` on in a form. Rows start at multiples of their width, for pairs a multiple of 64.
-template <class E>
-void pack_as(const float* __restrict x, E* __restrict to, int64_t at, int64_t n, bool pairs) {
-    if (!pairs) return narrow(x, to + at, n);
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t o = at + i;
-        put(x[i], to[o - o % 64 + o % 2 * 32 + o % 64 / 2]);
-    }
+inline int64_t place(int64_t column, int64_t k, Order order) {
+    if (order == PAIRS) return column - column % 64 + column % 2 * 32 + column % 64 / 2;
+    const int64_t size = column < k / 128 * 128 ? 128 : 64, start = column / 128 * 128, i = column - start;
+    return start + (i % 4 ^ 1) * (size / 4) + i / 4;
 }
-void pack(const float* x, Input* to, int64_t at, int64_t n, Form form) {
-    form.bfloat ? pack_as(x, (bf16*)to, at, n, form.pairs) : pack_as(x, (float*)to, at, n, form.pairs);
+
+// Store n values of a row of k, which starts at ``row``, from a column on.
+template <class E>
+void pack_as(const float* __restrict x, E* __restrict row, int64_t k, int64_t column, int64_t n, Order order) {
+    if (order == PLAIN) return narrow(x, row + column, n);
+    for (int64_t i = 0; i < n; i++) put(x[i], row[place(column + i, k, order)]);
+}
+void pack(const float* x, Input* to, int64_t row, int64_t k, int64_t column, int64_t n, Form form) {
+    form.bfloat ? pack_as(x, (bf16*)to + row, k, column, n, form.order)
+                : pack_as(x, (float*)to + row, k, column, n, form.order);
 }
 
 inline vf widened(const float* x) { return *(const vf*)x; }
@@ -231,14 +240,30 @@ struct BfloatDotRow {
 
 struct FourDotRow : FourRow {
     typedef bf16 In;
-    static constexpr int PARTS = 2;
+    static constexpr int STEP = 128, PARTS = 4;
     typedef __m512i Vector;
-    void load(int64_t c, Vector* to) const {  // a table of 2 x 16 values: index bit 4 has no effect
-        const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(scale(c)));
-        const __m512i table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
-        const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)at(c)));
-        to[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
-        to[1] = _mm512_permutexvar_epi16(bytes, table);
+
+    // Lanes 0 .. 15 of a vector look into the lower half of the table, which has the values of the first 64 codes.
+    static void look_up(__m512i codes, __m512 first, __m512 second, Vector* to) {
+        const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+        const __m512i low = _mm512_set1_epi16(15), half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+        auto values = [&](__m512i index) {  // (index & low) | half
+            return _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(index, low, half, 0xea), table);
+        };
+        to[0] = values(codes);
+        to[1] = values(_mm512_srli_epi16(codes, 4));
+        to[2] = values(_mm512_srli_epi16(codes, 8));
+        to[3] = values(_mm512_srli_epi16(codes, 12));
+    }
+    __m512 scaled(int64_t c) const { return _mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(scale(c))); }
+    void load(int64_t c, Vector* to) const { look_up(_mm512_loadu_si512(at(c)), scaled(c), scaled(c + 64), to); }
+    // 64 values at the end of a row, as 2 vectors
+    void load_half(int64_t c, Vector* to) const {
+        Vector parts[4];
+        const __m512 values = scaled(c);
+        look_up(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)at(c))), values, values, parts);
+        for (int i = 0; i < 2; i++)
+            to[i] = _mm512_inserti64x4(parts[2 * i], _mm512_castsi512_si256(parts[2 * i + 1]), 1);
     }
     static Vector input(const In* x) { return _mm512_loadu_si512(x); }
     static void add(vf& sum, Vector a, Vector b) { BfloatDotRow::add(sum, a, b); }
@@ -285,6 +310,14 @@ void tile(const Row* rows, const typename Row::In* x, int64_t ldx, int64_t first
                 for (int m = 0; m < M; m++)
                     Row::add(acc[m][n], _mm512_maskz_loadu_epi16(0xffff, rows[n].w + c),
                              _mm512_maskz_loadu_epi16(0xffff, x + m * ldx + c));
+    if constexpr (Row::STEP == 128)
+        if (c < first + width)  // 64 columns are left
+            for (int n = 0; n < 4; n++) {
+                Vector w[2];
+                rows[n].load_half(c, w);
+                for (int m = 0; m < M; m++)
+                    for (int p = 0; p < 2; p++) Row::add(acc[m][n], w[p], Row::input(x + m * ldx + c + 32 * p));
+            }
 #endif
     for (int m = 0; m < M; m++) add_sums(acc[m], sums + m * NB);
 }
@@ -303,7 +336,7 @@ void tiles(const Row* rows, int64_t count, const typename Row::In* x, int64_t ld
     for (; i < m; i++)
         for (int64_t n = 0; n < count; n += 4)
             if (i == 0 && ahead)
-                tile<1, true>(rows + n, x, ldx, first, width, 4 * ahead, sums + n);
+                tile<1, true>(rows + n, x, ldx, first, width, 8 * ahead, sums + n);
             else
                 tile<1, false>(rows + n, x + i * ldx, ldx, first, width, 0, sums + i * NB + n);
 }
@@ -327,6 +360,12 @@ void block(const Row* rows, int64_t count, const typename Row::In* x, int64_t ld
         }
         if constexpr (Row::STEP == 32)
             if (c < width) std::memcpy(&values[n][c], rows[n].at(first + c), 16 * sizeof(In));
+        if constexpr (Row::STEP == 128)
+            if (c < width) {
+                typename Row::Vector w[2];
+                rows[n].load_half(first + c, w);
+                std::memcpy(&values[n][c], w, 64 * sizeof(In));
+            }
         dense[n].w = values[n];
     }
     tiles(dense, count, x + first, ldx, m, 0, width, 0, sums);
@@ -340,7 +379,7 @@ void part(const Matrix& w, const Input* in, int64_t m, const int64_t* index, int
         Row rows[NB];
         for (int64_t n = 0; n < count; n++) {
             rows[n].w = (decltype(type))w.data + index[n] * ld;
-            if constexpr (Row::STEP == 64) rows[n].table = w.table, rows[n].begin(w, index[n] * w.k + first, width);
+            if constexpr (Row::STEP >= 64) rows[n].table = w.table, rows[n].begin(w, index[n] * w.k + first, width);
         }
         block<Row, decltype(plain)>(rows, count, (const typename Row::In*)in, w.k, m, first, width, ld * sizeof(*type),
                                     sums);
