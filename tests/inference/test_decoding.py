@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from luthier.compiled import Unsuitable
+from luthier.compiled.decoder import CompiledDecoder
 from luthier.compiled.pages import OutOfPages, Pages, PrefixPages, Row
 from luthier.errors import ModelError
 from luthier.inference import decoding as module
@@ -22,11 +23,15 @@ from luthier.inference.decoding import (
     verified_decoding,
 )
 from luthier.inference.sampling import Sampler, Sampling
+from luthier.lora.layers import LoraLinear, detach
+from luthier.serving.adapters import install
 from luthier.serving.engine import Engine, Request
 from tests.conftest import make_model
 from tests.helpers.serving import generate
-from tests.laws.test_decode import prompt, pytestmark  # noqa: F401 - needs a compiler
-from tests.serving.test_serve_engine import ask, reference
+from tests.laws.test_compiled import needs_compiler
+from tests.serving.test_serve_engine import adapted, ask, prompt, reference
+
+pytestmark = needs_compiler
 
 
 def rows_of(pages: Pages, *lengths: int) -> list[Row]:
@@ -136,7 +141,7 @@ def test_a_prompt_that_can_never_fit_is_refused_at_once() -> None:
     engine, ends = Engine(make_model("llama"), memory=2 * page), list[Any]()
     generate(engine, [Request(prompt(64), [], Sampling(max_new_tokens=4), on_end=ends.append)])
     assert isinstance(ends[0], OutOfMemory) and "holds 64" in ends[0].message and "--memory" in ends[0].fix
-    with pytest.raises(OutOfMemory, match="the keys and values of 64 tokens fit"):
+    with pytest.raises(OutOfMemory, match="the memory for keys and values holds 64 tokens"):
         within(pages=2).join(Reading(prompt(65)))
 
 
@@ -154,14 +159,43 @@ def test_a_cancelled_prompt_stops_between_two_parts_and_frees_its_pages(monkeypa
     assert decoding.join(Reading(prompt(100))).shape == (1, 640)
 
 
-def test_a_request_that_is_cancelled_while_its_prompt_is_read_does_not_disturb_others() -> None:
-    engine, other = Engine(make_model("llama")), ask(prompt(17))
-    request = ask(prompt(60))
-    request.cancel()
+def test_a_request_that_is_cancelled_while_its_prompt_is_read_does_not_disturb_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 16)
+    engine, other, request = Engine(make_model("llama")), ask(prompt(17)), ask(prompt(60))
     request.on_end = pytest.fail
+    logits, read = CompiledDecoding._logits, list[int]()
+
+    def cancel_after_the_first_part(self: CompiledDecoding, new: Any) -> torch.Tensor:
+        read.append(len(new[0].ids))
+        request.cancel()
+        return logits(self, new)
+
+    monkeypatch.setattr(CompiledDecoding, "_logits", cancel_after_the_first_part)
     engine.submit(request)
+    engine.step()
+    assert read == [16] and engine.decoding.rows == []
     assert generate(engine, [other]) == [reference(make_model("llama"), prompt(17), 30, do_sample=False)]
-    assert engine.decoding.rows == []
+
+
+def test_the_engine_verifies_the_compiled_layers_with_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine() -> Engine:
+        model = make_model("llama")
+        layers = adapted(model, 1)
+        detach(model, layers)
+        return Engine(model, install(model, [("one", layers)], model.dtype))
+
+    assert engine().why_not == ""
+    update = CompiledDecoder._update
+
+    def doubled(self: CompiledDecoder, layer: LoraLinear) -> Any:
+        wrong = update(self, layer)
+        self._tensors[-1].mul_(2)
+        return wrong
+
+    monkeypatch.setattr(CompiledDecoder, "_update", doubled)
+    assert "their logits differ from those of transformers' layers" in engine().why_not
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError])

@@ -1,8 +1,8 @@
-"""Law "decode": token by token, alone or beside 15 others, with a cached prefix or without, equals one forward pass.
+"""Law "decode": reading a text one token at a time gives the logits of one forward pass over the whole text.
 
-The compiled layers: a token's logits are within 1e-5 (norm of the difference over norm) of transformers' own in fp32,
-in bf16 within what rounding explains; and they are the same bits however the tokens are divided
-into calls, whatever is decoded beside them, and whether a prefix was cached.
+The forward pass is that of transformers' own layers. In fp32 the logits of the compiled layers differ from it by less
+than 1e-5 (norm of the difference over norm), in bf16 by what rounding explains. Among themselves they are the same
+bits, for a text read alone or together with 15 others, in one call or in several, with its start in the cache or not.
 
 The law can fail: it detects keys of another sequence's page, and an adapter that is left out.
 """
@@ -21,27 +21,19 @@ from luthier.compiled import Unsuitable
 from luthier.compiled.decoder import CompiledDecoder, NewTokens
 from luthier.compiled.pages import Pages, Row
 from luthier.inference.decoding import CompiledDecoding, Reading, verified_decoding
-from luthier.kernels import native
 from luthier.models.directory import read_config
 from luthier.models.loader import load_weights
 from luthier.models.quantization import Quantisation
 from luthier.models.quantized_loader import QuantisedOptions, load_quantised
 from tests.conftest import make_model
 from tests.helpers.rows import fails, with_adapter
+from tests.laws.test_compiled import COMPILED, needs_compiler
+from tests.laws.test_quantised import KINDS
+from tests.serving.test_serve_engine import prompt
 
-COMPILED = ["llama", "qwen2", "phi3", "glm"]
-KINDS = [None, Quantisation("nf4"), Quantisation("nf4", double=False), Quantisation("fp4"), Quantisation("int8")]
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 LENGTHS = (75, 3, 41, 64, 32, 33, 1, 90, 17, 60, 2, 29, 31, 65, 7, 50)  # pages end at 32, 64, ...
-pytestmark = pytest.mark.skipif(
-    native.why_unavailable(torch.float32) is not None,
-    reason=f"no compiled kernels: {native.why_unavailable(torch.float32)}",
-)
-
-
-def prompt(length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(5, 640, (length,), generator=generator).tolist()
+pytestmark = needs_compiler
 
 
 def opened(arch: str, dtype: torch.dtype, how: Quantisation | None, path: Path, **sizes: int) -> Any:
@@ -88,7 +80,7 @@ def law(model: Any, dtype: torch.dtype, adapters: Sequence[Any] = (), adapter: i
     assert torch.equal(alone, whole(decoder, prompt(LENGTHS[0]), adapter))
 
 
-@pytest.mark.parametrize("how", KINDS, ids=str)
+@pytest.mark.parametrize("how", [None, *KINDS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", COMPILED)
 def test_decoding_equals_one_forward_pass(

@@ -31,7 +31,7 @@ from luthier.kernels import native
 from luthier.types import Conversation, Message, RowRef
 from tests.conftest import ARCHITECTURES, Result
 from tests.conftest import teahouse as config
-from tests.laws.test_decode import COMPILED
+from tests.laws.test_compiled import COMPILED
 
 Run = Callable[..., Result]
 ENGLISH = (

@@ -69,9 +69,7 @@ class CompiledDecoder:
         self._layers = (decoding.LayerStruct * len(blocks))(*(self._layer(block) for block in blocks))
         self._updates, self._adapters = self._all_updates(blocks, adapters), len(adapters)
         self._page_shape = (len(blocks), 2, shape.kv, shape.dim, decoding.PAGE)
-        config: Any = model.config
-        self._rotary = int(decoder.rotary_emb(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long))[0].shape[-1])
-        self._rotary_limit = rotary_limit(config)
+        self._rotary_limit = rotary_limit(model.config)
         self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
         head = self._matrix(model.get_output_embeddings())
         self._vocabulary = int(head.n)
@@ -81,7 +79,7 @@ class CompiledDecoder:
             heads=shape.heads,
             kv=shape.kv,
             dim=shape.dim,
-            rotary=self._rotary,
+            rotary=self._look_up(torch.tensor([0]), long=False)[0].shape[1],
             interleaved=shape.interleaved,
             mlp=shape.inner,
             scale=shape.scale,

@@ -133,7 +133,7 @@ class PrefixPages:
 
     def fork(self, owner: Hashable, ids: Sequence[int]) -> Row:
         """Return a row with the longest start of ``ids`` that is known, which may be empty."""
-        lengths = {key: _shared_length(key[1], ids) for key in self._entries if key[0] == owner}
+        lengths = {key: shared_length(key[1], ids) for key in self._entries if key[0] == owner}
         best = max(lengths, key=lengths.__getitem__, default=None)
         if best is None or not lengths[best]:
             return Row()
@@ -170,6 +170,7 @@ class PrefixPages:
         return True
 
 
-def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many ids two sequences have in common at their start."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)

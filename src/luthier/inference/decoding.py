@@ -183,7 +183,7 @@ class CompiledDecoding:
             except OutOfPages:
                 if not self._prefixes.drop_oldest():
                     raise OutOfMemory(
-                        f"the keys and values of {self.capacity} tokens fit into the memory for them, and all are used",
+                        f"the memory for keys and values holds {self.capacity} tokens, and all of it is in use",
                         "shorten the conversation, or send fewer requests at a time",
                     ) from None
 

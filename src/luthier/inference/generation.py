@@ -159,11 +159,11 @@ class Generator:
         if self.why_not:
             yield None
             return
-        state = _state(self.model)
+        layers = self._adapter_layers()
+        state = _state(self.model, layers)
         if state != self._state:
             self._decoding = None
         if self._decoding is None:
-            layers = self._adapter_layers()
             adapters, active = {_ADAPTER: layers} if layers else None, _active(layers)
             try:
                 if self._verified & {_ADAPTER, active}:  # with the adapter, or again without it
@@ -249,11 +249,10 @@ def _active(layers: Mapping[str, LoraLinear]) -> str | None:
     return _ADAPTER if any(layer.enabled for layer in layers.values()) else None
 
 
-def _state(model: CausalLM) -> tuple[object, ...]:
+def _state(model: CausalLM, layers: Mapping[str, LoraLinear]) -> tuple[object, ...]:
     """Return what changes when any tensor of a model is replaced, or an adapter's values change."""
     places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in model.state_dict().values())
-    layers = [m for m in model.modules() if isinstance(m, LoraLinear)]
-    return *places, *(float(p.detach().sum()) for m in layers for p in (m.lora_A, m.lora_B))
+    return *places, *(float(p.detach().sum()) for m in layers.values() for p in (m.lora_A, m.lora_B))
 
 
 class _Stream(BaseStreamer):  # type: ignore[misc]

@@ -125,7 +125,7 @@ def absolute_maxima(parts: Mapping[str, Shaped[Tensor, " ..."]], how: Quantisati
     """Return the scale of each block of a 4-bit weight: [blocks] fp32."""
     if not how.double:
         return parts["absmax"]
-    code = nested_code(parts["absmax"].device)
+    code = _nested_code(parts["absmax"].device)
     scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
         parts["absmax"], parts["nested_absmax"], code, NESTED_BLOCK, torch.float32
     )
@@ -133,7 +133,7 @@ def absolute_maxima(parts: Mapping[str, Shaped[Tensor, " ..."]], how: Quantisati
 
 
 @lru_cache(8)
-def nested_code(device: torch.device) -> Float[Tensor, " 256"]:
+def _nested_code(device: torch.device) -> Float[Tensor, " 256"]:
     """Return the value of each 8-bit code of a scale that is itself quantised: [256] fp32."""
     code: Tensor = bitsandbytes_functions().create_dynamic_map().to(device)
     return code
@@ -200,13 +200,15 @@ def quantised_matrix(
             nested = {
                 "absmax8": stored.absmax,
                 "nested": stored.nested_absmax.float(),
-                "code": nested_code(layer.device),
+                "code": _nested_code(layer.device),
             }
             tensors |= nested
         else:
             tensors["absmax"] = stored.absmax.float()
-    if k % 16 or any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors.values()):
+    if k % 16:
         raise Unavailable("widths must be multiples of 16")
+    if any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors.values()):
+        raise Unavailable("tensors must be contiguous and on the CPU")
     kind = decoding.EIGHT if layer.how.kind == "int8" else decoding.FOUR
     matrix = decoding.MatrixStruct(kind, n, k, k, bias=bias, **{name: t.data_ptr() for name, t in tensors.items()})
     if layer.how.kind != "int8" and layer.how.double:
@@ -233,7 +235,7 @@ def _multiply(dtype: torch.dtype) -> Callable[..., None] | None:
 def _few_rows(x: Float[Tensor, "*batch in"], layer: QuantLinear) -> Float[Tensor, "*batch out"] | None:
     """Compute a layer for a few inputs from its stored weight; None if the compiled functions are not available.
 
-    Dequantising a weight takes as long as reading it seven times; for one token at a time that is nearly all the time.
+    Dequantising a whole weight for a few inputs takes most of the time of a token.
     """
     rows = x.numel() // layer.in_features
     if torch.is_grad_enabled() or x.device.type != "cpu" or not 0 < rows <= FEW_ROWS:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from luthier.compiled.pages import shared_length
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -151,7 +153,7 @@ class Prefixes:
         """
         length, best = 0, None
         for entry in self._entries:
-            if entry[0] == owner and (n := _shared_length(entry[1], ids)) > length:
+            if entry[0] == owner and (n := shared_length(entry[1], ids)) > length:
                 length, best = n, entry
         length = min(length, len(ids) - 1)
         if best is None or length == 0:
@@ -173,11 +175,6 @@ class Prefixes:
             self.bytes += size
         while self.bytes > self.max_bytes:
             self.bytes -= _size(self._entries.popitem(last=False)[1])
-
-
-def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
 
 
 def _size(layers: Layers) -> int:

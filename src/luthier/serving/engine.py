@@ -142,7 +142,9 @@ class Engine:
         if not self.why_not:
             try:
                 adapters, memory = self._routes.adapters, self._memory
-                return verified_decoding(self.model, adapters, None, memory, self._prefix_bytes, self._log)
+                first = next(iter(adapters), None)  # verified together with the base model's layers
+                self._routes.set([first], self.model.device)
+                return verified_decoding(self.model, adapters, first, memory, self._prefix_bytes, self._log)
             except Unsuitable as e:
                 self.why_not = str(e)
                 self._log(not_compiled(self.model, self.why_not))
