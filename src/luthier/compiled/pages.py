@@ -171,6 +171,6 @@ class PrefixPages:
 
 
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many ids two sequences have in common at their start."""
+    """Return the length of the start that two sequences share."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
