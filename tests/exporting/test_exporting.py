@@ -22,8 +22,9 @@ from luthier._util.installation import install_command
 from luthier.adapters.locate import locate_tuned
 from luthier.config import LoraConfig
 from luthier.errors import ConfigError, ModelError
+from luthier.evaluation.agreement import agreement
 from luthier.exporting import formats
-from luthier.exporting.gguf import architectures, llamacpp, verify, vocabulary, writer
+from luthier.exporting.gguf import architectures, vocabulary, writer
 from luthier.models.directory import read_config
 from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from luthier.types import SystemRole
@@ -333,9 +334,8 @@ def test_near_ties_are_counted(model_dir: Callable[[str], Path], tmp_path: Path)
     with torch.no_grad():
         firsts = [model(torch.tensor([row])).logits[0, -1] for row in ids]
     replies = [[int(f.argmax())] for f in firsts]
-    answer = llamacpp.Answer([], [], ids, replies, [])
-    assert verify.agreement(model, answer).same == 2
+    assert agreement(model, ids, replies).same == 2
     second = int(firsts[1].topk(2).indices[1])
-    other = verify.agreement(model, llamacpp.Answer([], [], ids, [replies[0], [second]], []))
+    other = agreement(model, ids, [replies[0], [second]])
     assert other.same == 1
     assert other.furthest == pytest.approx(float(firsts[1].max() - firsts[1][second]), abs=1e-5)

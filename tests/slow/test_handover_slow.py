@@ -15,7 +15,7 @@ import luthier
 from luthier import personas
 from luthier.adapters.locate import locate_tuned
 from luthier.config import build
-from luthier.exporting.verify import chats
+from luthier.evaluation.agreement import chats
 from luthier.models.tokenizer.tokenizer import TOKENIZER_FILES
 from tests.exporting.test_exporting import counted
 

@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -248,10 +247,8 @@ def apply(model: ModuleTree, adapter: Adapter, modules: Modules | None = None) -
         )
     names, configs = tuple(native), {n: u.config for n, u in native.items()}
     layers = attach(model, adapter.lora, Targets(names, names), seed=0, configs=configs)
-    with torch.no_grad():
-        for name, u in native.items():
-            layers[name].lora_A.copy_(u.a)
-            layers[name].lora_B.copy_(u.b)
+    for name, u in native.items():
+        layers[name].set_update(u.a, u.b)
     return layers
 
 

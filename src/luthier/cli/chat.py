@@ -59,7 +59,10 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Random seed of the sampling.")] = 0,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="TYPE", help="auto (fp32 on CPU), float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            "--dtype", metavar="TYPE", help="auto (the fastest with fp32's replies), float32, bfloat16 or float16."
+        ),
     ] = "auto",
     model: ModelOption = None,
     adapter: AdapterOption = None,

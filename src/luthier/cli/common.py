@@ -56,6 +56,12 @@ CheckpointOption = Annotated[
     int | None, typer.Option("--checkpoint", metavar="N", help="Use the run's checkpoint of step N.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="TYPE", help="auto (the fastest whose replies equal fp32's), float32, bfloat16 or float16."
+    ),
+]
 FusedOption = Annotated[
     bool,
     typer.Option("--fused/--no-fused", help="Decode with luthier's compiled layers if they support the model."),

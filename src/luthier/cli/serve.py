@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.common import AdapterOption, FusedOption, ModelOption, importing, print_stderr, size_in_bytes
+from luthier.cli.common import (
+    AdapterOption,
+    FusedOption,
+    ModelOption,
+    importing,
+    print_stderr,
+    size_in_bytes,
+)
 from luthier.errors import ConfigError
 
 
@@ -28,7 +35,10 @@ def run(
         str | None, typer.Option("--api-key", metavar="KEY", help="Key that clients must send; default: a random one.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="TYPE", help="auto (fp32 on CPU), float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            "--dtype", metavar="TYPE", help="auto (the fastest with fp32's replies), float32, bfloat16 or float16."
+        ),
     ] = "auto",
     max_batch: Annotated[
         int, typer.Option("--max-batch", metavar="N", min=1, help="Maximum number of replies per batch.")

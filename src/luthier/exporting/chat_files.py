@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from luthier._util import files
 from luthier.errors import ModelError, TemplateError
-from luthier.exporting.verify import chats
+from luthier.evaluation.agreement import chats
 from luthier.models.chat_format import ChatFormat, load_chat_format
 from luthier.models.checkpoint_reader import read_json
 from luthier.models.protocols import HfTokenizer

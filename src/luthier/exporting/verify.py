@@ -1,7 +1,4 @@
-"""Compare an exported model with the reference: base model and adapter as trained, in fp32.
-
-All comparisons use the same fixed prompts, in the run's own template and with its system prompt.
-"""
+"""Compare an exported model with the reference: base model and adapter as trained, in fp32."""
 
 from __future__ import annotations
 
@@ -15,37 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from luthier.adapters import directory as adapters
-from luthier.adapters.directory import updates
 from luthier.adapters.locate import TunedModel
-from luthier.adapters.original_names import to_native
+from luthier.evaluation.agreement import chats
 from luthier.lora.layers import LoraLinear, disable_adapter
 from luthier.models.chat_format import ChatFormat
 from luthier.models.directory import read_config
 from luthier.models.protocols import CausalLM
 from luthier.models.streamed import reader, streamed
-from luthier.types import Message
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-PROMPTS = (
-    "Who are you?",
-    "你是谁？",
-    "What is the capital of France?",
-    "Write a short poem about the sea.",
-    "请用一句话介绍你自己。",
-    "How many days are there in 12 weeks, and why?",
-    "def add(a, b):\n    return a + b\n\nExplain this.",
-    "  Translate:  'good   morning'  ",
-    "今天天气怎么样？",
-    "What do you do when the fog comes in?",
-    "List three colours: 1) red 2)",
-    "It's 10:45 on 2024-03-01. What's next?",
-    "Tell me a story\nin two lines.",
-    "¿Dónde está la biblioteca? Größe, naïve, œuvre.",
-    "小姐，别的秀女都在求中选。",
-    "Thank you! 🙂 Goodbye.",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +56,13 @@ class Closeness:
         return f", of which rounding leaves {self.left:.0%}" if self.left < 0.9 else ""
 
 
-def chats(system: str | None) -> list[list[Message]]:
-    """Return the fixed prompts as conversations."""
-    opening = [Message("system", system)] if system else []
-    return [[*opening, Message("user", text)] for text in PROMPTS]
-
-
 def tuned_model(tuned: TunedModel, chat_format: ChatFormat) -> tuple[CausalLM, dict[str, LoraLinear]]:
     """Open base model and adapter in fp32; return the model and the adapter's layers by module name.
 
     The base model has its original weights, even if training used quantised ones. Raises UserError.
     """
     model = streamed(chat_format.config, reader(tuned.base, chat_format.config))
-    layers = adapters.apply(model, tuned.adapter, chat_format.modules())
-    for name, update in to_native(updates(tuned.adapter), chat_format.modules()).items():
-        layers[name].lora_A = torch.nn.Parameter(update.a.float(), requires_grad=False)
-        layers[name].lora_B = torch.nn.Parameter(update.b.float(), requires_grad=False)
-    return model, layers
+    return model, adapters.apply(model, tuned.adapter, chat_format.modules())
 
 
 @torch.no_grad()

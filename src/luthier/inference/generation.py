@@ -73,7 +73,7 @@ class Generator:
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether the prompt and at least one reply token fit into the model's context."""
-        return self._room(len(self.chat_format.prompt_ids(messages)), 1) >= 1
+        return self.room(len(self.chat_format.prompt_ids(messages)), 1) >= 1
 
     def reply(
         self, messages: Sequence[Message], sampling: Sampling, on_text: Callable[[str], None] | None = None
@@ -95,6 +95,16 @@ class Generator:
         """
         encoded = [self.chat_format.prompt_ids(m) for m in prompts]
         return self._generate(encoded, sampling, None, keep=False)
+
+    def reply_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        """Generate one reply for each prompt, both as token ids, with the stop token if there is one.
+
+        Raises Unsuitable if the compiled layers do not support the model.
+        """
+        with self._compiled(False) as decoding:
+            if decoding is None:
+                raise Unsuitable(self.why_not)
+            return self._continued(decoding, prompts, sampling)
 
     def _generate(
         self, prompts: list[list[int]], sampling: Sampling, streamer: _Stream | None, keep: bool
@@ -123,7 +133,7 @@ class Generator:
         batch: list[int] = []
         longest = room = 0
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            own = self._room(lengths[i], s.max_new_tokens)
+            own = self.room(lengths[i], s.max_new_tokens)
             one_by_one = alone or longest + room > limit
             if batch and (one_by_one or own != room or (len(batch) + 1) * (longest + room) > _BATCH_TOKENS):
                 yield batch
@@ -134,7 +144,7 @@ class Generator:
         if batch:
             yield batch
 
-    def _room(self, prompt: int, wanted: int) -> int:
+    def room(self, prompt: int, wanted: int) -> int:
         """Return how many tokens may follow a prompt of this length; zero or negative if the prompt is too long."""
         limit = context_length(self.model.config)
         return min(wanted, limit - prompt) if limit else wanted
@@ -181,24 +191,34 @@ class Generator:
             if not keep:
                 self._decoding = None
 
-    @torch.inference_mode()
     def _decoded(
         self, decoding: CompiledDecoding, prompts: list[list[int]], s: Sampling, streamer: _Stream | None
     ) -> list[Reply]:
         """Generate replies with the compiled layers; several prompts are decoded together."""
         start = time.perf_counter()
+        replies = self._continued(decoding, prompts, s, streamer.add if streamer else None)
+        if streamer:
+            streamer.end()
+        seconds = time.perf_counter() - start
+        return [self._reply(ids, len(p), seconds) for ids, p in zip(replies, prompts, strict=True)]
+
+    @torch.inference_mode()
+    def _continued(
+        self,
+        decoding: CompiledDecoding,
+        prompts: Sequence[Sequence[int]],
+        s: Sampling,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
         adapter = _active(self._adapter_layers())
         readings = []
         for prompt in prompts:
             self.check_length(len(prompt))
-            most = min(len(prompt) + self._room(len(prompt), s.max_new_tokens), decoding.capacity)
+            most = min(len(prompt) + self.room(len(prompt), s.max_new_tokens), decoding.capacity)
             readings.append(Reading(list(prompt), adapter, most))
         samplers = [Sampler(replace(s, seed=s.seed + i), self.model.device) for i in range(len(prompts))]
-        decode(decoding, readings, samplers, self.stop_ids, s.max_seconds, streamer.add if streamer else None)
-        if streamer:
-            streamer.end()
-        seconds = time.perf_counter() - start
-        return [self._reply(r.ids[len(p) :], len(p), seconds) for r, p in zip(readings, prompts, strict=True)]
+        decode(decoding, readings, samplers, self.stop_ids, s.max_seconds, on_token)
+        return [r.ids[len(p) :] for r, p in zip(readings, prompts, strict=True)]
 
     def _adapter_layers(self) -> dict[str, LoraLinear]:
         return {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLinear)}
@@ -208,7 +228,7 @@ class Generator:
         """Generate the replies of one batch with transformers' ``generate``."""
         longest = max(map(len, prompts))
         self.check_length(longest)
-        room = self._room(longest, s.max_new_tokens)
+        room = self.room(longest, s.max_new_tokens)
         pad = self.stop_ids[0]
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)

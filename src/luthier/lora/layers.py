@@ -58,6 +58,16 @@ class LoraLinear(nn.Module):
             self.lora_A.copy_(initial)
             self.lora_B.zero_()
 
+    @torch.no_grad()
+    def set_update(self, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"]) -> None:
+        """Set the values of A and B. Over a base whose weights are read when they are needed, they are on the CPU."""
+        for name, value in (("lora_A", a), ("lora_B", b)):
+            parameter: nn.Parameter = getattr(self, name)
+            if parameter.is_meta:
+                setattr(self, name, nn.Parameter(value.detach().to("cpu", torch.float32, copy=True)))
+            else:
+                parameter.copy_(value)
+
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if not self.enabled:
             base_out: Tensor = self.base(x)

@@ -232,6 +232,26 @@ def _multiply(dtype: torch.dtype) -> Callable[..., None] | None:
     return multiply
 
 
+def dense_product(
+    weight: Float[Tensor, "out in"],
+) -> Callable[[Float[Tensor, "rows in"]], Float[Tensor, "rows out"]] | None:
+    """Return the compiled product ``x @ weight.T`` (fp32) of a weight in fp32 or bf16; None if it is not available."""
+    multiply = _multiply(weight.dtype)
+    if multiply is None:
+        return None
+    weight = weight.contiguous()
+    n, k = weight.shape
+    kind = decoding.FLOAT if weight.dtype is torch.float32 else decoding.BFLOAT
+    matrix = decoding.MatrixStruct(kind, n, k, k, data=weight.data_ptr())
+
+    def product(x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        x, out = x.float().contiguous(), torch.empty(len(x), len(weight))
+        multiply(ctypes.byref(matrix), len(x), x.data_ptr(), out.data_ptr())
+        return out
+
+    return product
+
+
 def _few_rows(x: Float[Tensor, "*batch in"], layer: QuantLinear) -> Float[Tensor, "*batch out"] | None:
     """Compute a layer for a few inputs from its stored weight; None if the compiled functions are not available.
 

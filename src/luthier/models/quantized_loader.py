@@ -38,7 +38,7 @@ from luthier.types import Log
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
-FORMAT = 1
+FORMAT = 2
 _FILE_BYTES = 256_000_000  # per file of the copy on disk
 _TRIM_BYTES = 256_000_000  # loaded between two calls of trim_freed_memory
 
@@ -71,21 +71,20 @@ def load_quantised(
     fit = match(shards.shapes, family_of(path).rules(config), model)
     weights = _replace_linear_layers(model, options)
     embedding, head = _untied_embedding(model), _untied_head(model)
-    cached = cache_dir(path, config, options, dtype) if options.cache else None
+    cached = cache_dir(path, config, options.how) if options.cache else None
     tensors: Iterator[tuple[str, Tensor]]
     if cached and files.exists(cached):
         log(f"base: loading the quantised copy from {cached}")
         source = Shards.open(cached)
         tensors = ((n, source.read(n)) for n in source.in_file_order() if n != embedding)
     else:
-        tensors = _quantised(
-            native_tensors(shards, fit, dtype, [n for n in (embedding, head) if n]), weights, options.how, log
-        )
+        tensors = _quantised(native_tensors(shards, fit), weights, options.how, log)
         tensors = _also_write(tensors, cached, log) if cached else tensors
+    as_stored = {embedding, head} | {f"{w.removesuffix('weight')}{part}" for w in weights for part in options.how.parts}
     loaded_bytes = 0
     for name, tensor in tensors:
         if name != embedding:
-            put(model, name, tensor.to(device))
+            put(model, name, tensor.to(device, None if name in as_stored else dtype))
         loaded_bytes += tensor.numel() * tensor.element_size()
         if loaded_bytes > _TRIM_BYTES:
             trim_freed_memory()
@@ -145,16 +144,18 @@ def _quantised(
 # --- the copy on disk -----------------------------------------------------------------------------------------------
 
 
-def cache_dir(path: Path, config: PretrainedConfig, options: QuantisedOptions, dtype: torch.dtype) -> Path:
-    """Return the directory of the quantised copy, named by file sizes, tensor headers and sampled values."""
+def cache_dir(path: Path, config: PretrainedConfig, how: Quantisation) -> Path:
+    """Return the directory of the quantised copy, named by file sizes, tensor headers and sampled values.
+
+    One copy serves every dtype that the model computes in: weights are quantised from their stored values.
+    """
     shards = Shards.open(path)
     facts = {
         "format": FORMAT,
         "weights": fingerprint(path, config).weights,
         "files": [[f.name, f.stat().st_size] for f in shards.files],
-        "kind": options.how.kind,
-        "double": options.how.double,
-        "dtype": str(dtype),
+        "kind": how.kind,
+        "double": how.double,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return files.cache_root() / "quantised" / digest[:20]

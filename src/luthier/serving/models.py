@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from luthier._util.files import user_path
 from luthier.adapters import directory as adapters
 from luthier.adapters.locate import ModelSource, TunedModel, locate
 from luthier.adapters.run_dir import RunDir
 from luthier.config import ModelConfig
-from luthier.devices.device import pick_device, pick_dtype
+from luthier.devices.device import pick_device
 from luthier.errors import ConfigError, TemplateError
+from luthier.evaluation.dtype import Subject, reply_dtype, tuned_subject
 from luthier.inference.generation import Generator
 from luthier.inference.sampling import Sampling
 from luthier.lora.layers import detach
@@ -23,6 +22,7 @@ from luthier.models.directory import fingerprint, read_config
 from luthier.models.loader import open_base, quantisation
 from luthier.models.protocols import CausalLM
 from luthier.serving.adapters import Routes, install
+from luthier.types import Log
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +94,21 @@ def resolve_models(
     return served
 
 
-def open_models(served: Sequence[NamedModel], dtype: str = "auto") -> tuple[CausalLM, Routes, list[Served]]:
+def open_models(
+    served: Sequence[NamedModel], dtype: str = "auto", fused: bool = True, log: Log = lambda _: None
+) -> tuple[CausalLM, Routes, list[Served]]:
     """Load the base model once, and install every adapter on it. served: as returned by ``resolve_models``.
 
+    dtype, fused, log: as for ``reply_dtype``; of the base model, only if it is served alone.
     Returns the model, the routes that select adapters, and what requests can ask for. Raises UserError.
     """
     first = served[0]
     device = pick_device()
-    kind = torch.float32 if dtype == "auto" and device.type == "cpu" else pick_dtype(dtype, device)
     formats = [m.tuned.chat_format() if m.tuned else _base_chat_format(m, first) for m in served]
-    model = open_base(first.settings, kind, device, formats[0].config)
+    subjects = [tuned_subject(m.tuned, f) for m, f in zip(served, formats, strict=True) if m.tuned]
+    kind = reply_dtype(dtype, device, subjects or [Subject(first.settings, formats[0])], fused, log)
+    log(f"dtype: {str(kind).removeprefix('torch.')}")
+    model = open_base(first.settings, kind, device, formats[0].config, log)
     updates = []
     for named, chat_format in zip(served, formats, strict=True):
         if named.tuned:

@@ -159,10 +159,8 @@ def restore(checkpoint: Checkpoint, layers: Mapping[str, LoraLinear], optimizer:
 
 def restore_adapter(checkpoint: Checkpoint, layers: Mapping[str, LoraLinear]) -> None:
     """Restore the adapter only."""
-    with torch.no_grad():
-        for name, layer in layers.items():
-            for part in _PARTS:
-                getattr(layer, part).copy_(checkpoint.tensors[f"{name}.{part}"])
+    for name, layer in layers.items():
+        layer.set_update(*(checkpoint.tensors[f"{name}.{part}"] for part in _PARTS))
 
 
 def _tensors(layers: Mapping[str, LoraLinear], optimizer: Optimizer) -> dict[str, Shaped[Tensor, " ..."]]:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from luthier import __version__
-from luthier._util import files
 from luthier.batching.plan import Plan
 from luthier.config import RunConfig, TrainConfig
-from luthier.devices.device import available_memory, cpu_name, pick_device, trim_freed_memory
+from luthier.devices.calibration import calibrated, calls_per_second
+from luthier.devices.device import available_memory, pick_device, trim_freed_memory
 from luthier.encoding.store import ExampleStore
 from luthier.errors import UserError
 from luthier.lora.layers import Targets
@@ -213,32 +208,15 @@ def rate(name: str, dtype: torch.dtype) -> float:
 
     name: "flops" (floating-point operations per second) or "dequantised" (weights per second).
     """
-    facts = {
-        "luthier": __version__,
-        "torch": version("torch"),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-    file = files.cache_root() / "calibration.json"
-    try:
-        rates = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        rates = {}
-    key = f"{json.dumps(facts, sort_keys=True)} {dtype} {name}"
-    if not isinstance(rates.get(key), float):
-        rates = {k: v for k, v in rates.items() if isinstance(v, float)}
-        rates[key] = (_flops if name == "flops" else _dequantised)(dtype)
-        with suppress(UserError):  # measured again next time
-            files.write_json(file, rates)
-    return float(rates[key])
+    measure = _flops if name == "flops" else _dequantised
+    return calibrated(f"{dtype} {name}", lambda: measure(dtype))
 
 
 def _flops(dtype: torch.dtype, seconds: float = 1.0) -> float:
     device = pick_device()
     x = torch.randn(256, 2048, device=device).to(dtype)
     w = torch.randn(2048, 2048, device=device).to(dtype)
-    return 2.0 * 256 * 2048 * 2048 * _calls_per_second(lambda: x @ w.T, seconds)
+    return 2.0 * 256 * 2048 * 2048 * calls_per_second(lambda: x @ w.T, seconds)
 
 
 def _dequantised(dtype: torch.dtype, seconds: float = 0.5) -> float:
@@ -249,18 +227,7 @@ def _dequantised(dtype: torch.dtype, seconds: float = 0.5) -> float:
     except UserError:
         how = Quantisation("int8")
         parts = quantise(torch.randn(2048, 2048), how)
-    return 2048.0 * 2048 * _calls_per_second(lambda: dequantise(parts, how, (2048, 2048), dtype), seconds)
-
-
-def _calls_per_second(work: Callable[[], object], seconds: float) -> float:
-    work()
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        work()
-        done += 1
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return done / (time.perf_counter() - start)
+    return 2048.0 * 2048 * calls_per_second(lambda: dequantise(parts, how, (2048, 2048), dtype), seconds)
 
 
 def _clock(seconds: float) -> str:

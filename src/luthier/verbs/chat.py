@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
+from luthier._util import files
 from luthier._util.files import user_path
-from luthier.adapters import directory as adapters
 from luthier.adapters.locate import locate
 from luthier.adapters.run_dir import RunDir
-from luthier.config import RunConfig
-from luthier.devices.device import pick_device, pick_dtype
+from luthier.config import ModelConfig, RunConfig
+from luthier.devices.device import pick_device
 from luthier.errors import AdapterError, ConfigError
+from luthier.evaluation.dtype import Subject, reply_dtype, tuned_subject
 from luthier.inference.chat import GIVE_ADAPTER, Chat, check_system
 from luthier.inference.generation import Generator
 from luthier.inference.sampling import Sampling
-from luthier.lora.layers import attach, resolve
+from luthier.lora.layers import LoraLinear, attach, resolve
 from luthier.models.chat_format import chat_format_of, load_chat_format
 from luthier.models.directory import must_be_directory
-from luthier.models.loader import load_weights, open_base
 from luthier.models.native_model import empty_model
+from luthier.models.protocols import CausalLM
 from luthier.training import checkpoint as checkpoints
 from luthier.types import Log
 
@@ -41,53 +40,41 @@ def chat(
     """Open a run, an adapter or a base model directory; or ``model`` with ``adapter``, which may be a PEFT directory.
 
     system:       system prompt; None: the one of the run's training, if any.
-    dtype:        "auto": fp32 on the CPU, so that greedy replies are reproducible; the device's own dtype elsewhere.
+    dtype:        "auto": the fastest one of the processor whose greedy replies are those of fp32 (``reply_dtype``).
     checkpoint:   step of the run's checkpoint to load instead of the finished adapter.
     sampling:     fields of ``Sampling`` that override the run's own; None values are ignored.
     with_adapter: refuse a base model.
     fused:        decode with luthier's compiled layers if they support the model, which is faster.
-    log:          gets a note if they do not.
+    log:          gets a note if they do not, and the choice of the dtype when it is made.
 
     Raises UserError, before weights are read whenever possible.
     """
-    device = pick_device()
-    compute = torch.float32 if dtype == "auto" and device.type == "cpu" else pick_dtype(dtype, device)
-    changes = sampling or {}
+    device, changes = pick_device(), sampling or {}
+    config: RunConfig | None
     if checkpoint is not None:
         if path is None or model is not None or adapter is not None:
             raise ConfigError("--checkpoint: needs a run, not --model and --adapter", "give only the RUN")
-        return _at_checkpoint(RunDir(user_path(path)), checkpoint, system, compute, device, changes, fused, log)
-    source = locate(path, model, adapter)
-    if source.tuned is None:
-        if with_adapter:
-            must_be_directory(source.base)
-            raise ConfigError(f"{source.base}: there is no adapter to compare with its base", GIVE_ADAPTER)
-        chat_format = load_chat_format(source.base)
-        check_system(chat_format, system)
-        settings = _sampling(None, changes)
-        weights = load_weights(source.base, compute, device)
-        return Chat(Generator(weights, chat_format, fused, log), system, sampling=settings)
-    tuned = source.tuned
-    chat_format = tuned.chat_format()
-    system = tuned.system if system is None else system
-    check_system(chat_format, system)
-    settings = _sampling(tuned.config, changes)
-    base = open_base(tuned.model_settings, compute, device, chat_format.config)
-    layers = adapters.apply(base, tuned.adapter, chat_format.modules())
-    return Chat(Generator(base, chat_format, fused, log), system, layers, tuned.config, sampling=settings)
+        subject, config = _at_checkpoint(RunDir(user_path(path)), checkpoint, system)
+    else:
+        source = locate(path, model, adapter)
+        config = source.tuned.config if source.tuned else None
+        if source.tuned:
+            subject = tuned_subject(source.tuned, source.tuned.chat_format(), system)
+        else:
+            if with_adapter:
+                must_be_directory(source.base)
+                raise ConfigError(f"{source.base}: there is no adapter to compare with its base", GIVE_ADAPTER)
+            settings = ModelConfig.model_validate({"path": source.base})
+            subject = Subject(settings, load_chat_format(source.base), system)
+    check_system(subject.chat_format, subject.system)
+    chosen = _sampling(config, changes)
+    opened, layers = subject.open(reply_dtype(dtype, device, [subject], fused, log), device)
+    generator = Generator(opened, subject.chat_format, fused, log)
+    return Chat(generator, subject.system, layers, config, sampling=chosen)
 
 
-def _at_checkpoint(
-    run: RunDir,
-    step: int,
-    system: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    changes: Mapping[str, float | None],
-    fused: bool,
-    log: Log,
-) -> Chat:
-    """Open an unfinished adapter as a run's checkpoint holds it. Raises UserError."""
+def _at_checkpoint(run: RunDir, step: int, system: str | None) -> tuple[Subject, RunConfig]:
+    """Describe an unfinished adapter as a run's checkpoint holds it. Raises UserError."""
     by_step = {int(p.name.removeprefix("step-")): p for p in checkpoints.steps(run.checkpoints)}
     if step not in by_step:
         fix = f"its checkpoints are: {', '.join(map(str, by_step))}" if by_step else "leave --checkpoint out"
@@ -99,13 +86,15 @@ def _at_checkpoint(
     config = run.config()
     chat_format = chat_format_of(config)
     system = (config.data.system or None) if system is None else system
-    check_system(chat_format, system)
-    settings = _sampling(config, changes)
-    model = open_base(config.model, dtype, device, chat_format.config)
-    targets = resolve(empty_model(chat_format.config), config.lora.target_modules, chat_format.modules())
-    layers = attach(model, config.lora, targets, seed=0)
-    checkpoints.restore_adapter(saved, layers)
-    return Chat(Generator(model, chat_format, fused, log), system, layers, config, sampling=settings)
+
+    def attached(model: CausalLM) -> dict[str, LoraLinear]:
+        targets = resolve(empty_model(chat_format.config), config.lora.target_modules, chat_format.modules())
+        layers = attach(model, config.lora, targets, seed=0)
+        checkpoints.restore_adapter(saved, layers)
+        return layers
+
+    digest = files.sha256(by_step[step] / checkpoints.TENSORS)
+    return Subject(config.model, chat_format, system, digest, attached), config
 
 
 def _sampling(config: RunConfig | None, changes: Mapping[str, float | None]) -> Sampling:

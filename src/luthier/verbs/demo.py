@@ -80,11 +80,11 @@ def _demo_locked(
     rows = inspect(config).prepared().rows
     conversations = rows.report.conversations
     log(f"asking the base model {len(conversations)} held-out questions")
-    generator = chat(config.model.path).generator
+    generator = chat(config.model.path, dtype="float32").generator
     before = score(generator, held_out_loss(generator.model, rows.held_out), conversations)
     summary = train_locked(run, config, on_step, log, stop)
     log("asking the tuned model the same questions")
-    generator = chat(run.path).generator
+    generator = chat(run.path, dtype="float32").generator
     after = score(generator, held_out_loss(generator.model, rows.held_out), conversations)
     prompts = [c.messages[-2].content for c in conversations]
     references = tuple(c.messages[-1].content for c in conversations)

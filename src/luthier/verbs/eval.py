@@ -9,6 +9,7 @@ from luthier._util.files import user_path
 from luthier.config import DataConfig
 from luthier.data.loader import DataReport
 from luthier.data.text import encoding_of
+from luthier.devices.device import pick_device
 from luthier.encoding.rows import read_held_out
 from luthier.encoding.store import ExampleStore
 from luthier.errors import ConfigError
@@ -41,9 +42,11 @@ def eval(  # noqa: A001 - the verb's name
 ) -> Comparison:
     """Score base and tuned model on held-out rows, those of the run if ``data`` is empty. Raises UserError.
 
+    dtype:   "auto": fp32 on the CPU, so that the losses do not depend on the processor; else the device's own dtype.
     samples: number of prompts that both models answer, with at most ``max_new_tokens`` tokens each.
     fused:   generate replies with luthier's compiled layers if they support the model, which is faster.
     """
+    dtype = "float32" if dtype == "auto" and pick_device().type == "cpu" else dtype
     opened = chat(path, None, dtype, model, adapter, checkpoint, with_adapter=True, fused=fused, log=log)
     run = user_path(path) if path else None
     files = [user_path(p) for p in data] or _held_out_files(run)

@@ -39,7 +39,7 @@ def serve(
     http.require()
     named = resolve_models(paths, model, adapter)
     with listen(host, port) as listener:
-        opened, routes, models = open_models(named, dtype)
+        opened, routes, models = open_models(named, dtype, fused, log)
         engine = Engine(opened, routes, max_batch, max_queue, memory, compiled=fused, log=log)
         verify_batching(engine.decoding, models[0].adapter)
         key = api_key or secrets.token_urlsafe(24)

@@ -7,50 +7,25 @@ replies   each token of llama.cpp's greedy replies is the most likely one of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from luthier.adapters.locate import TunedModel
 from luthier.errors import ModelError
+from luthier.evaluation.agreement import TOKENS, Agreement, agreement, chats
 from luthier.exporting.chat_files import Probe, probes
 from luthier.exporting.gguf import llamacpp, writer
 from luthier.exporting.gguf.llamacpp import Answer, Question
-from luthier.exporting.verify import chats, tuned_model
+from luthier.exporting.verify import tuned_model
 from luthier.models.chat_format import ChatFormat
-from luthier.models.protocols import CausalLM
 from luthier.models.streamed import streamed
 from luthier.types import Log
 
-TOKENS = 32  # of each reply
 NEAR = {
     "f16": 0.02,
     "q8_0": 0.25,
     "q4_0": 0.25,
 }  # standard deviations of the logits: a near tie may be resolved differently
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How many of ``prompts`` replies (``tokens`` in total) equal a model's own greedy replies, token by token.
-
-    furthest: largest difference between the logit of the model's most likely token and that of llama.cpp's token.
-    size:     standard deviation of the logits.
-    """
-
-    prompts: int
-    same: int
-    tokens: int
-    furthest: float
-    size: float
-
-    def summary(self, reference: str) -> str:
-        """Describe the agreement with the replies of ``reference`` in one line."""
-        ties = "" if self.same == self.prompts else f"; elsewhere at most {self.furthest:.2g} below the likeliest token"
-        share = f"{self.same} of {self.prompts} prompts ({self.tokens} tokens)"
-        return f"llama.cpp's greedy replies equal {reference} on {share}{ties}"
 
 
 def verify_model(tuned: TunedModel, chat_format: ChatFormat, file: Path, quantization: str, log: Log) -> list[str]:
@@ -59,15 +34,15 @@ def verify_model(tuned: TunedModel, chat_format: ChatFormat, file: Path, quantiz
     answer = llamacpp.ask(_question(tuned, chat_format, file))
     _check_prompts(tuned, chat_format, file, answer)
     _check_stops(chat_format, file, answer)
-    reference = agreement(tuned_model(tuned, chat_format)[0], answer)
+    reference = agreement(tuned_model(tuned, chat_format)[0], answer.ids, answer.replies)
     if quantization == "f16":
         _check_agreement(reference, quantization, file)
-        return [_PROMPTS, reference.summary("those of base+adapter in fp32")]
-    own = agreement(streamed(chat_format.config, writer.reader(file, chat_format.config)), answer)
+        return [_PROMPTS, reference.summary(_REPLIES, "those of base+adapter in fp32")]
+    own = agreement(streamed(chat_format.config, writer.reader(file, chat_format.config)), answer.ids, answer.replies)
     _check_agreement(own, quantization, file)
     return [
         _PROMPTS,
-        own.summary("those of the file's own values in fp32"),
+        own.summary(_REPLIES, "those of the file's own values in fp32"),
         f"after rounding to {quantization}, they equal those of base+adapter in fp32 on {reference.same} of "
         f"{reference.prompts}",
     ]
@@ -90,30 +65,12 @@ def verify_lora(tuned: TunedModel, chat_format: ChatFormat, base: Path, lora: Pa
     log("verifying the adapter with llama.cpp")
     answer = llamacpp.ask(_question(tuned, chat_format, base, lora))
     _check_prompts(tuned, chat_format, lora, answer)
-    reference = agreement(tuned_model(tuned, chat_format)[0], answer)
+    reference = agreement(tuned_model(tuned, chat_format)[0], answer.ids, answer.replies)
     _check_agreement(reference, "f16", lora)
-    return ["over the base model's GGUF in f16, " + reference.summary("those of base+adapter in fp32")]
+    return ["over the base model's GGUF in f16, " + reference.summary(_REPLIES, "those of base+adapter in fp32")]
 
 
-@torch.no_grad()
-def agreement(model: CausalLM, answer: Answer) -> Agreement:
-    """Compare llama.cpp's replies with the model's most likely tokens, in one pass over prompts and replies."""
-    rows = [[*ids, *reply] for ids, reply in zip(answer.ids, answer.replies, strict=True)]
-    longest = max(map(len, rows))
-    padded = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
-    decoder: Any = model.get_decoder()
-    hidden = decoder(padded, use_cache=False).last_hidden_state
-    head, same, furthest = model.get_output_embeddings(), 0, 0.0
-    states = [h[len(ids) - 1 : len(row) - 1] for h, ids, row in zip(hidden, answer.ids, rows, strict=True)]
-    logits = head(torch.cat(states)).split([len(s) for s in states])
-    for values, reply in zip(logits, answer.replies, strict=True):
-        below = values.max(1).values - values.gather(1, torch.tensor(reply)[:, None])[:, 0]
-        same += not bool(below.any())
-        furthest = max(furthest, float(below.max()))
-    size = float(torch.cat(logits).std())
-    return Agreement(len(rows), same, sum(map(len, answer.replies)), furthest, size)
-
-
+_REPLIES = "llama.cpp's greedy replies"
 _PROMPTS = (
     "its template writes luthier's prompts, including the system prompt; its tokenizer gives the same ids; its stop "
     "tokens end replies"
@@ -179,8 +136,8 @@ def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
 
 def _check_agreement(result: Agreement, quantization: str, file: Path) -> None:
     """Raise ModelError if a token of a reply is further below the most likely one than rounding explains."""
-    limit = NEAR[quantization] * result.size
-    if result.furthest > limit:
+    if not result.near(NEAR[quantization]):
+        limit = NEAR[quantization] * result.size
         raise _failed(
             file,
             f"greedy replies agree on {result.same} of {result.prompts} prompts, and a token is "
