@@ -16,7 +16,7 @@ import luthier as library
 from luthier.errors import ConfigError, ModelError, TemplateError
 from luthier.exporting import chat_files
 from luthier.exporting.gguf import llamacpp
-from luthier.exporting.gguf.llamacpp import Question
+from luthier.exporting.gguf.llamacpp import Question, ServerOptions
 from luthier.models.chat_format import ChatFormat
 from luthier.models.checkpoint_reader import read_json
 from luthier.serving import vllm
@@ -145,7 +145,7 @@ def old_stock_reader(path: Path) -> Reader:
 def in_llama_cpp(gguf: Path, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
     """Read as llama.cpp does, with the template in the file."""
     plain = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
-    return llamacpp.ask(Question(gguf, plain, texts=[], stops=[], tokens=1, context=64)).prompt_ids
+    return llamacpp.ask(Question(ServerOptions(str(gguf), context=64), plain, texts=[], stops=[], tokens=1)).prompt_ids
 
 
 def _other_tokenizer(folder: Path, base: Path, chat_format: ChatFormat) -> None:

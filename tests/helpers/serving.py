@@ -17,8 +17,9 @@ import uvicorn
 import luthier
 from luthier import personas
 from luthier.serving import app as http
-from luthier.serving.engine import Engine, Request
+from luthier.serving.engine import Engine
 from luthier.serving.models import Served, open_models, resolve_models
+from luthier.serving.requests import ReplyEngine, Request
 from luthier.serving.server import listen
 
 KEY = "a key for tests"
@@ -27,7 +28,7 @@ KEY = "a key for tests"
 @dataclass
 class Running:
     url: httpx2.URL
-    engine: Engine
+    engine: Any
     models: list[Served]
 
     def openai(self, key: str = KEY, **options: Any) -> openai.OpenAI:
@@ -42,7 +43,13 @@ class Running:
 def running(paths: list[Path], start: bool = True, **options: Any) -> Iterator[Running]:
     """Serve runs within the block. start: false to leave the engine stopped, so that requests wait."""
     model, routes, models = open_models(resolve_models(paths))
-    engine = Engine(model, routes, **options)
+    with serving(Engine(model, routes, **options), models, start) as server:
+        yield server
+
+
+@contextmanager
+def serving(engine: ReplyEngine, models: list[Served], start: bool = True) -> Iterator[Running]:
+    """Serve models with an engine within the block, and close it."""
     with listen("127.0.0.1", 0) as listener:
         config = uvicorn.Config(http.create(models, engine, KEY), log_level="critical", timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)

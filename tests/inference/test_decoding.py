@@ -25,7 +25,8 @@ from luthier.inference.decoding import (
 from luthier.inference.sampling import Sampler, Sampling
 from luthier.lora.layers import LoraLinear, detach
 from luthier.serving.adapters import install
-from luthier.serving.engine import Engine, Request
+from luthier.serving.engine import Engine
+from luthier.serving.requests import Request
 from tests.conftest import make_model
 from tests.helpers.serving import generate
 from tests.laws.test_compiled import needs_compiler

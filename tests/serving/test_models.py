@@ -22,9 +22,10 @@ from luthier.cli.common import size_in_bytes
 from luthier.errors import ConfigError, MissingPackageError
 from luthier.inference.sampling import Sampling
 from luthier.serving import app, vllm
-from luthier.serving.engine import Engine, Request
+from luthier.serving.engine import Engine
 from luthier.serving.head import SlicedHead, slice_head
 from luthier.serving.models import open_models, resolve_models
+from luthier.serving.requests import Request
 from luthier.types import Message
 from tests.conftest import Result, make_model
 from tests.helpers.serving import generate, train
@@ -122,11 +123,11 @@ def test_a_quantised_base_is_served_quantised(model_dir: Callable[[str], Path], 
     path = model_dir("llama")
     tuned = train(path, tmp_path / "small", "", model={"path": str(path), "load_in_4bit": True})
     model, routes, models = open_models(resolve_models([tuned]))
-    ids = models[0].generator.chat_format.prompt_ids(library.chat(tuned).messages() or _hello())
+    ids = models[0].chat_format.prompt_ids(library.chat(tuned).messages() or _hello())
     expected = library.chat(tuned).generator.reply(_hello(), Sampling(max_new_tokens=9))
-    request = Request(ids, models[0].generator.stop_ids, Sampling(max_new_tokens=9), "small")
+    request = Request(ids, models[0].chat_format.stop_ids, Sampling(max_new_tokens=9), "small")
     tokens = generate(Engine(model, routes), [request])[0]
-    assert models[0].generator.tokenizer.decode(tokens).startswith(expected.text)
+    assert models[0].chat_format.tokenizer.decode(tokens).startswith(expected.text)
 
 
 def _hello() -> list[Any]:
@@ -139,7 +140,7 @@ def test_a_merged_model_and_an_adapter_directory_reply_like_the_run(run: Path, t
     replies = []
     for path in (run, run / "adapter", tmp_path / "merged"):
         model, routes, models = open_models(resolve_models([path]))
-        request = Request(ids, models[0].generator.stop_ids, Sampling(max_new_tokens=12), models[0].adapter)
+        request = Request(ids, models[0].chat_format.stop_ids, Sampling(max_new_tokens=12), models[0].adapter)
         replies += generate(Engine(model, routes), [request])
     assert replies[0] == replies[1] == replies[2]
 
@@ -157,13 +158,13 @@ def test_a_base_without_a_template_uses_the_template_of_the_training(
     file.write_text(json.dumps(config))
     tuned = train(bare, tmp_path / "tuned", "", data={"train": [str(personas.TRAIN)], "template": "chatml"})
     models = open_models(resolve_models([tuned]))[2]
-    assert [m.generator.chat_format.template.name for m in models] == ["chatml", "chatml"]
+    assert [m.chat_format.template.name for m in models] == ["chatml", "chatml"]
     with pytest.raises(library.UserError, match="the model has no chat template"):
         open_models(resolve_models([bare]))
     argv = vllm.chat_options(resolve_models([tuned]))
     assert "<|im_start|>" in Path(argv[argv.index("--chat-template") + 1]).read_text(encoding="utf-8")
     stops = json.loads((Path(argv[argv.index("--generation-config") + 1]) / "generation_config.json").read_text())
-    assert stops["eos_token_id"] == list(models[0].generator.chat_format.stop_ids)
+    assert stops["eos_token_id"] == list(models[0].chat_format.stop_ids)
 
 
 def test_the_vllm_command_names_base_and_adapters(luthier: Run, run: Path, model_dir: Callable[[str], Path]) -> None:
@@ -219,7 +220,7 @@ def test_wrong_options_are_refused(luthier: Run, run: Path, monkeypatch: pytest.
     for argv, message in (
         (("--dtype", "int3"), "--dtype int3: is not a dtype"),
         (("--engine", "magic"), "--engine magic: is not an engine"),
-        (("--print",), "--print would be ignored: luthier's engine has no command to print"),
+        (("--print",), "--print would be ignored: only vLLM is started with a command"),
         (("--memory", "2 apples"), "--memory 2 apples: is not a size"),
         (("--engine", "vllm", "--memory", "2GB"), "--memory would be ignored: it is a setting of luthier's engine"),
         (("--engine", "vllm", "--no-fused"), "--no-fused would be ignored"),

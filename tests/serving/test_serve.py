@@ -152,7 +152,7 @@ def test_log_probabilities_have_openais_format(client: openai.OpenAI, replies: d
 
 
 def test_completions_continue_raw_text_or_token_ids(client: openai.OpenAI, server: Running) -> None:
-    tokenizer = server.models[-1].generator.tokenizer
+    tokenizer = server.models[-1].chat_format.tokenizer
     ids = list(tokenizer.hf.backend_tokenizer.encode("The lamp").ids)
     options: Any = {"model": "llama", "temperature": 0, "max_tokens": 9}
     done = client.completions.create(prompt="The lamp", **options)

@@ -22,8 +22,9 @@ from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.serving import engine as engines
 from luthier.serving.adapters import install
 from luthier.serving.cache import Prefixes
-from luthier.serving.engine import Engine, QueueFull, Request, Token
+from luthier.serving.engine import Engine
 from luthier.serving.general import verify_batching
+from luthier.serving.requests import QueueFull, Request, Token
 from luthier.serving.text import ReplyText
 from luthier.types import Message
 from tests.conftest import ARCHITECTURES, make_model

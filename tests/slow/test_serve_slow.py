@@ -15,7 +15,8 @@ import luthier
 from luthier import personas
 from luthier.inference.decoding import Reading, verified_decoding
 from luthier.inference.sampling import Sampling
-from luthier.serving.engine import Engine, Request
+from luthier.serving.engine import Engine
+from luthier.serving.requests import Request
 from luthier.types import Message
 from tests.helpers.serving import generate, running
 

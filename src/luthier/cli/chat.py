@@ -15,8 +15,10 @@ from luthier.cli.common import (
     FusedOption,
     JsonOption,
     ModelOption,
+    QuantizationOption,
     importing,
     print_stderr,
+    refuse_options,
 )
 from luthier.cli.conversation import InteractiveChat, ask, ask_both
 from luthier.errors import ConfigError
@@ -71,6 +73,10 @@ def run(
         bool, typer.Option("--compare", help="Show the replies of the base model and the tuned model side by side.")
     ] = False,
     fused: FusedOption = True,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="NAME", help="luthier, or llama.cpp (its file is written on first use).")
+    ] = "luthier",
+    quantization: QuantizationOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Chat with a run, an adapter or a base model in the prompt format of its training.
@@ -80,9 +86,8 @@ def run(
     """
     if as_json and prompt is None:
         raise ConfigError("--json prints one reply, so it needs a prompt", "add --prompt TEXT")
-    with importing():
-        from luthier.verbs.chat import chat as open_chat
-
+    if engine not in ("luthier", "llama.cpp"):
+        raise ConfigError(f"--engine {engine}: is not an engine", "use luthier or llama.cpp")
     if prompt == "-":
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
@@ -96,7 +101,24 @@ def run(
         "repetition_penalty": repetition_penalty,
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
-    chat = open_chat(path, system, dtype, model, adapter, checkpoint, sampling, compare, fused, print_stderr)
+    if engine == "llama.cpp":
+        refuse_options(
+            {
+                "--dtype": (dtype != "auto", "llama.cpp's files have types of their own (--quantization)"),
+                "--no-fused": (not fused, "it is a setting of luthier's engine"),
+                "--checkpoint": (checkpoint is not None, "llama.cpp gets finished adapters only"),
+            }
+        )
+        with importing():
+            from luthier.verbs import llamacpp
+
+        chat = llamacpp.chat(path, system, model, adapter, sampling, compare, quantization, print_stderr)
+    else:
+        refuse_options({"--quantization": (quantization is not None, "it is of llama.cpp's files")})
+        with importing():
+            from luthier.verbs.chat import chat as open_chat
+
+        chat = open_chat(path, system, dtype, model, adapter, checkpoint, sampling, compare, fused, print_stderr)
     base = chat.base_chat() if compare else None
     if prompt is None:
         InteractiveChat(chat, base).run()

@@ -62,6 +62,14 @@ DtypeOption = Annotated[
         "--dtype", metavar="TYPE", help="auto (the fastest whose replies equal fp32's), float32, bfloat16 or float16."
     ),
 ]
+QuantizationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization",
+        metavar="TYPE",
+        help="Weights in llama.cpp: f16, q8_0 or q4_0; default: as in training.",
+    ),
+]
 FusedOption = Annotated[
     bool,
     typer.Option("--fused/--no-fused", help="Decode with luthier's compiled layers if they support the model."),
@@ -198,3 +206,13 @@ def step_progress() -> Iterator[Callable[[StepRecord], None]]:
             bar.update(task, total=r.steps, completed=r.step, record=record)
 
         yield show
+
+
+def refuse_options(ignored: Mapping[str, tuple[bool, str]]) -> None:
+    """Raise ConfigError for the first option that was given although the engine would ignore it.
+
+    ignored: by option: whether it was given, and the reason.
+    """
+    for option, (given, why) in ignored.items():
+        if given:
+            raise ConfigError(f"{option} would be ignored: {why}", f"leave {option} out, or choose another --engine")

@@ -11,8 +11,10 @@ from luthier.cli.common import (
     AdapterOption,
     FusedOption,
     ModelOption,
+    QuantizationOption,
     importing,
     print_stderr,
+    refuse_options,
     size_in_bytes,
 )
 from luthier.errors import ConfigError
@@ -54,8 +56,14 @@ def run(
     ] = None,
     fused: FusedOption = True,
     engine: Annotated[
-        str, typer.Option("--engine", metavar="NAME", help="luthier, or vllm to start an installed vLLM instead.")
+        str,
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            help="luthier, llama.cpp (its file is written on first use), or vllm.",
+        ),
     ] = "luthier",
+    quantization: QuantizationOption = None,
     only_print: Annotated[bool, typer.Option("--print", help="Print the vLLM command and exit.")] = False,
     model: ModelOption = None,
     adapter: AdapterOption = None,
@@ -67,20 +75,34 @@ def run(
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype}: is not a dtype", "use auto, float32, bfloat16 or float16")
-    if engine not in ("luthier", "vllm"):
-        raise ConfigError(f"--engine {engine}: is not an engine", "use luthier or vllm")
+    if engine not in ("luthier", "llama.cpp", "vllm"):
+        raise ConfigError(f"--engine {engine}: is not an engine", "use luthier, llama.cpp or vllm")
     if only_print and engine != "vllm":
-        raise ConfigError("--print would be ignored: luthier's engine has no command to print", "add --engine vllm")
-    if engine == "vllm" and (memory is not None or not fused):
-        name = "--memory" if memory is not None else "--no-fused"
-        raise ConfigError(f"{name} would be ignored: it is a setting of luthier's engine", f"leave {name} out")
+        raise ConfigError("--print would be ignored: only vLLM is started with a command", "add --engine vllm")
+    own = "it is a setting of luthier's engine"
+    refuse_options(
+        {
+            "--no-fused": (engine != "luthier" and not fused, own),
+            "--memory": (engine == "vllm" and memory is not None, f"{own} and of llama.cpp"),
+            "--dtype": (engine == "llama.cpp" and dtype != "auto", "llama.cpp's files have types of their own"),
+            "--quantization": (engine != "llama.cpp" and quantization is not None, "it is of llama.cpp's files"),
+        }
+    )
+    limit = None if memory is None else size_in_bytes("--memory", memory)
+    directories = paths or []
     if engine == "vllm":
         from luthier.serving.vllm import hand_over
 
-        hand_over(paths or [], host, port, api_key, dtype, model, adapter, only_print, print_stderr)
-        return
-    with importing():
-        from luthier.verbs.serve import serve
+        hand_over(directories, host, port, api_key, dtype, model, adapter, only_print, print_stderr)
+    elif engine == "llama.cpp":
+        with importing():
+            from luthier.verbs import llamacpp
+            from luthier.verbs.serve import Address
 
-    limit = None if memory is None else size_in_bytes("--memory", memory)
-    serve(paths or [], host, port, api_key, dtype, model, adapter, max_batch, max_queue, limit, fused, print_stderr)
+        address = Address(host, port, api_key)
+        llamacpp.serve(directories, address, model, adapter, max_batch, max_queue, limit, quantization, print_stderr)
+    else:
+        with importing():
+            from luthier.verbs.serve import serve
+
+        serve(directories, host, port, api_key, dtype, model, adapter, max_batch, max_queue, limit, fused, print_stderr)

@@ -129,7 +129,7 @@ def _verify_vocabulary(tuned: TunedModel, chat_format: ChatFormat, file: Path, w
         return
     with TemporaryDirectory(dir=file.parent) as folder:
         small = Path(folder) / file.name
-        writer.write_vocabulary(tuned, chat_format, small, _name(tuned))
+        writer.write_vocabulary(chat_format, tuned.system, small, _name(tuned))
         verify.verify_vocabulary(tuned, chat_format, small, with_stops, log)
 
 

@@ -3,37 +3,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from luthier._util import files
 from luthier.config import RunConfig
 from luthier.data.formats import parse_messages
 from luthier.data.turns import RowProblem
 from luthier.errors import ConfigError, DataError
-from luthier.inference.generation import Generator, Reply
+from luthier.inference.generation import Reply
 from luthier.inference.sampling import Sampling
-from luthier.lora.layers import LoraLinear, disable_adapter
 from luthier.models.chat_format import ChatFormat
 from luthier.types import Message
 
 GIVE_ADAPTER = "give a run, or --model BASE --adapter DIR"
 
 
+class ReplyGenerator(Protocol):
+    """Generates replies in a chat format: ``inference.generation.Generator``, or another engine."""
+
+    chat_format: ChatFormat
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        on_text: Callable[[str], None] | None = None,
+        base: bool = False,
+    ) -> Reply:
+        """Generate one reply. on_text: called with each new piece of text. base: with the adapter switched off."""
+        ...
+
+
 @dataclass(slots=True)
 class Chat:
     """A conversation with a base model, or with a base model and an adapter.
 
-    layers:   the adapter's layers by module name, empty for a base model.
+    tuned:    whether there is an adapter.
     config:   the configuration of the run that trained the adapter, if known.
     sampling: how replies are sampled, unless ``send`` is called with other settings.
     base:     true while the adapter is switched off, so that the base model answers.
     """
 
-    generator: Generator
+    generator: ReplyGenerator
     system: str | None = None
-    layers: dict[str, LoraLinear] = field(default_factory=dict)
+    tuned: bool = False
     config: RunConfig | None = None
     history: list[Message] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
@@ -48,8 +64,7 @@ class Chat:
         self.generator.chat_format.check_text(text, "the message")
         self.history.append(Message("user", text))
         try:
-            with disable_adapter(self.layers if self.base else {}):
-                reply = self.generator.reply(self.messages(), sampling or self.sampling, on_text)
+            reply = self.generator.reply(self.messages(), sampling or self.sampling, on_text, self.base)
         except BaseException:
             self.history.pop()
             raise
@@ -74,7 +89,7 @@ class Chat:
 
     def toggle_adapter(self) -> None:
         """Switch the adapter off or on again; the conversation continues. Raises ConfigError if there is none."""
-        if not self.layers:
+        if not self.tuned:
             raise ConfigError("this is a base model: there is no adapter to switch off", GIVE_ADAPTER)
         self.base = not self.base
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from transformers import PretrainedConfig
 
 from luthier.compiled import Unsuitable, report_compilation
 from luthier.compiled.decoder import CompiledDecoder, NewTokens
@@ -105,7 +106,9 @@ class CompiledDecoding:
         adapters = adapters or {}
         self.decoder = CompiledDecoder(model, list(adapters.values()))
         self._index = {name: i for i, name in enumerate(adapters)}
-        self._pages = self.decoder.pages(default_memory(model, self.decoder) if memory is None else memory)
+        self._pages = self.decoder.pages(
+            default_memory(model.config, self.decoder.token_bytes) if memory is None else memory
+        )
         self._prefixes = PrefixPages(self._pages, prefix_bytes)
         self._cached: dict[Reading, Row] = {}
         self._owners: dict[Reading, Hashable] = {}  # of the keys and values in each row
@@ -237,12 +240,12 @@ def not_compiled(model: CausalLM, why: str) -> str:
     return f"note: luthier's compiled layers are not used ({why}){slower}"
 
 
-def default_memory(model: CausalLM, decoder: CompiledDecoder) -> int:
+def default_memory(config: PretrainedConfig, token_bytes: int) -> int:
     """Return the limit in bytes for keys and values: 16 sequences of 4096 tokens, or half of the free memory.
 
-    At least one such sequence: memory is used only as far as it is filled.
+    At least one such sequence: memory is used only as far as it is filled. token_bytes: of one token.
     """
-    longest = min(_TOKENS_A_ROW, context_length(model.config) or _TOKENS_A_ROW) * decoder.token_bytes
+    longest = min(_TOKENS_A_ROW, context_length(config) or _TOKENS_A_ROW) * token_bytes
     return int(max(longest, min(MOST_ROWS * longest, (available_memory() - resident_now()) / 2)))
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.generation.streamers import BaseStreamer
 
 from luthier.compiled import Unsuitable
 from luthier.errors import UserError
 from luthier.inference.decoding import CompiledDecoding, Reading, decode, not_compiled, verified_decoding
 from luthier.inference.sampling import Sampler, Sampling
-from luthier.lora.layers import LoraLinear
+from luthier.lora.layers import LoraLinear, disable_adapter
 from luthier.models.chat_format import ChatFormat
 from luthier.models.directory import context_length, rotary_limit
 from luthier.models.protocols import CausalLM
@@ -76,15 +76,20 @@ class Generator:
         return self.room(len(self.chat_format.prompt_ids(messages)), 1) >= 1
 
     def reply(
-        self, messages: Sequence[Message], sampling: Sampling, on_text: Callable[[str], None] | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        on_text: Callable[[str], None] | None = None,
+        base: bool = False,
     ) -> Reply:
-        """Generate one reply. on_text: called with each new piece of text.
+        """Generate one reply. on_text: called with each new piece of text. base: with the adapter switched off.
 
         Raises UserError if the prompt is too long.
         """
         prefix = self.chat_format.template.reply_prefix
         streamer = _Stream(self.tokenizer, self.stop_ids, prefix, on_text) if on_text else None
-        return self._generate([self.chat_format.prompt_ids(messages)], sampling, streamer, keep=True)[0]
+        with disable_adapter(self._adapter_layers() if base else {}):
+            return self._generate([self.chat_format.prompt_ids(messages)], sampling, streamer, keep=True)[0]
 
     def replies(self, prompts: Sequence[Sequence[Message]], sampling: Sampling) -> list[Reply]:
         """Generate one reply for each prompt, in order. Greedy and in fp32, each equals what ``reply`` returns.
@@ -151,12 +156,7 @@ class Generator:
 
     def check_length(self, tokens: int) -> int | None:
         """Return the model's context length, None if unlimited. Raises UserError if the prompt leaves no room."""
-        limit = context_length(self.model.config)
-        if limit and tokens + 1 > limit:
-            raise UserError(
-                f"the prompt is {tokens} tokens long; the model reads at most {limit}", "shorten the conversation"
-            )
-        return limit
+        return check_length(self.model.config, tokens)
 
     @contextmanager
     def _compiled(self, keep: bool) -> Iterator[CompiledDecoding | None]:
@@ -262,6 +262,16 @@ class Generator:
             reply_tokens=len(reply_ids) + (end is not None),
             seconds=seconds,
         )
+
+
+def check_length(config: PretrainedConfig, tokens: int) -> int | None:
+    """Return a model's context length, None if unlimited. Raises UserError if a prompt leaves no room for a reply."""
+    limit = context_length(config)
+    if limit and tokens + 1 > limit:
+        raise UserError(
+            f"the prompt is {tokens} tokens long; the model reads at most {limit}", "shorten the conversation"
+        )
+    return limit
 
 
 def _active(layers: Mapping[str, LoraLinear]) -> str | None:

@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from luthier._util.installation import install_command
 from luthier.errors import MissingPackageError, UserError
-from luthier.inference.generation import Generator
-from luthier.serving.engine import Engine, Token
+from luthier.inference.generation import check_length
+from luthier.models.chat_format import ChatFormat
 from luthier.serving.metrics import TYPE, Metrics
 from luthier.serving.models import Served
 from luthier.serving.protocol import ChatRequest, CompletionRequest, RequestError, error_body, parse, status_of
@@ -23,6 +23,7 @@ from luthier.serving.replies import (
     token_logprobs,
     usage,
 )
+from luthier.serving.requests import ReplyEngine, Token
 from luthier.serving.session import ReplySession
 
 try:
@@ -46,7 +47,7 @@ def require() -> None:
         raise MissingPackageError("serving needs FastAPI and uvicorn", install_command("serve"))
 
 
-def create(models: Sequence[Served], engine: Engine, api_key: str) -> FastAPI:
+def create(models: Sequence[Served], engine: ReplyEngine, api_key: str) -> FastAPI:
     """Create the application. models: in the order of ``GET /v1/models``. The engine must be started separately."""
     require()
     app = FastAPI(title="luthier", docs_url=None, redoc_url=None, openapi_url=None)
@@ -102,7 +103,7 @@ def create(models: Sequence[Served], engine: Engine, api_key: str) -> FastAPI:
 class Service:
     """Answers requests with the engine, independently of the routes."""
 
-    def __init__(self, models: Sequence[Served], engine: Engine) -> None:
+    def __init__(self, models: Sequence[Served], engine: ReplyEngine) -> None:
         self.models = {m.name: m for m in models}
         self.engine = engine
         self.metrics = Metrics()
@@ -214,7 +215,7 @@ class _Reply:
     def logprobs(self, tokens: Sequence[Token]) -> TokenLogprobs:
         if self.session.request.logprobs is None:
             return None
-        logprobs = token_logprobs(self.served.generator.tokenizer, tokens, self._before)
+        logprobs = token_logprobs(self.served.chat_format.tokenizer, tokens, self._before)
         if tokens:
             self._before = tokens[-1].id
         return logprobs
@@ -226,35 +227,35 @@ class _Reply:
 
 def _prompt(asked: ChatRequest | CompletionRequest, served: Served) -> list[int]:
     """Encode the prompt of a request. Raises UserError if it cannot be rendered or is too long."""
-    generator, chat_format = served.generator, served.generator.chat_format
+    chat_format = served.chat_format
     if isinstance(asked, ChatRequest):
         conversation = asked.conversation(served.system)
         for m in asked.messages:
             chat_format.check_text(m.text, f"the {m.role} message")
         ids = chat_format.prompt_ids(conversation)
     else:
-        ids = _raw_prompt(asked, generator)
+        ids = _raw_prompt(asked, chat_format)
     try:
-        generator.check_length(len(ids))
+        check_length(chat_format.config, len(ids))
     except UserError as e:
         param = "messages" if isinstance(asked, ChatRequest) else "prompt"
         raise RequestError(e.message, e.fix, param=param, code="context_length_exceeded") from None
     return ids
 
 
-def _raw_prompt(asked: CompletionRequest, generator: Generator) -> list[int]:
+def _raw_prompt(asked: CompletionRequest, chat_format: ChatFormat) -> list[int]:
     """Encode text like the start of a document (with <s> if the model has one); token ids are used unchanged."""
     text = asked.text
     if text is None:
         ids = [int(i) for i in asked.prompt]
-        size = generator.model.config.get_text_config().vocab_size
+        size = chat_format.config.get_text_config().vocab_size
         if unknown := [i for i in ids if not 0 <= i < size]:
             raise RequestError(
                 f"prompt: the model has no token {unknown[0]}", f"send token ids below {size}", param="prompt"
             )
         return ids
-    generator.chat_format.check_text(text, "the prompt")
-    ids = list(generator.tokenizer.hf.backend_tokenizer.encode(text).ids)
+    chat_format.check_text(text, "the prompt")
+    ids = list(chat_format.tokenizer.hf.backend_tokenizer.encode(text).ids)
     if not ids:
         raise RequestError("prompt: is empty", "send a text to continue", param="prompt")
     return ids

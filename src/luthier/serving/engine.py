@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from luthier.compiled import Unsuitable
-from luthier.errors import ModelError, UserError
+from luthier.errors import ModelError
 from luthier.inference.decoding import (
     MOST_ROWS,
     PREFIX_BYTES,
@@ -29,11 +28,12 @@ from luthier.inference.decoding import (
     not_compiled,
     verified_decoding,
 )
-from luthier.inference.sampling import Sampler, Sampling
+from luthier.inference.sampling import Sampler
 from luthier.models.directory import context_length
 from luthier.models.protocols import CausalLM
 from luthier.serving.adapters import Routes
 from luthier.serving.general import GeneralDecoding
+from luthier.serving.requests import Counts, QueueFull, Request, Token
 from luthier.types import Log
 
 if TYPE_CHECKING:
@@ -42,59 +42,11 @@ if TYPE_CHECKING:
 PROMPT_TOKENS_PER_STEP = 512  # limit on new prompt tokens between two decoding steps (at least one prompt is read)
 
 
-class QueueFull(UserError):
-    """The maximum number of requests is already waiting."""
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token of a reply. logprob: its log probability if requested; top: the most likely tokens with theirs."""
-
-    id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One request for a reply. Both callbacks are called from the engine's thread.
-
-    ids:      the prompt. adapter: None for the base model.
-    logprobs: how many of the most likely tokens to return with each token; None: no log probabilities at all.
-    on_token: called with each token, including the stop token; returning false ends the reply.
-    on_end:   called with "stop" or "length" when the reply ends, or with the error that ended it. Not if cancelled.
-    """
-
-    ids: list[int]
-    stop_ids: Collection[int]
-    sampling: Sampling = field(default_factory=Sampling)
-    adapter: str | None = None
-    logprobs: int | None = None
-    on_token: Callable[[Token], bool] = lambda _: True
-    on_end: Callable[[str | Exception], None] = lambda _: None
-    reused: int = 0  # prompt tokens whose keys and values were cached
-    cancelled: bool = False
-
-    def cancel(self) -> None:
-        """Stop generating before the next step; has no effect if the reply has ended."""
-        self.cancelled = True
-
-
 @dataclass(slots=True, eq=False)
 class _BatchRow:
     request: Request
     sampler: Sampler
     reading: Reading
-
-
-@dataclass(slots=True)
-class Counts:
-    """Totals since the start of the engine."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    reply_tokens: int = 0
-    steps: int = 0
 
 
 class Engine:

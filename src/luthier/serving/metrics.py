@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 
-from luthier.serving.engine import Engine
+from luthier.serving.requests import ReplyEngine
 
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -32,7 +32,7 @@ class Metrics:
                 self._first_tokens += 1
                 self._first_token_s += first_token_s
 
-    def text(self, engine: Engine) -> str:
+    def text(self, engine: ReplyEngine) -> str:
         """Return the body of ``GET /metrics``."""
         c = engine.counts
         with self._lock:

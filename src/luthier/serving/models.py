@@ -14,7 +14,6 @@ from luthier.config import ModelConfig
 from luthier.devices.device import pick_device
 from luthier.errors import ConfigError, TemplateError
 from luthier.evaluation.dtype import Subject, reply_dtype, tuned_subject
-from luthier.inference.generation import Generator
 from luthier.inference.sampling import Sampling
 from luthier.lora.layers import detach
 from luthier.models.chat_format import ChatFormat, load_chat_format
@@ -36,7 +35,7 @@ class Served:
 
     name: str
     adapter: str | None
-    generator: Generator
+    chat_format: ChatFormat
     system: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -104,7 +103,7 @@ def open_models(
     """
     first = served[0]
     device = pick_device()
-    formats = [m.tuned.chat_format() if m.tuned else _base_chat_format(m, first) for m in served]
+    formats = chat_formats(served)
     subjects = [tuned_subject(m.tuned, f) for m, f in zip(served, formats, strict=True) if m.tuned]
     kind = reply_dtype(dtype, device, subjects or [Subject(first.settings, formats[0])], fused, log)
     log(f"dtype: {str(kind).removeprefix('torch.')}")
@@ -116,16 +115,25 @@ def open_models(
             detach(model, layers)
             updates.append((named.name, layers))
     routes = install(model, updates, model.dtype)
-    return model, routes, [_served(m, f, model) for m, f in zip(served, formats, strict=True)]
+    return model, routes, served_models(served, formats)
 
 
-def _served(named: NamedModel, chat_format: ChatFormat, model: CausalLM) -> Served:
-    generator = Generator(model, chat_format)
-    if named.tuned is None:
-        return Served(named.name, None, generator)
-    if named.tuned.system:
-        chat_format.check_text(named.tuned.system, "the system prompt")
-    return Served(named.name, named.name, generator, named.tuned.system, named.sampling)
+def chat_formats(served: Sequence[NamedModel]) -> list[ChatFormat]:
+    """Return the chat format of each model. Raises UserError."""
+    return [m.tuned.chat_format() if m.tuned else _base_chat_format(m, served[0]) for m in served]
+
+
+def served_models(models: Sequence[NamedModel], formats: Sequence[ChatFormat]) -> list[Served]:
+    """Return what requests can ask for. Raises DataError if a system prompt of a training cannot be used."""
+    served = []
+    for named, chat_format in zip(models, formats, strict=True):
+        if named.tuned is None:
+            served.append(Served(named.name, None, chat_format))
+            continue
+        if named.tuned.system:
+            chat_format.check_text(named.tuned.system, "the system prompt")
+        served.append(Served(named.name, named.name, chat_format, named.tuned.system, named.sampling))
+    return served
 
 
 def _base_chat_format(base: NamedModel, first: NamedModel) -> ChatFormat:

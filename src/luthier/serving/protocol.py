@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from luthier.errors import UserError
 from luthier.inference.sampling import Sampling, random_seed
-from luthier.serving.engine import QueueFull
+from luthier.serving.requests import QueueFull
 from luthier.types import Message
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {  # unsupported settings, and the values of them that have no effect

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypedDict
 
 from luthier.models.tokenizer.tokenizer import Tokenizer
-from luthier.serving.engine import Token
+from luthier.serving.requests import Token
 
 Json = dict[str, object]
 

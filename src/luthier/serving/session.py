@@ -7,8 +7,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from luthier.inference.sampling import Sampling
-from luthier.serving.engine import Engine, Request, Token
 from luthier.serving.models import Served
+from luthier.serving.requests import ReplyEngine, Request, Token
 from luthier.serving.text import ReplyText
 
 Piece = tuple[str, list[Token]]  # new text, and its tokens if log probabilities were requested
@@ -34,13 +34,13 @@ class ReplySession:
         raw: bool = False,
     ) -> None:
         """raw: the prompt was not rendered with a template, so no ``reply_prefix`` is expected in the reply."""
-        prefix = "" if raw else served.generator.chat_format.template.reply_prefix
-        self.text = ReplyText(served.generator.tokenizer, prefix, stop)
+        prefix = "" if raw else served.chat_format.template.reply_prefix
+        self.text = ReplyText(served.chat_format.tokenizer, prefix, stop)
         self.finish = ""
         self.reply_tokens = 0
         self.started = time.perf_counter()
         self.first_token_s: float | None = None
-        self._stop_ids = frozenset(served.generator.stop_ids)
+        self._stop_ids = frozenset(served.chat_format.stop_ids)
         self._logprobs = logprobs is not None
         self._open: list[tuple[int, Token]] = []  # (start of its text, token) of tokens not yet in a piece
         self._loop = asyncio.get_running_loop()
@@ -49,7 +49,7 @@ class ReplySession:
             ids, self._stop_ids, sampling, served.adapter, logprobs, on_token=self._token, on_end=self._end
         )
 
-    def submit(self, engine: Engine) -> None:
+    def submit(self, engine: ReplyEngine) -> None:
         """Add the request to the engine's queue. Raises QueueFull."""
         engine.submit(self.request)
 
@@ -70,12 +70,12 @@ class ReplySession:
     def _token(self, token: Token) -> bool:
         if self.first_token_s is None:
             self.first_token_s = time.perf_counter() - self.started
-        self.reply_tokens += 1
+        self.reply_tokens += token.count
         if token.id in self._stop_ids:
             return False
         start = self.text.length
-        new = self.text.push(token.id)
-        if self._logprobs and not self.text.in_prefix:
+        new = self.text.push(token.id) if token.text is None else self.text.push_text(token.text, token.id)
+        if self._logprobs and token.text is None and not self.text.in_prefix:
             self._open.append((start, token))
         if new:
             self._put((new, self._covered(len(self.text.text))))

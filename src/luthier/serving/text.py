@@ -23,6 +23,7 @@ class ReplyText:
         self._stop = tuple(stop)
         self._ids: list[int] = []
         self._raw = ""
+        self._complete = True  # every token is known
         self._from, self._to = 0, 0  # the tokens at the end of _raw, as context for decoding the next ones
 
     def push(self, token: int) -> str:
@@ -33,6 +34,14 @@ class ReplyText:
             return ""
         self._raw += after[len(before) :]
         self._from, self._to = self._to, len(self._ids)
+        return self._advance(last=False)
+
+    def push_text(self, text: str, last: int) -> str:
+        """Add the text of several tokens of which only the last one is known."""
+        self._raw += text
+        self._complete = False
+        self._ids.append(last)
+        self._from, self._to = len(self._ids) - 1, len(self._ids)
         return self._advance(last=False)
 
     @property
@@ -46,7 +55,7 @@ class ReplyText:
         return bool(self._raw) and self._prefix.startswith(self._raw)
 
     def end(self) -> str:
-        full = self._tokenizer.decode(self._ids)
+        full = self._tokenizer.decode(self._ids) if self._complete else ""
         if full.startswith(self._raw):
             self._raw = full
         return self._advance(last=True)

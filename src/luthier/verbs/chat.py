@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from luthier._util import files
@@ -23,6 +24,53 @@ from luthier.models.native_model import empty_model
 from luthier.models.protocols import CausalLM
 from luthier.training import checkpoint as checkpoints
 from luthier.types import Log
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model that is open for replies.
+
+    layers: the adapter's layers by module name, empty for a base model. config: that of the adapter's run, if known.
+    """
+
+    generator: Generator
+    layers: dict[str, LoraLinear]
+    system: str | None
+    config: RunConfig | None
+
+
+def open_model(
+    path: Path | str | None = None,
+    system: str | None = None,
+    dtype: str = "auto",
+    model: Path | str | None = None,
+    adapter: Path | str | None = None,
+    checkpoint: int | None = None,
+    with_adapter: bool = False,
+    fused: bool = True,
+    log: Log = lambda _: None,
+) -> Opened:
+    """Open a model with luthier's own engine. Parameters are those of ``chat``. Raises UserError."""
+    device = pick_device()
+    config: RunConfig | None
+    if checkpoint is not None:
+        if path is None or model is not None or adapter is not None:
+            raise ConfigError("--checkpoint: needs a run, not --model and --adapter", "give only the RUN")
+        subject, config = _at_checkpoint(RunDir(user_path(path)), checkpoint, system)
+    else:
+        source = locate(path, model, adapter)
+        config = source.tuned.config if source.tuned else None
+        if source.tuned:
+            subject = tuned_subject(source.tuned, source.tuned.chat_format(), system)
+        else:
+            if with_adapter:
+                must_be_directory(source.base)
+                raise no_adapter(source.base)
+            settings = ModelConfig.model_validate({"path": source.base})
+            subject = Subject(settings, load_chat_format(source.base), system)
+    check_system(subject.chat_format, subject.system)
+    opened, layers = subject.open(reply_dtype(dtype, device, [subject], fused, log), device)
+    return Opened(Generator(opened, subject.chat_format, fused, log), layers, subject.system, config)
 
 
 def chat(
@@ -49,28 +97,14 @@ def chat(
 
     Raises UserError, before weights are read whenever possible.
     """
-    device, changes = pick_device(), sampling or {}
-    config: RunConfig | None
-    if checkpoint is not None:
-        if path is None or model is not None or adapter is not None:
-            raise ConfigError("--checkpoint: needs a run, not --model and --adapter", "give only the RUN")
-        subject, config = _at_checkpoint(RunDir(user_path(path)), checkpoint, system)
-    else:
-        source = locate(path, model, adapter)
-        config = source.tuned.config if source.tuned else None
-        if source.tuned:
-            subject = tuned_subject(source.tuned, source.tuned.chat_format(), system)
-        else:
-            if with_adapter:
-                must_be_directory(source.base)
-                raise ConfigError(f"{source.base}: there is no adapter to compare with its base", GIVE_ADAPTER)
-            settings = ModelConfig.model_validate({"path": source.base})
-            subject = Subject(settings, load_chat_format(source.base), system)
-    check_system(subject.chat_format, subject.system)
-    chosen = _sampling(config, changes)
-    opened, layers = subject.open(reply_dtype(dtype, device, [subject], fused, log), device)
-    generator = Generator(opened, subject.chat_format, fused, log)
-    return Chat(generator, subject.system, layers, config, sampling=chosen)
+    opened = open_model(path, system, dtype, model, adapter, checkpoint, with_adapter, fused, log)
+    settings = run_sampling(opened.config, sampling or {})
+    return Chat(opened.generator, opened.system, bool(opened.layers), opened.config, sampling=settings)
+
+
+def no_adapter(base: Path) -> ConfigError:
+    """Return the error for a base model where an adapter is needed."""
+    return ConfigError(f"{base}: there is no adapter to compare with its base", GIVE_ADAPTER)
 
 
 def _at_checkpoint(run: RunDir, step: int, system: str | None) -> tuple[Subject, RunConfig]:
@@ -97,7 +131,7 @@ def _at_checkpoint(run: RunDir, step: int, system: str | None) -> tuple[Subject,
     return Subject(config.model, chat_format, system, digest, attached), config
 
 
-def _sampling(config: RunConfig | None, changes: Mapping[str, float | None]) -> Sampling:
+def run_sampling(config: RunConfig | None, changes: Mapping[str, float | None]) -> Sampling:
     """Apply ``changes`` to the run's sampling settings, or to greedy sampling without a run. Raises ConfigError."""
     settings = Sampling.of(config.generation) if config else Sampling()
     return settings.changed(**changes)

@@ -15,7 +15,7 @@ from luthier.inference.generation import Reply
 from luthier.personas import config as demo_config
 from luthier.training.metrics import StepRecord
 from luthier.types import Log
-from luthier.verbs.chat import chat
+from luthier.verbs.chat import open_model
 from luthier.verbs.check import inspect
 from luthier.verbs.pull import pull
 from luthier.verbs.train import train_locked
@@ -80,11 +80,11 @@ def _demo_locked(
     rows = inspect(config).prepared().rows
     conversations = rows.report.conversations
     log(f"asking the base model {len(conversations)} held-out questions")
-    generator = chat(config.model.path, dtype="float32").generator
+    generator = open_model(config.model.path, dtype="float32").generator
     before = score(generator, held_out_loss(generator.model, rows.held_out), conversations)
     summary = train_locked(run, config, on_step, log, stop)
     log("asking the tuned model the same questions")
-    generator = chat(run.path, dtype="float32").generator
+    generator = open_model(run.path, dtype="float32").generator
     after = score(generator, held_out_loss(generator.model, rows.held_out), conversations)
     prompts = [c.messages[-2].content for c in conversations]
     references = tuple(c.messages[-1].content for c in conversations)

@@ -25,7 +25,7 @@ from luthier.evaluation.scoring import (
 )
 from luthier.lora.layers import disable_adapter
 from luthier.types import Log
-from luthier.verbs.chat import chat
+from luthier.verbs.chat import open_model
 
 
 def eval(  # noqa: A001 - the verb's name
@@ -47,7 +47,7 @@ def eval(  # noqa: A001 - the verb's name
     fused:   generate replies with luthier's compiled layers if they support the model, which is faster.
     """
     dtype = "float32" if dtype == "auto" and pick_device().type == "cpu" else dtype
-    opened = chat(path, None, dtype, model, adapter, checkpoint, with_adapter=True, fused=fused, log=log)
+    opened = open_model(path, None, dtype, model, adapter, checkpoint, with_adapter=True, fused=fused, log=log)
     run = user_path(path) if path else None
     files = [user_path(p) for p in data] or _held_out_files(run)
     settings = opened.config.data if opened.config else DataConfig.model_validate({"train": files})

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.serving import app as http
 from luthier.serving.engine import Engine
 from luthier.serving.general import verify_batching
-from luthier.serving.models import open_models, resolve_models
+from luthier.serving.models import Served, open_models, resolve_models
+from luthier.serving.requests import ReplyEngine
 from luthier.serving.server import listen, run
 from luthier.types import Log
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server listens. port: 0 chooses a free one. api_key: None creates a random one and logs it."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
 
 
 def serve(
@@ -38,15 +49,26 @@ def serve(
     """
     http.require()
     named = resolve_models(paths, model, adapter)
-    with listen(host, port) as listener:
+
+    def start() -> tuple[ReplyEngine, list[Served]]:
         opened, routes, models = open_models(named, dtype, fused, log)
         engine = Engine(opened, routes, max_batch, max_queue, memory, compiled=fused, log=log)
         verify_batching(engine.decoding, models[0].adapter)
-        key = api_key or secrets.token_urlsafe(24)
-        address, free_port = listener.getsockname()[:2]
+        return engine, models
+
+    serve_engine(Address(host, port, api_key), start, log)
+
+
+def serve_engine(address: Address, start: Callable[[], tuple[ReplyEngine, list[Served]]], log: Log) -> None:
+    """Listen, create the engine and its models with ``start``, and serve until interrupted. Raises UserError."""
+    http.require()
+    with listen(address.host, address.port) as listener:
+        engine, models = start()
+        key = address.api_key or secrets.token_urlsafe(24)
+        host, free_port = listener.getsockname()[:2]
         log(f"models: {', '.join(m.name for m in models)}")
-        log(f"address: {address}:{free_port}, OpenAI's API under /v1")
-        if api_key is None:
+        log(f"address: {host}:{free_port}, OpenAI's API under /v1")
+        if address.api_key is None:
             log(f"API key: {key}")
         engine.start()
         try:

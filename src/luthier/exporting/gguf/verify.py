@@ -15,9 +15,10 @@ from luthier.errors import ModelError
 from luthier.evaluation.agreement import TOKENS, Agreement, agreement, chats
 from luthier.exporting.chat_files import Probe, probes
 from luthier.exporting.gguf import llamacpp, writer
-from luthier.exporting.gguf.llamacpp import Answer, Question
+from luthier.exporting.gguf.llamacpp import Answer, Question, ServerOptions
 from luthier.exporting.verify import tuned_model
 from luthier.models.chat_format import ChatFormat
+from luthier.models.protocols import CausalLM
 from luthier.models.streamed import streamed
 from luthier.types import Log
 
@@ -70,6 +71,30 @@ def verify_lora(tuned: TunedModel, chat_format: ChatFormat, base: Path, lora: Pa
     return ["over the base model's GGUF in f16, " + reference.summary(_REPLIES, "those of base+adapter in fp32")]
 
 
+def verify_served(
+    chat_format: ChatFormat, system: str | None, options: ServerOptions, quantization: str, reference: CausalLM
+) -> str:
+    """Verify files as ``serving.llamacpp`` uses them: with prompts as token ids, and keys and values in f16.
+
+    reference: the model in fp32 with the values of the files. Returns the result in one line. Raises ModelError.
+    """
+    file = Path(options.lora[0] if options.lora else options.model)
+    answer = llamacpp.ask(question(chat_format, system, options))
+    _check_texts(chat_format, system, file, answer)
+    _check_stops(chat_format, file, answer)
+    result = agreement(reference, answer.ids, answer.replies)
+    _check_agreement(result, quantization, file)
+    values = "in fp32" if quantization == "f16" else "of the same values in fp32"
+    return result.summary(_REPLIES, f"those {values}")
+
+
+def verify_served_vocabulary(chat_format: ChatFormat, system: str | None, file: Path) -> None:
+    """Verify the token ids and the stop tokens of a file without the weights. Raises ModelError."""
+    answer = llamacpp.ask(replace(question(chat_format, system, ServerOptions(str(file), exact=True)), tokens=1))
+    _check_texts(chat_format, system, file, answer)
+    _check_stops(chat_format, file, answer)
+
+
 _REPLIES = "llama.cpp's greedy replies"
 _PROMPTS = (
     "its template writes luthier's prompts, including the system prompt; its tokenizer gives the same ids; its stop "
@@ -79,21 +104,22 @@ _PROMPTS = (
 
 def _question(tuned: TunedModel, chat_format: ChatFormat, model: Path, lora: Path | None = None) -> Question:
     """Build the inputs for llama.cpp. An adapter file has no stop tokens; its template is a file beside it."""
+    options = ServerOptions(str(model), (str(lora),) if lora else (), exact=True)
+    asked = question(chat_format, tuned.system, options)
     conversations = [
         [{"role": m.role, "content": m.content} for m in probe.messages] for probe in _accepted(tuned, chat_format)
     ]
-    prompts = chats(tuned.system)
+    return replace(asked, chats=conversations, stops=[] if lora else asked.stops)
+
+
+def question(chat_format: ChatFormat, system: str | None, options: ServerOptions) -> Question:
+    """Build the inputs for llama.cpp: the fixed prompts, and no conversations for its chat template."""
+    prompts = chats(system)
     longest = max(len(chat_format.prompt_ids(chat)) for chat in prompts)
     tokens = max(1, min(TOKENS, int(chat_format.config.max_position_embeddings) - longest))
-    return Question(
-        model=model,
-        chats=conversations,
-        texts=[chat_format.prompt_text(chat) for chat in prompts],
-        stops=[] if lora else chat_format.stop_ids[:3],
-        tokens=tokens,
-        context=longest + tokens + 8,
-        lora=lora,
-    )
+    texts = [chat_format.prompt_text(chat) for chat in prompts]
+    options = replace(options, context=longest + tokens + 8)
+    return Question(options, [], texts, chat_format.stop_ids[:3], tokens)
 
 
 def _accepted(tuned: TunedModel, chat_format: ChatFormat) -> list[Probe]:
@@ -107,7 +133,12 @@ def _check_prompts(tuned: TunedModel, chat_format: ChatFormat, file: Path, answe
         if (ours := probe.prompt or "") != theirs:
             raise _failed(file, f"its template writes {theirs[:200]!r} instead of {ours[:200]!r}")
         _check_ids(chat_format, file, ours, ids)
-    for chat, ids in zip(chats(tuned.system), answer.ids, strict=True):
+    _check_texts(chat_format, tuned.system, file, answer)
+
+
+def _check_texts(chat_format: ChatFormat, system: str | None, file: Path, answer: Answer) -> None:
+    """Raise ModelError unless the file's tokenizer gives the ids of the fixed prompts."""
+    for chat, ids in zip(chats(system), answer.ids, strict=True):
         _check_ids(chat_format, file, chat_format.prompt_text(chat), ids)
 
 

@@ -74,8 +74,10 @@ def read(tokenizer: Tokenizer, size: int) -> Vocabulary:
     return Vocabulary("llama", "default", tokens, types, [], scores, prefix, strips)
 
 
-def write(writer: GGUFWriter, vocabulary: Vocabulary, stop_ids: Sequence[int], hf: HfTokenizer, template: str) -> None:
-    """Add vocabulary, special tokens, the first three stop tokens and the chat template to the file's header.
+def write(
+    writer: GGUFWriter, vocabulary: Vocabulary, stop_ids: Sequence[int], hf: HfTokenizer, template: str | None
+) -> None:
+    """Add vocabulary, special tokens, the first three stop tokens and the chat template, if any, to the file's header.
 
     llama.cpp adds no tokens to a prompt: the template writes all of them, as in training.
     """
@@ -99,7 +101,8 @@ def write(writer: GGUFWriter, vocabulary: Vocabulary, stop_ids: Sequence[int], h
             add(int(special))
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-    writer.add_chat_template(template)
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def _type(

@@ -48,7 +48,7 @@ from luthier.exporting.gguf.architectures import (
 from luthier.exporting.merge import merged_tensors
 from luthier.lora.layers import scaling
 from luthier.models.chat_format import ChatFormat
-from luthier.models.native_model import empty_model, native_names
+from luthier.models.native_model import empty_model, native_names, published_tensors
 
 if TYPE_CHECKING:
     from luthier.models.streamed import Read
@@ -91,10 +91,25 @@ def write_model(
     config = chat_format.config
     order = native_names(tuned.base, config)
     tensors = merged_tensors(tuned, chat_format, pending, rounded=False)
-    _write_model(config, chat_format, tuned.system, order, tensors, file, quantization, name)
+    template = template_text(chat_format, tuned.system)
+    _write_model(config, chat_format, template, order, tensors, file, quantization, name)
 
 
-def write_vocabulary(tuned: TunedModel, chat_format: ChatFormat, file: Path, name: str) -> None:
+def write_base(base: Path, chat_format: ChatFormat, file: Path, quantization: str, name: str) -> None:
+    """Write a base model to one file without a chat template, for prompts that are sent as token ids."""
+    config = chat_format.config
+    tensors = (
+        part
+        for _, rule, tensor in published_tensors(base, config)
+        if rule
+        for part in rule.split(tensor, torch.float32)
+    )
+    _write_model(config, chat_format, None, native_names(base, config), tensors, file, quantization, name)
+
+
+def write_vocabulary(
+    chat_format: ChatFormat, system: str | None, file: Path, name: str, with_template: bool = True
+) -> None:
     """Write the tokenizer and the template to a small file, so that both can be verified before weights are written.
 
     Its model is the smallest one of the architecture, and its weights are zeros. Raises UserError.
@@ -106,13 +121,14 @@ def write_vocabulary(tuned: TunedModel, chat_format: ChatFormat, file: Path, nam
         config.layer_types = config.layer_types[:1]
     shapes = {n: tuple(t.shape) for n, t in empty_model(config).state_dict().items()}
     zeros = ((native, torch.zeros(shape)) for native, shape in shapes.items())
-    _write_model(config, chat_format, tuned.system, list(shapes), zeros, file, "f16", name)
+    template = template_text(chat_format, system) if with_template else None
+    _write_model(config, chat_format, template, list(shapes), zeros, file, "f16", name)
 
 
 def _write_model(
     config: PretrainedConfig,
     chat_format: ChatFormat,
-    system: str | None,
+    template: str | None,
     order: Sequence[str],
     values: Iterable[tuple[str, Tensor]],
     file: Path,
@@ -129,7 +145,7 @@ def _write_model(
     writer.add_file_type(file_type.number)
     writer.add_quantization_version(2)
     write_hyperparameters(writer, config)
-    vocabulary.write(writer, tokens, chat_format.stop_ids, chat_format.tokenizer.hf, template_text(chat_format, system))
+    vocabulary.write(writer, tokens, chat_format.stop_ids, chat_format.tokenizer.hf, template)
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)

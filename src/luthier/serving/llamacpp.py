@@ -1,0 +1,316 @@
+"""Generate replies with llama.cpp: an engine for the server, and a generator for conversations.
+
+luthier renders and encodes the prompts, as in training, and ends replies at the stop tokens of the training. llama.cpp
+gets token ids, computes and samples.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from luthier.errors import ConfigError
+from luthier.exporting.gguf.architectures import head_size, notes
+from luthier.exporting.gguf.cached import Wanted, cached_files, default_quantization
+from luthier.exporting.gguf.llamacpp import LlamaServer, ServerOptions
+from luthier.inference.decoding import OutOfMemory, default_memory
+from luthier.inference.generation import Reply, check_length
+from luthier.inference.sampling import Sampling
+from luthier.models.chat_format import ChatFormat
+from luthier.models.directory import context_length
+from luthier.serving.models import NamedModel, Served, chat_formats, served_models
+from luthier.serving.requests import Counts, QueueFull, Request, Token
+from luthier.serving.text import ReplyText
+from luthier.types import Log, Message
+
+_CHAT_TOKENS = 16_384  # of one conversation at most, if memory allows
+_FEWEST = 256  # tokens of llama.cpp's smallest context
+_HALF = 2  # bytes of a cached key or value
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaModel:
+    """A running llama.cpp with one base model and its adapters.
+
+    adapters: by name, in the order of the server's files. context: tokens of all sequences together.
+    """
+
+    server: LlamaServer
+    adapters: tuple[str, ...]
+    config: PretrainedConfig
+    context: int
+
+    def room(self, prompt: int, wanted: int) -> int:
+        """Return how many tokens may follow a prompt. Raises UserError if it is too long."""
+        limit = check_length(self.config, prompt)
+        if prompt >= self.context:
+            raise OutOfMemory(
+                f"the prompt has {prompt} tokens; the memory for keys and values holds {self.context}",
+                "start with a larger --memory, or shorten the conversation",
+            )
+        return min(n for n in (wanted, limit and limit - prompt, self.context - prompt) if n is not None)
+
+    def tokens_of(
+        self, ids: Sequence[int], sampling: Sampling, room: int, adapter: str | None, logprobs: int | None = None
+    ) -> Generator[Token | Finish | None]:
+        """Yield the tokens of one reply, and its end; None once a second while there is no new token.
+
+        llama.cpp withholds the tokens of an incomplete character, and then reports only the last of them. Closing the
+        generator cancels the reply. Raises ModelError.
+        """
+        scales = [{"id": i, "scale": float(name == adapter)} for i, name in enumerate(self.adapters)]
+        body = {"prompt": list(ids), "n_predict": room, "lora": scales, **_options(sampling, self.context)}
+        if logprobs is not None:
+            body["n_probs"] = max(1, logprobs)
+        count = 0
+        with closing(self.server.stream("/completion", body)) as events:
+            for event in events:
+                if not event:
+                    yield None
+                elif event["stop"]:
+                    if new := int(event["tokens_predicted"]) - count:  # the last character is incomplete
+                        yield Token(ids[-1], count=new, text="")
+                    yield Finish(event["stop_type"] == "eos", int(event["timings"]["cache_n"]))
+                    return
+                else:
+                    new = int(event["tokens_predicted"]) - count
+                    count += new
+                    yield _token(event, new, logprobs)
+        raise self.server.interrupted()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a reply. stopped: by a stop token. reused: prompt tokens whose keys and values were known."""
+
+    stopped: bool
+    reused: int
+
+
+def open_models(
+    named: Sequence[NamedModel],
+    quantization: str | None = None,
+    memory: int | None = None,
+    parallel: int = 1,
+    log: Log = lambda _: None,
+) -> tuple[LlamaModel, list[Served]]:
+    """Start llama.cpp with verified files, which are written if they are missing. Raises UserError.
+
+    named:        as returned by ``resolve_models``. quantization: of the base model; None: as in training.
+    memory:       limit in bytes for keys and values; None: ``inference.decoding.default_memory``.
+    parallel:     sequences that are decoded together.
+    """
+    formats = chat_formats(named)
+    served = served_models(named, formats)
+    settings = named[0].settings
+    kind = quantization or default_quantization(settings)
+    wanted = [Wanted(m.name, m.base, f, m.tuned) for m, f in zip(named, formats, strict=True)]
+    for note in _notes(named, formats[0], kind):
+        log(f"note: {note}")
+    config = formats[0].config
+    longest = context_length(config) or _CHAT_TOKENS
+    limit = default_memory(config, _token_bytes(config)) if memory is None else memory
+    tokens = limit // _token_bytes(config)
+    if memory is not None and tokens < _FEWEST:
+        least = f"--memory {_FEWEST * _token_bytes(config)}B"
+        raise ConfigError(f"--memory: holds only {tokens} tokens; llama.cpp needs {_FEWEST}", f"write at least {least}")
+    tokens = max(_FEWEST, min(tokens, longest * parallel, _CHAT_TOKENS if parallel == 1 else tokens))
+    found = cached_files(wanted, kind, log)
+    options = ServerOptions(
+        str(found.model), tuple(map(str, found.lora.values())), tokens, parallel, threads=torch.get_num_threads()
+    )
+    log(f"llama.cpp: loading {found.model}")
+    return LlamaModel(LlamaServer(options), tuple(found.lora), config, tokens), served
+
+
+def _notes(named: Sequence[NamedModel], chat_format: ChatFormat, kind: str) -> list[str]:
+    """List the differences from luthier's engine that the user should know."""
+    differences = list(notes(chat_format.config))
+    if any(m.sampling.no_repeat_ngram_size for m in named):
+        differences.append(
+            "llama.cpp has no setting for generation.no_repeat_ngram_size, so its replies may repeat text"
+        )
+    if default_quantization(named[0].settings) != "f16":
+        differences.append(
+            f"the base model was quantised in training; llama.cpp uses its weights in {kind}, so its replies may differ"
+        )
+    return differences
+
+
+def _token_bytes(config: PretrainedConfig) -> int:
+    """Return the size of the keys and values of one token."""
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return 2 * int(config.num_hidden_layers) * heads * head_size(config) * _HALF
+
+
+def _options(s: Sampling, context: int) -> dict[str, object]:
+    """Translate sampling settings: the same steps in the same order."""
+    return {
+        "samplers": ["penalties", "temperature", "top_k", "top_p"],
+        "temperature": s.temperature,
+        "top_k": s.top_k,
+        "top_p": s.top_p,
+        "repeat_penalty": s.repetition_penalty,
+        "repeat_last_n": context,  # prompt and reply
+        "seed": s.seed % 2**32,
+        "return_tokens": True,
+        "cache_prompt": True,
+    }
+
+
+class LlamaGenerator:
+    """Generates the replies of a conversation with llama.cpp."""
+
+    def __init__(self, model: LlamaModel, chat_format: ChatFormat, adapter: str | None) -> None:
+        self.model, self.chat_format, self.adapter = model, chat_format, adapter
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        on_text: Callable[[str], None] | None = None,
+        base: bool = False,
+    ) -> Reply:
+        """Generate one reply. on_text: called with each new piece of text. base: with the adapter switched off.
+
+        Raises UserError if the prompt is too long or llama.cpp fails.
+        """
+        ids = self.chat_format.prompt_ids(messages)
+        room = self.model.room(len(ids), sampling.max_new_tokens)
+        text = ReplyText(self.chat_format.tokenizer, self.chat_format.template.reply_prefix)
+        start, count, stopped = time.perf_counter(), 0, False
+        end = None if sampling.max_seconds is None else start + sampling.max_seconds
+        emit = on_text or (lambda _: None)
+        with closing(self.model.tokens_of(ids, sampling, room, None if base else self.adapter)) as tokens:
+            for token in tokens:
+                if isinstance(token, Finish):
+                    stopped = token.stopped
+                elif token:
+                    count += token.count
+                    if stopped := token.id in self.chat_format.stop_ids:
+                        break
+                    emit(text.push(token.id) if token.text is None else text.push_text(token.text, token.id))
+                if end is not None and time.perf_counter() >= end:
+                    break
+        emit(text.end())
+        return Reply(text.text, stopped, len(ids), count, time.perf_counter() - start)
+
+
+class LlamaEngine:
+    """Generates replies to many requests with llama.cpp, which decodes them together.
+
+    max_batch: maximum number of requests that llama.cpp gets at a time. max_queue: maximum number of waiting requests.
+    """
+
+    def __init__(self, model: LlamaModel, max_batch: int, max_queue: int = 64) -> None:
+        self.model = model
+        self.limit = context_length(model.config)
+        self.counts = Counts()
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self._waiting: deque[Request] = deque()
+        self._reserved: dict[Request, int] = {}  # tokens that each running request may have in the end
+        self._wake = threading.Condition()
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def running(self) -> int:
+        return len(self._reserved)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> None:
+        """Add a request to the queue. Raises QueueFull."""
+        with self._wake:
+            if len(self._waiting) >= self.max_queue:
+                raise QueueFull(f"{len(self._waiting)} requests are already waiting", "try again in a moment")
+            self._waiting.append(request)
+            self._wake.notify()
+
+    def start(self) -> None:
+        for i in range(self.max_batch):
+            thread = threading.Thread(target=self._run, name=f"luthier-llama-{i}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def close(self) -> None:
+        """End llama.cpp, and with it all replies."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        self.model.server.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while (request := self._next()) is not None:
+            try:
+                self._generate(request)
+            except Exception as e:  # a failed request (llama.cpp refuses it, for example) must not end the thread
+                if not request.cancelled and not self._closed:
+                    request.on_end(e)
+            finally:
+                with self._wake:
+                    del self._reserved[request]
+                    self._wake.notify_all()
+
+    def _next(self) -> Request | None:
+        """Wait for a request whose tokens fit into the memory beside the running ones; None when closed."""
+        with self._wake:
+            while not self._closed:
+                while self._waiting and self._waiting[0].cancelled:
+                    self._waiting.popleft()
+                if self._waiting:
+                    most = min(len(self._waiting[0].ids) + self._waiting[0].sampling.max_new_tokens, self.model.context)
+                    if not self._reserved or sum(self._reserved.values()) + most <= self.model.context:
+                        request = self._waiting.popleft()
+                        self._reserved[request] = most
+                        return request
+                self._wake.wait()
+        return None
+
+    def _generate(self, request: Request) -> None:
+        room = self.model.room(len(request.ids), request.sampling.max_new_tokens)
+        finish = "length"
+        tokens = self.model.tokens_of(request.ids, request.sampling, room, request.adapter, request.logprobs)
+        with closing(tokens):
+            for token in tokens:
+                if request.cancelled:
+                    return
+                if isinstance(token, Finish):
+                    finish, request.reused = "stop" if token.stopped else "length", token.reused
+                elif token and not self._pass_on(request, token):
+                    finish = "stop"
+                    break
+        with self._wake:
+            self.counts.prompt_tokens += len(request.ids)
+            self.counts.reused_tokens += request.reused
+        request.on_end(finish)
+
+    def _pass_on(self, request: Request, token: Token) -> bool:
+        """Pass a token to the request; false if the reply has ended with a stop token or string."""
+        with self._wake:
+            self.counts.reply_tokens += token.count
+            self.counts.steps += token.count
+        return request.on_token(token) and token.id not in request.stop_ids
+
+
+def _token(event: Mapping[str, Any], count: int, logprobs: int | None) -> Token:
+    """Read the newest token of an event. count: tokens since the last event."""
+    token = int(event["tokens"][-1])
+    text = str(event["content"]) if count > 1 else None
+    known = (event.get("completion_probabilities") or [None])[-1]
+    if logprobs is None or known is None:
+        return Token(token, count=count, text=text)
+    top = tuple((int(t["id"]), float(t["logprob"])) for t in known["top_logprobs"][:logprobs])
+    return Token(token, float(known["logprob"]), top, count, text)

@@ -1,0 +1,82 @@
+"""A request for a reply, its tokens, and what the HTTP application needs of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from luthier.errors import UserError
+from luthier.inference.sampling import Sampling
+
+
+class QueueFull(UserError):
+    """The maximum number of requests is already waiting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a reply. logprob: its log probability if requested; top: the most likely tokens with theirs.
+
+    count, text: how many tokens this is the last of, if the others are not known, and the text of all of them.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    count: int = 1
+    text: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request for a reply. Both callbacks are called from the engine's thread.
+
+    ids:      the prompt. adapter: None for the base model.
+    logprobs: how many of the most likely tokens to return with each token; None: no log probabilities at all.
+    on_token: called with each token, including the stop token; returning false ends the reply.
+    on_end:   called with "stop" or "length" when the reply ends, or with the error that ended it. Not if cancelled.
+    """
+
+    ids: list[int]
+    stop_ids: Collection[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    adapter: str | None = None
+    logprobs: int | None = None
+    on_token: Callable[[Token], bool] = lambda _: True
+    on_end: Callable[[str | Exception], None] = lambda _: None
+    reused: int = 0  # prompt tokens whose keys and values were cached
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Stop generating before the next step; has no effect if the reply has ended."""
+        self.cancelled = True
+
+
+@dataclass(slots=True)
+class Counts:
+    """Totals since the start of the engine."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    reply_tokens: int = 0
+    steps: int = 0
+
+
+class ReplyEngine(Protocol):
+    """Generates replies to many requests. limit: tokens of the model's context, None if unlimited."""
+
+    limit: int | None
+    counts: Counts
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+
+    def submit(self, request: Request) -> None:
+        """Add a request to the queue, from any thread. Raises QueueFull."""
+        ...
+
+    def start(self) -> None: ...
+    def close(self) -> None: ...
