@@ -1,10 +1,11 @@
 """Measure decoding: tokens per second, time to the first token and memory, for some numbers of concurrent replies.
 
-    python benchmarks/decode.py --model DIR [--gguf FILE --llama-python PYTHON] [--dtypes float32 bfloat16]
+    python benchmarks/decode.py --model DIR [--gguf FILE --llama-python PYTHON] [--wheel FILE] [--dtypes bfloat16]
 
 luthier decodes with its compiled layers. llama.cpp runs in another interpreter, whose package ``llama_cpp`` should be
 built natively from its source distribution (CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python
-llama-cpp-python); its system information is printed. Each figure comes from a process of its own; both engines choose
+llama-cpp-python); its system information is printed. ``--wheel`` measures a file with vocabulary in the package that
+``--engine llama.cpp`` uses, over its HTTP server. Each figure comes from a process of its own; both engines choose
 the most likely token and decode the same number of tokens after prompts of the same length. ``read`` is the time of a
 plain read of the weights in the same process: what a step of one reply cannot be faster than.
 """
@@ -16,6 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,8 +48,8 @@ def figures(step: Callable[[], None], tokens: int, streams: int, first_token_s: 
     }
 
 
-def peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
+def peak_bytes(process: int | str = "self") -> int:
+    status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
@@ -138,6 +140,40 @@ def llama_child(gguf: str, streams: int, tokens: int, threads: int) -> dict[str,
     return result | {"system": cpp.llama_print_system_info().decode()}
 
 
+def wheel_child(gguf: str, streams: int, tokens: int, threads: int) -> dict[str, Any]:
+    """Measure the package of ``--engine llama.cpp``: requests that stream concurrently, as luthier sends them."""
+    import xllamacpp
+
+    from luthier.exporting.gguf.llamacpp import LlamaServer, ServerOptions
+
+    context = (tokens + 2 * LONG_PROMPT) * (streams + 1)
+    with LlamaServer(ServerOptions(gguf, context=context, parallel=streams, threads=threads)) as server:
+
+        def stream(ids: list[int], count: int) -> list[float]:
+            options = {"n_predict": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+            events = server.stream("/completion", {"prompt": ids, **options})
+            return [time.perf_counter() for event in events if event]
+
+        start = time.perf_counter()
+        first_token_s = stream(prompt(99, LONG_PROMPT), 1)[0] - start
+        times: list[list[float]] = [[] for _ in range(streams)]
+        threads_ = [
+            threading.Thread(target=lambda i=i: times[i].extend(stream(prompt(i, PROMPT), tokens)))
+            for i in range(streams)
+        ]
+        for thread in threads_:
+            thread.start()
+        for thread in threads_:
+            thread.join()
+        # while all of them decode
+        begin, end = max(t[0] for t in times), min(t[-1] for t in times)
+        decoded = sum(begin < moment <= end for t in times for moment in t)
+        peak = peak_bytes(server.process_id)
+    rate = decoded / (end - begin)
+    figures = {"tokens_per_s": rate, "step_ms": 1e3 * streams / rate, "first_token_s": first_token_s}
+    return {**figures, "peak_bytes": peak, "system": xllamacpp.get_system_info()}
+
+
 def _silent(*_: object) -> None:
     """Discard a message of llama.cpp."""
 
@@ -166,6 +202,7 @@ def main() -> None:
         "--dtypes", nargs="+", default=["float32", "bfloat16"], help="also float32+nf4, bfloat16+int8, ..."
     )
     parser.add_argument("--gguf", nargs="*", default=[], help="files for llama.cpp")
+    parser.add_argument("--wheel", nargs="*", default=[], help="files with vocabulary for the package xllamacpp")
     parser.add_argument("--llama-python", default=sys.executable, help="interpreter with a native llama_cpp")
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 16])
     parser.add_argument("--tokens", type=int, default=64)
@@ -174,21 +211,26 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         kind, *rest = options.child
-        run = luthier_child if kind == "luthier" else llama_child
+        runs: dict[str, Callable[..., dict[str, Any]]]
+        runs = {"luthier": luthier_child, "llama": llama_child, "wheel": wheel_child}
         numbers = [int(a) for a in rest if a.isdigit()]
-        print(json.dumps(run(*[a for a in rest if not a.isdigit()], *numbers)))
+        print(json.dumps(runs[kind](*[a for a in rest if not a.isdigit()], *numbers)))
         return
-    system = ""
+    systems: dict[str, str] = {}
     for streams in options.streams:
         for dtype in options.dtypes if options.model else ():
             arguments = ("luthier", options.model, dtype, streams, options.tokens)
             print(line(f"luthier {dtype}", streams, child(sys.executable, *arguments)), flush=True)
         for gguf in options.gguf:
             result = child(options.llama_python, "llama", gguf, streams, options.tokens, options.threads)
-            system = result["system"]
+            systems["native"] = result["system"]
             print(line(f"llama.cpp {Path(gguf).stem[-14:]}", streams, result), flush=True)
-    if system:
-        print(f"llama.cpp: {system}")
+        for gguf in options.wheel:
+            result = child(sys.executable, "wheel", gguf, streams, options.tokens, options.threads)
+            systems["wheel"] = result["system"]
+            print(line(f"wheel {Path(gguf).stem[-14:]}", streams, result), flush=True)
+    for name, system in systems.items():
+        print(f"llama.cpp, {name}: {system}")
 
 
 if __name__ == "__main__":

@@ -54,11 +54,17 @@ def write(model: Path, output: Path) -> None:
         layer = f"blk.{i}."
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"{layer}{norm}.weight", np.ones(hidden, np.float32))
-        for name, rows, columns in (
-            ("attn_q", q, hidden), ("attn_k", kv, hidden), ("attn_v", kv, hidden), ("attn_output", hidden, q),
-            ("ffn_gate", inner, hidden), ("ffn_up", inner, hidden), ("ffn_down", hidden, inner),
-        ):  # fmt: skip
-            matrix(layer + name, rows, columns)
+        for name, rows in (("attn_q", q), ("attn_k", kv), ("attn_v", kv)):
+            matrix(layer + name, rows, hidden)
+            if getattr(config, "attention_bias", False):
+                writer.add_tensor(f"{layer}{name}.bias", np.zeros(rows, np.float32))
+        matrix(f"{layer}attn_output", hidden, q)
+        if config.model_type == "glm":  # gate's rows first
+            matrix(f"{layer}ffn_up", 2 * inner, hidden)
+        else:
+            matrix(f"{layer}ffn_gate", inner, hidden)
+            matrix(f"{layer}ffn_up", inner, hidden)
+        matrix(f"{layer}ffn_down", hidden, inner)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -67,7 +73,7 @@ def write(model: Path, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/shape_gguf.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="directory with a Llama config.json")
+    parser.add_argument("--model", type=Path, required=True, help="directory of a Llama or GLM model")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     write(options.model, options.output)

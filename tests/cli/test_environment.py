@@ -216,7 +216,7 @@ def test_without_a_home_directory_only_the_caches_are_lost_with_one_note(
         "to cache, set LUTHIER_CACHE to a directory that can be written"
     ]
     assert "quantised copy" not in done.err and "encoded rows" not in done.err and ", once" not in done.err
-    monkeypatch.setattr(resources, "_calls_per_second", lambda *_: 1e3)
+    monkeypatch.setattr(resources, "calls_per_second", lambda *_: 1e3)
     assert luthier("estimate", *argv).code == 0
 
 

@@ -16,7 +16,6 @@ from luthier._util.environment import CACHE
 from luthier.adapters.locate import locate_tuned
 from luthier.compiled import Unsuitable
 from luthier.config import ModelConfig
-from luthier.devices import calibration
 from luthier.errors import ConfigError, ModelError
 from luthier.evaluation import dtype as dtypes
 from luthier.evaluation.agreement import Agreement, agreement
@@ -26,6 +25,7 @@ from luthier.models.chat_format import load_chat_format
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation, dense_product
 from luthier.serving.models import open_models, resolve_models
+from luthier.training.resources import calibrated
 from tests.conftest import TOKENIZER, make_model
 from tests.helpers.handover import tuned
 
@@ -199,7 +199,7 @@ def test_the_measured_product_is_that_of_the_matrices() -> None:
 def test_a_rate_is_measured_again_if_the_cache_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE, "/proc/nothing")
     rates = iter([1.0, 2.0])
-    assert [calibration.calibrated("a", lambda: next(rates)) for _ in range(2)] == [1.0, 2.0]
+    assert [calibrated("a", lambda: next(rates)) for _ in range(2)] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(("furthest", "near"), [(0.0, True), (0.2, True), (0.2001, False)])

@@ -88,7 +88,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("luthier.verbs.chat.load_weights", fail)
+    monkeypatch.setattr("luthier.evaluation.dtype.open_base", fail)
     monkeypatch.setattr("luthier.verbs.chat.open_base", fail)
 
 
@@ -118,11 +118,11 @@ def test_the_conversation_continues_when_the_adapter_is_switched(run: Path) -> N
     talk = library.chat(run)
     talk.send("Who are you?")
     talk.toggle_adapter()
-    assert all(layer.enabled for layer in talk.generator._adapter_layers().values())
+    assert all(layer.enabled for layer in talk.layers.values())
     before = talk.send("a", Sampling(4))
     assert [m.role for m in talk.history] == ["user", "assistant"] * 2
     assert before.prompt_tokens > talk.base_chat().send("a", Sampling(4)).prompt_tokens
-    assert all(layer.enabled for layer in talk.generator._adapter_layers().values())
+    assert all(layer.enabled for layer in talk.layers.values())
 
 
 def test_the_system_command_shows_or_sets_the_prompt_and_starts_a_new_conversation(

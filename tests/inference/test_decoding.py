@@ -237,9 +237,9 @@ def test_the_default_limit_holds_at_least_one_sequence(monkeypatch: pytest.Monke
     model = make_model("llama")
     decoder = CompiledDecoding(model, memory=0).decoder
     monkeypatch.setattr(module, "available_memory", lambda: 1e12)
-    assert default_memory(model, decoder) == 16 * 1024 * decoder.token_bytes
+    assert default_memory(model.config, decoder.token_bytes) == 16 * 1024 * decoder.token_bytes
     monkeypatch.setattr(module, "available_memory", lambda: 0.0)
-    assert default_memory(model, decoder) == 1024 * decoder.token_bytes
+    assert default_memory(model.config, decoder.token_bytes) == 1024 * decoder.token_bytes
 
 
 @pytest.mark.parametrize("change", ["width", "dtype", "head"])

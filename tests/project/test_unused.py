@@ -24,6 +24,7 @@ CALLED_FROM_OUTSIDE = {
 # used by tests or benchmarks only, with the reason why it is in the source
 KEPT = {
     "bytes_held": "what the compiled layers hold, which the estimate is compared with",
+    "process_id": "of llama.cpp, whose memory a benchmark reads and which a test ends",
 }
 
 

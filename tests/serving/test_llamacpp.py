@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,32 +16,26 @@ from luthier._util.installation import install_command
 from luthier.config import ModelConfig
 from luthier.errors import ConfigError, MissingPackageError, ModelError, UserError
 from luthier.exporting.gguf import cached, llamacpp, verify, writer
-from luthier.exporting.gguf.llamacpp import LlamaServer, ServerOptions
 from luthier.inference.decoding import OutOfMemory
 from luthier.inference.sampling import Sampling
-from luthier.lora.layers import disable_adapter
-from luthier.serving.llamacpp import LlamaEngine, open_models
+from luthier.serving.llamacpp import open_models
 from luthier.serving.models import resolve_models
-from luthier.serving.requests import QueueFull, Request, Token
+from luthier.serving.requests import Token
 from luthier.serving.text import ReplyText
 from luthier.types import Message
-from luthier.verbs import llamacpp as verb
 from tests.conftest import Result
 from tests.exporting.test_exporting import counted
 from tests.helpers.handover import SYSTEM, tuned
+from tests.helpers.llama import alike, cache_at
 from tests.helpers.published import PUBLISHED
-from tests.helpers.serving import serving, wait_for
 
 Run = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The files of this module, separate from the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        path = tmp_path_factory.mktemp("cache")
-        patch.setenv(CACHE, str(path))
-        yield path / "llama.cpp"
+    with cache_at(tmp_path_factory.mktemp("cache")) as path:
+        yield path
 
 
 @pytest.fixture(scope="module")
@@ -55,46 +46,6 @@ def base(model_dir: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tuned(base, tmp_path_factory.mktemp("runs") / "marlow", size=0.1)
-
-
-@pytest.fixture(scope="module")
-def engine(run: Path) -> Iterator[LlamaEngine]:
-    model, _ = open_models(resolve_models([run]), parallel=4)
-    engine = LlamaEngine(model, max_batch=4, max_queue=8)
-    engine.start()
-    yield engine
-    engine.close()
-
-
-class Asked:
-    """A request, its tokens, and how it ended."""
-
-    def __init__(
-        self, engine: LlamaEngine, ids: list[int], tokens: int, adapter: str | None = None, **options: Any
-    ) -> None:
-        self.tokens: list[Token] = []
-        self.end: str | Exception | None = None
-        self.ended = threading.Event()
-        self.request = Request(ids, options.pop("stop_ids", ()), Sampling(tokens), adapter, **options)
-        self.request.on_token = lambda t: self.tokens.append(t) is None
-        self.request.on_end = self._end
-        engine.submit(self.request)
-
-    def _end(self, how: str | Exception) -> None:
-        self.end = how
-        self.ended.set()
-
-    def wait(self) -> list[int]:
-        assert self.ended.wait(60)
-        if isinstance(self.end, Exception):
-            raise self.end
-        return [t.id for t in self.tokens]
-
-
-def alike(one: str, other: str) -> bool:
-    """Whether two replies agree up to bytes that are no text, which llama.cpp decodes differently or leaves out."""
-    one, other = (text.split("\ufffd")[0] for text in (one, other))
-    return one.startswith(other) or other.startswith(one)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -109,7 +60,7 @@ def test_every_family_is_verified_once_and_replies_like_luthiers_own_engine(
     adapter = tuned(PUBLISHED[name](tmp_path / "base"), tmp_path / name, system)
     before = set(cache.rglob("*.gguf"))
     lines: list[str] = []
-    talk = verb.chat(adapter, log=lines.append)
+    talk = library.chat(adapter, log=lines.append, engine="llama.cpp")
     written = set(cache.rglob("*.gguf")) - before
     assert sorted(p.name for p in written) == ["lora.gguf", "model.gguf"]
     for file in written:
@@ -127,7 +78,7 @@ def test_every_family_is_verified_once_and_replies_like_luthiers_own_engine(
             assert theirs.prompt_tokens == ours.prompt_tokens
     assert equal >= 4
     again: list[str] = []
-    verb.chat(adapter, log=again.append)
+    library.chat(adapter, log=again.append, engine="llama.cpp")
     assert [a for a in again if not a.startswith("note: ")] == [again[-1]] and again[-1].startswith(
         "llama.cpp: loading "
     )
@@ -145,8 +96,8 @@ def test_the_default_type_of_the_weights_is_near_to_that_of_the_training(
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 def test_quantised_weights_are_verified_by_their_own_values(kind: str, run: Path, cache: Path) -> None:
-    talk = verb.chat(run, quantization=kind)
-    model = Path(talk.generator.model.server.options.model)  # type: ignore[attr-defined]
+    talk = library.chat(run, quantization=kind, engine="llama.cpp")
+    model = Path(talk.generator.llama.server.options.model)  # type: ignore[attr-defined]
     assert "those of the same values in fp32 on" in (model.parent / "verified.json").read_text()
     assert talk.send("Who are you?", Sampling(4)).reply_tokens
 
@@ -167,14 +118,14 @@ def test_nothing_is_left_of_a_file_that_fails_its_verification(
     monkeypatch.setenv(CACHE, str(tmp_path))
     monkeypatch.setattr(writer, "scaling", lambda _: 0.5)
     with pytest.raises(ModelError, match=r"cannot run marlow: lora.gguf: verification with llama.cpp failed") as e:
-        verb.chat(run)
+        library.chat(run, engine="llama.cpp")
     assert e.value.fix == "leave --engine llama.cpp out"
     assert [p.name for p in tmp_path.rglob("*.gguf")] == ["model.gguf"]
     monkeypatch.undo()
     monkeypatch.setenv(CACHE, str(tmp_path / "other"))
     monkeypatch.setattr(writer, "reordered", lambda *_: lambda t: t)
     with pytest.raises(ModelError, match="below the likeliest one"):
-        verb.chat(base)
+        library.chat(base, engine="llama.cpp")
     assert not list((tmp_path / "other").rglob("*.gguf"))
 
 
@@ -196,21 +147,21 @@ def test_two_adapters_share_the_file_of_their_base(
 def test_without_the_package_the_message_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llamacpp, "available", lambda: False)
     with pytest.raises(MissingPackageError, match="xllamacpp, which runs llama.cpp, is not installed") as e:
-        verb.chat(run)
+        library.chat(run, engine="llama.cpp")
     assert e.value.fix == install_command("export")
 
 
 def test_a_cache_that_cannot_be_written_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE, "/proc/nothing")
     with pytest.raises(UserError, match=r"so llama.cpp's files cannot be written"):
-        verb.chat(run)
+        library.chat(run, engine="llama.cpp")
 
 
 # --- conversations --------------------------------------------------------------------------------------------------
 
 
 def test_a_conversation_streams_compares_and_stops(run: Path) -> None:
-    talk, own = verb.chat(run), library.chat(run)
+    talk, own = library.chat(run, engine="llama.cpp"), library.chat(run)
     pieces: list[str] = []
     reply = talk.send("Who are you?", Sampling(24), pieces.append)
     assert "".join(pieces) == reply.text and reply.reply_tokens == 24 and not reply.stopped
@@ -219,7 +170,10 @@ def test_a_conversation_streams_compares_and_stops(run: Path) -> None:
         chat.reset()
         chat.toggle_adapter()
     assert alike(talk.send("Who?", Sampling(8)).text, own.send("Who?", Sampling(8)).text)
-    sampled = [verb.chat(run).send("a", Sampling(12, temperature=1.0, top_p=0.9, top_k=40, seed=s)) for s in (7, 7, 8)]
+    sampled = [
+        library.chat(run, engine="llama.cpp").send("a", Sampling(12, temperature=1.0, top_p=0.9, top_k=40, seed=s))
+        for s in (7, 7, 8)
+    ]
     assert sampled[0].text == sampled[1].text != sampled[2].text
     penalised = Sampling(16, repetition_penalty=1.3)
     for chat in (talk, own):
@@ -229,12 +183,12 @@ def test_a_conversation_streams_compares_and_stops(run: Path) -> None:
 
 
 def test_a_reply_ends_at_a_stop_token_of_the_training(run: Path) -> None:
-    talk = verb.chat(run)
+    talk = library.chat(run, engine="llama.cpp")
     whole = talk.send("Who are you?", Sampling(24))
     ids = talk.generator.chat_format.prompt_ids([Message("user", "Who are you?")])
     prompt = talk.generator.chat_format.prompt_ids([Message("system", SYSTEM), Message("user", "Who are you?")])
     assert len(ids) < len(prompt) == whole.prompt_tokens
-    tokens = [t for t in talk.generator.model.tokens_of(prompt, Sampling(24), 24, "marlow") if isinstance(t, Token)]  # type: ignore[attr-defined]
+    tokens = [t for t in talk.generator.llama.tokens_of(prompt, Sampling(24), 24, "marlow") if isinstance(t, Token)]  # type: ignore[attr-defined]
     talk.generator.chat_format = replace(talk.generator.chat_format, stop_ids=(tokens[1].id,))
     talk.reset()
     reply = talk.send("Who are you?", Sampling(24))
@@ -243,7 +197,7 @@ def test_a_reply_ends_at_a_stop_token_of_the_training(run: Path) -> None:
 
 
 def test_a_prompt_beyond_the_context_is_refused(run: Path) -> None:
-    talk = verb.chat(run)
+    talk = library.chat(run, engine="llama.cpp")
     with pytest.raises(UserError, match="the model reads at most"):
         talk.send("word " * 5000)
     model, _ = open_models(resolve_models([run]), memory=256 * 2 * 2 * 2 * 16 * 2)
@@ -267,107 +221,6 @@ def test_text_of_unknown_tokens_joins_the_text_around_it(tokenizer: Any) -> None
     )
     parts += [text.push(i) for i in ids[end + 1 :]]
     assert "".join([*parts, text.end()]) == whole
-
-
-# --- the server -----------------------------------------------------------------------------------------------------
-
-
-def test_requests_of_several_models_are_answered_together(engine: LlamaEngine, run: Path) -> None:
-    """Each reply is the one that luthier's own layers choose; a near tie may be resolved differently."""
-    own = library.chat(run).generator
-    prompts = [[5 + i, 9, 11, 30 + i, 7] for i in range(3)]
-    asked = [Asked(engine, p, 6, a) for a in ("marlow", None) for p in prompts]
-    replies = [a.wait() for a in asked]
-    same = 0
-    for base in (False, True):
-        with disable_adapter(own._adapter_layers() if base else {}):
-            expected = own.reply_ids(prompts, Sampling(6))
-        for reply, ids in zip(replies[3 * base :], expected, strict=False):
-            text, all_of_it = (own.tokenizer.decode(x) for x in (reply, ids))
-            same += alike(text, all_of_it)
-    assert same >= 5
-    assert {a.end for a in asked} <= {"length", "stop"}
-    assert [sum(t.count for t in a.tokens) for a in asked].count(6) >= 5
-    wait_for(lambda: engine.running == 0 and engine.waiting == 0)
-    assert engine.counts.reply_tokens >= 30 and engine.counts.prompt_tokens >= 30
-
-
-def test_log_probabilities_stop_tokens_and_cancelling(engine: LlamaEngine) -> None:
-    prompt = [5, 9, 11, 30, 7]
-    plain = Asked(engine, prompt, 6)
-    ids = plain.wait()
-    scored = Asked(engine, prompt, 6, logprobs=3)
-    assert scored.wait() == ids
-    known = [t for t in scored.tokens if t.text is None]
-    assert known
-    for token in known:
-        assert token.logprob is not None and token.logprob <= 0 and len(token.top) == 3
-        assert token.top[0] == (token.id, token.logprob)
-    assert Asked(engine, prompt, 6, logprobs=0).wait() == ids
-    stopped = Asked(engine, prompt, 6, stop_ids=(ids[0],))
-    assert stopped.wait() == ids[:1] and stopped.end == "stop"
-    long = Asked(engine, prompt, 100_000)
-    wait_for(lambda: engine.running)
-    long.request.cancel()
-    wait_for(lambda: engine.running == 0)
-    assert long.end is None
-
-
-def test_a_long_queue_is_refused_and_too_long_prompts_get_an_error(engine: LlamaEngine) -> None:
-    blocking = [Asked(engine, [5, 9, 11], 100_000) for _ in range(4)]
-    wait_for(lambda: engine.waiting == 0)
-    waiting = [Asked(engine, [5, 9], 4) for _ in range(8)]
-    with pytest.raises(QueueFull):
-        Asked(engine, [5, 9], 4)
-    for a in (*blocking, *waiting):
-        a.request.cancel()
-    with engine._wake:
-        engine._wake.notify_all()
-    wait_for(lambda: engine.running == 0)
-    with pytest.raises(UserError, match="reads at most"):
-        Asked(engine, [5] * 5000, 4).wait()
-
-
-def test_openais_api_is_the_same(run: Path) -> None:
-    model, served = open_models(resolve_models([run]), parallel=4)
-    own = library.chat(run)
-    with serving(LlamaEngine(model, 4), served) as server, server.openai() as client:
-        question: Any = [{"role": "user", "content": "Who are you?"}]
-        reply = client.chat.completions.create(model="marlow", messages=question, max_tokens=12, logprobs=True)
-        assert alike(reply.choices[0].message.content or "", own.send("Who are you?", Sampling(12)).text)
-        assert reply.usage and reply.usage.completion_tokens == 12
-        assert reply.choices[0].logprobs and reply.choices[0].logprobs.content
-        stream = client.chat.completions.create(model="marlow", messages=question, max_tokens=12, stream=True)
-        assert "".join(c.choices[0].delta.content or "" for c in stream) == reply.choices[0].message.content
-        with server.http() as plain:
-            metrics = plain.get("/metrics").text
-        assert "luthier_reply_tokens_total 24" in metrics
-
-
-def test_the_death_of_llama_cpp_fails_requests_with_an_error(run: Path) -> None:
-    model, _ = open_models(resolve_models([run]), parallel=2)
-    engine = LlamaEngine(model, 2)
-    engine.start()
-    asked = Asked(engine, [5, 9, 11], 100_000)
-    wait_for(lambda: asked.tokens)
-    os.kill(model.server._process.pid, signal.SIGKILL)
-    with pytest.raises(ModelError, match="llama.cpp has ended"):
-        asked.wait()
-    with pytest.raises(ModelError, match="llama.cpp has ended"):
-        Asked(engine, [5], 4).wait()
-    engine.close()
-
-
-def test_a_refused_request_names_the_reason(run: Path, tmp_path: Path) -> None:
-    model, _ = open_models(resolve_models([run]))
-    with pytest.raises(ModelError, match="llama.cpp refused the request: .*n_predict"):
-        model.server.post("/completion", {"prompt": [1], "n_predict": "many"})
-    model.server._key = "wrong"
-    with pytest.raises(ModelError, match="refused the request: Invalid API Key"):
-        model.server.post("/completion", {"prompt": [1]})
-    (tmp_path / "no.gguf").write_bytes(b"no")
-    with pytest.raises(ModelError, match="no.gguf: llama.cpp cannot load this file"):
-        LlamaServer(ServerOptions(str(tmp_path / "no.gguf")))
 
 
 def test_options_of_another_engine_are_refused(luthier: Run, run: Path) -> None:
@@ -404,7 +257,7 @@ def test_notes_name_what_differs(base: Path, tmp_path: Path, model_dir: Callable
         )
     )
     lines: list[str] = []
-    talk = verb.chat(tmp_path / "run", log=lines.append)
+    talk = library.chat(tmp_path / "run", log=lines.append, engine="llama.cpp")
     assert any("no setting for generation.no_repeat_ngram_size" in line for line in lines)
     assert any("llama.cpp uses its weights in q8_0" in line for line in lines)
     assert talk.send("Who are you?", Sampling(3)).reply_tokens

@@ -222,7 +222,7 @@ def test_wrong_options_are_refused(luthier: Run, run: Path, monkeypatch: pytest.
         (("--engine", "magic"), "--engine magic: is not an engine"),
         (("--print",), "--print would be ignored: only vLLM is started with a command"),
         (("--memory", "2 apples"), "--memory 2 apples: is not a size"),
-        (("--engine", "vllm", "--memory", "2GB"), "--memory would be ignored: it is a setting of luthier's engine"),
+        (("--engine", "vllm", "--memory", "2GB"), "--memory would be ignored: it is a setting of other engines"),
         (("--engine", "vllm", "--no-fused"), "--no-fused would be ignored"),
     ):
         done = luthier("serve", run, *argv)

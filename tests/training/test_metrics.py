@@ -218,7 +218,7 @@ def test_a_finished_run_names_the_package_to_install(
 
 
 def test_a_base_model_is_refused_before_it_is_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("luthier.verbs.chat.load_weights", None)
+    monkeypatch.setattr("luthier.evaluation.dtype.open_base", None)
     with pytest.raises(ConfigError, match="there is no adapter to compare with its base"):
         library.eval(model, [personas.HELD_OUT])
 

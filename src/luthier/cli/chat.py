@@ -18,7 +18,6 @@ from luthier.cli.common import (
     QuantizationOption,
     importing,
     print_stderr,
-    refuse_options,
 )
 from luthier.cli.conversation import InteractiveChat, ask, ask_both
 from luthier.errors import ConfigError
@@ -26,6 +25,15 @@ from luthier.errors import ConfigError
 if TYPE_CHECKING:
     from luthier.inference.chat import Chat
     from luthier.inference.generation import Reply
+
+
+NoRepeatOption = Annotated[
+    int | None,
+    typer.Option("--no-repeat-ngram-size", metavar="N", min=0, help="Never repeat a sequence of N tokens; 0 disables."),
+]
+EngineOption = Annotated[
+    str, typer.Option("--engine", metavar="NAME", help="luthier, or llama.cpp (its file is written on first use).")
+]
 
 
 def run(
@@ -53,12 +61,7 @@ def run(
         float | None,
         typer.Option("--repetition-penalty", metavar="X", min=0.01, help="Penalise tokens already used; 1 disables."),
     ] = None,
-    no_repeat_ngram_size: Annotated[
-        int | None,
-        typer.Option(
-            "--no-repeat-ngram-size", metavar="N", min=0, help="Never repeat a sequence of N tokens; 0 disables."
-        ),
-    ] = None,
+    no_repeat_ngram_size: NoRepeatOption = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Random seed of the sampling.")] = 0,
     dtype: Annotated[
         str,
@@ -73,9 +76,7 @@ def run(
         bool, typer.Option("--compare", help="Show the replies of the base model and the tuned model side by side.")
     ] = False,
     fused: FusedOption = True,
-    engine: Annotated[
-        str, typer.Option("--engine", metavar="NAME", help="luthier, or llama.cpp (its file is written on first use).")
-    ] = "luthier",
+    engine: EngineOption = "luthier",
     quantization: QuantizationOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -86,8 +87,9 @@ def run(
     """
     if as_json and prompt is None:
         raise ConfigError("--json prints one reply, so it needs a prompt", "add --prompt TEXT")
-    if engine not in ("luthier", "llama.cpp"):
-        raise ConfigError(f"--engine {engine}: is not an engine", "use luthier or llama.cpp")
+    with importing():
+        from luthier.verbs.chat import chat as open_chat
+
     if prompt == "-":
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
@@ -101,24 +103,9 @@ def run(
         "repetition_penalty": repetition_penalty,
         "no_repeat_ngram_size": no_repeat_ngram_size,
     }
-    if engine == "llama.cpp":
-        refuse_options(
-            {
-                "--dtype": (dtype != "auto", "llama.cpp's files have types of their own (--quantization)"),
-                "--no-fused": (not fused, "it is a setting of luthier's engine"),
-                "--checkpoint": (checkpoint is not None, "llama.cpp gets finished adapters only"),
-            }
-        )
-        with importing():
-            from luthier.verbs import llamacpp
-
-        chat = llamacpp.chat(path, system, model, adapter, sampling, compare, quantization, print_stderr)
-    else:
-        refuse_options({"--quantization": (quantization is not None, "it is of llama.cpp's files")})
-        with importing():
-            from luthier.verbs.chat import chat as open_chat
-
-        chat = open_chat(path, system, dtype, model, adapter, checkpoint, sampling, compare, fused, print_stderr)
+    chat = open_chat(
+        path, system, dtype, model, adapter, checkpoint, sampling, compare, fused, print_stderr, engine, quantization
+    )
     base = chat.base_chat() if compare else None
     if prompt is None:
         InteractiveChat(chat, base).run()

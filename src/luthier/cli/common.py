@@ -206,13 +206,3 @@ def step_progress() -> Iterator[Callable[[StepRecord], None]]:
             bar.update(task, total=r.steps, completed=r.step, record=record)
 
         yield show
-
-
-def refuse_options(ignored: Mapping[str, tuple[bool, str]]) -> None:
-    """Raise ConfigError for the first option that was given although the engine would ignore it.
-
-    ignored: by option: whether it was given, and the reason.
-    """
-    for option, (given, why) in ignored.items():
-        if given:
-            raise ConfigError(f"{option} would be ignored: {why}", f"leave {option} out, or choose another --engine")

@@ -14,7 +14,6 @@ from luthier.cli.common import (
     QuantizationOption,
     importing,
     print_stderr,
-    refuse_options,
     size_in_bytes,
 )
 from luthier.errors import ConfigError
@@ -79,30 +78,38 @@ def run(
         raise ConfigError(f"--engine {engine}: is not an engine", "use luthier, llama.cpp or vllm")
     if only_print and engine != "vllm":
         raise ConfigError("--print would be ignored: only vLLM is started with a command", "add --engine vllm")
-    own = "it is a setting of luthier's engine"
-    refuse_options(
-        {
-            "--no-fused": (engine != "luthier" and not fused, own),
-            "--memory": (engine == "vllm" and memory is not None, f"{own} and of llama.cpp"),
-            "--dtype": (engine == "llama.cpp" and dtype != "auto", "llama.cpp's files have types of their own"),
-            "--quantization": (engine != "llama.cpp" and quantization is not None, "it is of llama.cpp's files"),
-        }
-    )
     limit = None if memory is None else size_in_bytes("--memory", memory)
-    directories = paths or []
     if engine == "vllm":
-        from luthier.serving.vllm import hand_over
+        _with_vllm(paths or [], host, port, api_key, dtype, model, adapter, only_print, memory, fused, quantization)
+        return
+    with importing():
+        from luthier.verbs.serve import serve
 
-        hand_over(directories, host, port, api_key, dtype, model, adapter, only_print, print_stderr)
-    elif engine == "llama.cpp":
-        with importing():
-            from luthier.verbs import llamacpp
-            from luthier.verbs.serve import Address
+    listen_at, batch = (host, port, api_key), (max_batch, max_queue, limit)
+    serve(paths or [], *listen_at, dtype, model, adapter, *batch, fused, print_stderr, engine, quantization)
 
-        address = Address(host, port, api_key)
-        llamacpp.serve(directories, address, model, adapter, max_batch, max_queue, limit, quantization, print_stderr)
-    else:
-        with importing():
-            from luthier.verbs.serve import serve
 
-        serve(directories, host, port, api_key, dtype, model, adapter, max_batch, max_queue, limit, fused, print_stderr)
+def _with_vllm(
+    paths: list[Path],
+    host: str,
+    port: int,
+    api_key: str | None,
+    dtype: str,
+    model: Path | None,
+    adapter: Path | None,
+    only_print: bool,
+    memory: str | None,
+    fused: bool,
+    quantization: str | None,
+) -> None:
+    """Start vLLM. Raises ConfigError for options that it would not get."""
+    for option, used in (
+        ("--memory", memory is not None),
+        ("--no-fused", not fused),
+        ("--quantization", quantization is not None),
+    ):
+        if used:
+            raise ConfigError(f"{option} would be ignored: it is a setting of other engines", f"leave {option} out")
+    from luthier.serving.vllm import hand_over
+
+    hand_over(paths, host, port, api_key, dtype, model, adapter, only_print, print_stderr)

@@ -23,7 +23,6 @@ from luthier.adapters import directory as adapters
 from luthier.adapters.locate import TunedModel
 from luthier.compiled import Unsuitable
 from luthier.config import ModelConfig
-from luthier.devices.calibration import calibrated, calls_per_second
 from luthier.devices.device import cpu_name, pick_dtype, trim_freed_memory
 from luthier.errors import UserError
 from luthier.evaluation.agreement import TOKENS, Agreement, agreement, chats
@@ -39,6 +38,7 @@ from luthier.models.native_model import in_fp32
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation, QuantLinear, dense_product, quantise
 from luthier.models.streamed import reader, streamed
+from luthier.training.resources import calibrated, calls_per_second
 from luthier.types import Log
 
 NEAR = 0.03  # standard deviations of the logits: a near tie may be resolved differently in bfloat16
@@ -81,7 +81,7 @@ def tuned_subject(tuned: TunedModel, chat_format: ChatFormat, system: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class DtypeChoice:
     """The dtype chosen for a model, and why."""
 
     dtype: str
@@ -109,16 +109,16 @@ def reply_dtype(
     return torch.bfloat16 if chosen else torch.float32
 
 
-def _choice(subject: Subject, log: Log) -> Choice:
+def _choice(subject: Subject, log: Log) -> DtypeChoice:
     """Return the recorded choice for a model, or make and record it."""
     if _fp32_bytes(subject) < _SMALL_BYTES:
-        return Choice("float32", "the model is small")
+        return DtypeChoice("float32", "the model is small")
     if not bfloat16_is_faster(quantisation(subject.settings)):
-        return Choice("float32", "bfloat16 is not faster on this processor")
+        return DtypeChoice("float32", "bfloat16 is not faster on this processor")
     file = _record(subject)
     with suppress(OSError, ValueError, KeyError, TypeError):
         stored = json.loads(file.read_text(encoding="utf-8"))
-        return Choice(stored["dtype"], stored["reason"])
+        return DtypeChoice(stored["dtype"], stored["reason"])
     log("dtype: comparing the model's replies in bfloat16 with those in fp32, once for this model")
     choice, result = _compared(subject)
     log(f"dtype: {choice.dtype}, because {choice.reason}")
@@ -127,19 +127,19 @@ def _choice(subject: Subject, log: Log) -> Choice:
     return choice
 
 
-def _compared(subject: Subject) -> tuple[Choice, Agreement | None]:
+def _compared(subject: Subject) -> tuple[DtypeChoice, Agreement | None]:
     """Generate the fixed replies in bfloat16, and compare them with the model's most likely tokens in fp32."""
     try:
         result = _replies_agree(subject)
     except (UserError, Unsuitable) as e:
         why = e.message if isinstance(e, UserError) else e
-        return Choice("float32", f"bfloat16 was not compared with it ({why})"), None
+        return DtypeChoice("float32", f"bfloat16 was not compared with it ({why})"), None
     finally:
         trim_freed_memory()
     if not result.near(NEAR):
         limit = f"(limit {NEAR * result.size:.2g})"
-        return Choice("float32", f"{result.summary(_REPLIES, 'those in fp32')} {limit}"), result
-    return Choice("bfloat16", result.summary(_REPLIES, "those in fp32")), result
+        return DtypeChoice("float32", f"{result.summary(_REPLIES, 'those in fp32')} {limit}"), result
+    return DtypeChoice("bfloat16", result.summary(_REPLIES, "those in fp32")), result
 
 
 def _replies_agree(subject: Subject) -> Agreement:

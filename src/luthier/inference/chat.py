@@ -15,6 +15,7 @@ from luthier.data.turns import RowProblem
 from luthier.errors import ConfigError, DataError
 from luthier.inference.generation import Reply
 from luthier.inference.sampling import Sampling
+from luthier.lora.layers import LoraLinear
 from luthier.models.chat_format import ChatFormat
 from luthier.types import Message
 
@@ -42,6 +43,7 @@ class Chat:
     """A conversation with a base model, or with a base model and an adapter.
 
     tuned:    whether there is an adapter.
+    layers:   its layers by module name, if the replies are luthier's own.
     config:   the configuration of the run that trained the adapter, if known.
     sampling: how replies are sampled, unless ``send`` is called with other settings.
     base:     true while the adapter is switched off, so that the base model answers.
@@ -50,6 +52,7 @@ class Chat:
     generator: ReplyGenerator
     system: str | None = None
     tuned: bool = False
+    layers: dict[str, LoraLinear] = field(default_factory=dict)
     config: RunConfig | None = None
     history: list[Message] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)

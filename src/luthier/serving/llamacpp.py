@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections import abc, deque
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -20,7 +19,7 @@ from transformers import PretrainedConfig
 from luthier.errors import ConfigError
 from luthier.exporting.gguf.architectures import head_size, notes
 from luthier.exporting.gguf.cached import Wanted, cached_files, default_quantization
-from luthier.exporting.gguf.llamacpp import LlamaServer, ServerOptions
+from luthier.exporting.gguf.llamacpp import Event, LlamaServer, ServerOptions
 from luthier.inference.decoding import OutOfMemory, default_memory
 from luthier.inference.generation import Reply, check_length
 from luthier.inference.sampling import Sampling
@@ -34,6 +33,23 @@ from luthier.types import Log, Message
 _CHAT_TOKENS = 16_384  # of one conversation at most, if memory allows
 _FEWEST = 256  # tokens of llama.cpp's smallest context
 _HALF = 2  # bytes of a cached key or value
+
+
+ENGINES = ("luthier", "llama.cpp")
+
+
+def check_options(engine: str, dtype: str, fused: bool, quantization: str | None) -> None:
+    """Raise ConfigError for an unknown engine, and for options that it would ignore."""
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine}: is not an engine", f"use {' or '.join(ENGINES)}")
+    llama = engine == "llama.cpp"
+    for option, ignored, why in (
+        ("--dtype", llama and dtype != "auto", "llama.cpp's files have types of their own (--quantization)"),
+        ("--no-fused", llama and not fused, "it is a setting of luthier's engine"),
+        ("--quantization", not llama and quantization is not None, "it is a setting of llama.cpp's engine"),
+    ):
+        if ignored:
+            raise ConfigError(f"{option} would be ignored: {why}", f"leave {option} out, or choose another --engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +76,7 @@ class LlamaModel:
 
     def tokens_of(
         self, ids: Sequence[int], sampling: Sampling, room: int, adapter: str | None, logprobs: int | None = None
-    ) -> Generator[Token | Finish | None]:
+    ) -> abc.Generator[Token | Finish | None]:
         """Yield the tokens of one reply, and its end; None once a second while there is no new token.
 
         llama.cpp withholds the tokens of an incomplete character, and then reports only the last of them. Closing the
@@ -76,12 +92,12 @@ class LlamaModel:
                 if not event:
                     yield None
                 elif event["stop"]:
-                    if new := int(event["tokens_predicted"]) - count:  # the last character is incomplete
+                    if new := event["tokens_predicted"] - count:  # the last character is incomplete
                         yield Token(ids[-1], count=new, text="")
-                    yield Finish(event["stop_type"] == "eos", int(event["timings"]["cache_n"]))
+                    yield Finish(event["stop_type"] == "eos", event["timings"]["cache_n"])
                     return
                 else:
-                    new = int(event["tokens_predicted"]) - count
+                    new = event["tokens_predicted"] - count
                     count += new
                     yield _token(event, new, logprobs)
         raise self.server.interrupted()
@@ -123,12 +139,12 @@ def open_models(
         least = f"--memory {_FEWEST * _token_bytes(config)}B"
         raise ConfigError(f"--memory: holds only {tokens} tokens; llama.cpp needs {_FEWEST}", f"write at least {least}")
     tokens = max(_FEWEST, min(tokens, longest * parallel, _CHAT_TOKENS if parallel == 1 else tokens))
-    found = cached_files(wanted, kind, log)
+    cached = cached_files(wanted, kind, log)
     options = ServerOptions(
-        str(found.model), tuple(map(str, found.lora.values())), tokens, parallel, threads=torch.get_num_threads()
+        str(cached.model), tuple(map(str, cached.lora.values())), tokens, parallel, threads=torch.get_num_threads()
     )
-    log(f"llama.cpp: loading {found.model}")
-    return LlamaModel(LlamaServer(options), tuple(found.lora), config, tokens), served
+    log(f"llama.cpp: loading {cached.model}")
+    return LlamaModel(LlamaServer(options), tuple(cached.lora), config, tokens), served
 
 
 def _notes(named: Sequence[NamedModel], chat_format: ChatFormat, kind: str) -> list[str]:
@@ -169,8 +185,8 @@ def _options(s: Sampling, context: int) -> dict[str, object]:
 class LlamaGenerator:
     """Generates the replies of a conversation with llama.cpp."""
 
-    def __init__(self, model: LlamaModel, chat_format: ChatFormat, adapter: str | None) -> None:
-        self.model, self.chat_format, self.adapter = model, chat_format, adapter
+    def __init__(self, llama: LlamaModel, chat_format: ChatFormat, adapter: str | None) -> None:
+        self.llama, self.chat_format, self.adapter = llama, chat_format, adapter
 
     def reply(
         self,
@@ -184,12 +200,12 @@ class LlamaGenerator:
         Raises UserError if the prompt is too long or llama.cpp fails.
         """
         ids = self.chat_format.prompt_ids(messages)
-        room = self.model.room(len(ids), sampling.max_new_tokens)
+        room = self.llama.room(len(ids), sampling.max_new_tokens)
         text = ReplyText(self.chat_format.tokenizer, self.chat_format.template.reply_prefix)
         start, count, stopped = time.perf_counter(), 0, False
         end = None if sampling.max_seconds is None else start + sampling.max_seconds
         emit = on_text or (lambda _: None)
-        with closing(self.model.tokens_of(ids, sampling, room, None if base else self.adapter)) as tokens:
+        with closing(self.llama.tokens_of(ids, sampling, room, None if base else self.adapter)) as tokens:
             for token in tokens:
                 if isinstance(token, Finish):
                     stopped = token.stopped
@@ -210,9 +226,9 @@ class LlamaEngine:
     max_batch: maximum number of requests that llama.cpp gets at a time. max_queue: maximum number of waiting requests.
     """
 
-    def __init__(self, model: LlamaModel, max_batch: int, max_queue: int = 64) -> None:
-        self.model = model
-        self.limit = context_length(model.config)
+    def __init__(self, llama: LlamaModel, max_batch: int, max_queue: int = 64) -> None:
+        self.llama = llama
+        self.limit = context_length(llama.config)
         self.counts = Counts()
         self.max_batch, self.max_queue = max_batch, max_queue
         self._waiting: deque[Request] = deque()
@@ -248,7 +264,7 @@ class LlamaEngine:
         with self._wake:
             self._closed = True
             self._wake.notify_all()
-        self.model.server.close()
+        self.llama.server.close()
         for thread in self._threads:
             thread.join()
 
@@ -271,8 +287,8 @@ class LlamaEngine:
                 while self._waiting and self._waiting[0].cancelled:
                     self._waiting.popleft()
                 if self._waiting:
-                    most = min(len(self._waiting[0].ids) + self._waiting[0].sampling.max_new_tokens, self.model.context)
-                    if not self._reserved or sum(self._reserved.values()) + most <= self.model.context:
+                    most = min(len(self._waiting[0].ids) + self._waiting[0].sampling.max_new_tokens, self.llama.context)
+                    if not self._reserved or sum(self._reserved.values()) + most <= self.llama.context:
                         request = self._waiting.popleft()
                         self._reserved[request] = most
                         return request
@@ -280,9 +296,9 @@ class LlamaEngine:
         return None
 
     def _generate(self, request: Request) -> None:
-        room = self.model.room(len(request.ids), request.sampling.max_new_tokens)
+        room = self.llama.room(len(request.ids), request.sampling.max_new_tokens)
         finish = "length"
-        tokens = self.model.tokens_of(request.ids, request.sampling, room, request.adapter, request.logprobs)
+        tokens = self.llama.tokens_of(request.ids, request.sampling, room, request.adapter, request.logprobs)
         with closing(tokens):
             for token in tokens:
                 if request.cancelled:
@@ -305,12 +321,11 @@ class LlamaEngine:
         return request.on_token(token) and token.id not in request.stop_ids
 
 
-def _token(event: Mapping[str, Any], count: int, logprobs: int | None) -> Token:
+def _token(event: Event, count: int, logprobs: int | None) -> Token:
     """Read the newest token of an event. count: tokens since the last event."""
-    token = int(event["tokens"][-1])
-    text = str(event["content"]) if count > 1 else None
-    known = (event.get("completion_probabilities") or [None])[-1]
-    if logprobs is None or known is None:
+    token, text = event["tokens"][-1], event["content"] if count > 1 else None
+    known = event.get("completion_probabilities")
+    if logprobs is None or not known:
         return Token(token, count=count, text=text)
-    top = tuple((int(t["id"]), float(t["logprob"])) for t in known["top_logprobs"][:logprobs])
-    return Token(token, float(known["logprob"]), top, count, text)
+    top = tuple((t["id"], t["logprob"]) for t in known[-1]["top_logprobs"][:logprobs])
+    return Token(token, known[-1]["logprob"], top, count, text)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from luthier import __version__
+from luthier._util import files
 from luthier.batching.plan import Plan
 from luthier.config import RunConfig, TrainConfig
-from luthier.devices.calibration import calibrated, calls_per_second
-from luthier.devices.device import available_memory, pick_device, trim_freed_memory
+from luthier.devices.device import available_memory, cpu_name, pick_device, trim_freed_memory
 from luthier.encoding.store import ExampleStore
 from luthier.errors import UserError
 from luthier.lora.layers import Targets
@@ -210,6 +215,41 @@ def rate(name: str, dtype: torch.dtype) -> float:
     """
     measure = _flops if name == "flops" else _dequantised
     return calibrated(f"{dtype} {name}", lambda: measure(dtype))
+
+
+def calibrated(name: str, measure: Callable[[], float]) -> float:
+    """Return a rate of this machine; the first call measures it (about 1 s) and caches it on disk."""
+    facts = {
+        "luthier": __version__,
+        "torch": version("torch"),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    file = files.cache_root() / "calibration.json"
+    try:
+        rates = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        rates = {}
+    key = f"{json.dumps(facts, sort_keys=True)} {name}"
+    if not isinstance(rates.get(key), float):
+        rates = {k: v for k, v in rates.items() if isinstance(v, float)}
+        rates[key] = measure()
+        with suppress(UserError):  # measured again next time
+            files.write_json(file, rates)
+    return float(rates[key])
+
+
+def calls_per_second(work: Callable[[], object], seconds: float) -> float:
+    """Call ``work`` for about this long; returns how often it ran per second."""
+    work()
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        work()
+        done += 1
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return done / (time.perf_counter() - start)
 
 
 def _flops(dtype: torch.dtype, seconds: float = 1.0) -> float:

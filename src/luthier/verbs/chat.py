@@ -11,7 +11,7 @@ from luthier._util.files import user_path
 from luthier.adapters.locate import locate
 from luthier.adapters.run_dir import RunDir
 from luthier.config import ModelConfig, RunConfig
-from luthier.devices.device import pick_device
+from luthier.devices.device import pick_device, pick_dtype
 from luthier.errors import AdapterError, ConfigError
 from luthier.evaluation.dtype import Subject, reply_dtype, tuned_subject
 from luthier.inference.chat import GIVE_ADAPTER, Chat, check_system
@@ -22,6 +22,8 @@ from luthier.models.chat_format import chat_format_of, load_chat_format
 from luthier.models.directory import must_be_directory
 from luthier.models.native_model import empty_model
 from luthier.models.protocols import CausalLM
+from luthier.serving import llamacpp
+from luthier.serving.models import resolve_models
 from luthier.training import checkpoint as checkpoints
 from luthier.types import Log
 
@@ -51,7 +53,19 @@ def open_model(
     log: Log = lambda _: None,
 ) -> Opened:
     """Open a model with luthier's own engine. Parameters are those of ``chat``. Raises UserError."""
-    device = pick_device()
+    pick_dtype(dtype, pick_device())  # an unknown name is an error before anything is read
+    return _open(*_located(path, system, model, adapter, checkpoint, with_adapter), dtype, fused, log)
+
+
+def _located(
+    path: Path | str | None,
+    system: str | None,
+    model: Path | str | None,
+    adapter: Path | str | None,
+    checkpoint: int | None,
+    with_adapter: bool,
+) -> tuple[Subject, RunConfig | None]:
+    """Resolve the arguments of ``chat`` without loading weights. Raises UserError."""
     config: RunConfig | None
     if checkpoint is not None:
         if path is None or model is not None or adapter is not None:
@@ -65,10 +79,15 @@ def open_model(
         else:
             if with_adapter:
                 must_be_directory(source.base)
-                raise no_adapter(source.base)
+                raise _no_adapter(source.base)
             settings = ModelConfig.model_validate({"path": source.base})
             subject = Subject(settings, load_chat_format(source.base), system)
     check_system(subject.chat_format, subject.system)
+    return subject, config
+
+
+def _open(subject: Subject, config: RunConfig | None, dtype: str, fused: bool, log: Log) -> Opened:
+    device = pick_device()
     opened, layers = subject.open(reply_dtype(dtype, device, [subject], fused, log), device)
     return Opened(Generator(opened, subject.chat_format, fused, log), layers, subject.system, config)
 
@@ -84,6 +103,8 @@ def chat(
     with_adapter: bool = False,
     fused: bool = True,
     log: Log = lambda _: None,
+    engine: str = "luthier",
+    quantization: str | None = None,
 ) -> Chat:
     """Open a run, an adapter or a base model directory; or ``model`` with ``adapter``, which may be a PEFT directory.
 
@@ -94,16 +115,51 @@ def chat(
     with_adapter: refuse a base model.
     fused:        decode with luthier's compiled layers if they support the model, which is faster.
     log:          gets a note if they do not, and the choice of the dtype when it is made.
+    engine:       "luthier", or "llama.cpp" (extra ``export``), whose files are written and verified on first use.
+    quantization: of the base model's weights in llama.cpp: f16, q8_0 or q4_0; None: as in training.
 
     Raises UserError, before weights are read whenever possible.
     """
-    opened = open_model(path, system, dtype, model, adapter, checkpoint, with_adapter, fused, log)
-    settings = run_sampling(opened.config, sampling or {})
-    return Chat(opened.generator, opened.system, bool(opened.layers), opened.config, sampling=settings)
+    changes = sampling or {}
+    llamacpp.check_options(engine, dtype, fused, quantization)
+    if engine == "llama.cpp":
+        if checkpoint is not None:
+            raise ConfigError("--checkpoint would be ignored: llama.cpp gets finished adapters only", "leave it out")
+        return _with_llamacpp(path, system, model, adapter, changes, with_adapter, quantization, log)
+    pick_dtype(dtype, pick_device())  # an unknown name is an error before anything is read
+    subject, config = _located(path, system, model, adapter, checkpoint, with_adapter)
+    settings = _sampling(config, changes)
+    opened = _open(subject, config, dtype, fused, log)
+    return Chat(opened.generator, opened.system, bool(opened.layers), opened.layers, config, sampling=settings)
 
 
-def no_adapter(base: Path) -> ConfigError:
-    """Return the error for a base model where an adapter is needed."""
+def _with_llamacpp(
+    path: Path | str | None,
+    system: str | None,
+    model: Path | str | None,
+    adapter: Path | str | None,
+    changes: Mapping[str, float | None],
+    with_adapter: bool,
+    quantization: str | None,
+    log: Log,
+) -> Chat:
+    """Open a conversation with llama.cpp. Raises UserError."""
+    if changes.get("no_repeat_ngram_size"):
+        raise ConfigError("--no-repeat-ngram-size: llama.cpp has no such setting", "leave --engine llama.cpp out")
+    named = resolve_models([] if path is None else [path], model, adapter)
+    tuned = named[0].tuned
+    if with_adapter and not tuned:
+        raise _no_adapter(named[0].base)
+    config = tuned.config if tuned else None
+    settings = _sampling(config, changes)
+    opened, served = llamacpp.open_models(named, quantization, log=log)
+    system = served[0].system if system is None else system
+    check_system(served[0].chat_format, system)
+    generator = llamacpp.LlamaGenerator(opened, served[0].chat_format, served[0].adapter)
+    return Chat(generator, system, tuned is not None, config=config, sampling=settings)
+
+
+def _no_adapter(base: Path) -> ConfigError:
     return ConfigError(f"{base}: there is no adapter to compare with its base", GIVE_ADAPTER)
 
 
@@ -131,7 +187,7 @@ def _at_checkpoint(run: RunDir, step: int, system: str | None) -> tuple[Subject,
     return Subject(config.model, chat_format, system, digest, attached), config
 
 
-def run_sampling(config: RunConfig | None, changes: Mapping[str, float | None]) -> Sampling:
+def _sampling(config: RunConfig | None, changes: Mapping[str, float | None]) -> Sampling:
     """Apply ``changes`` to the run's sampling settings, or to greedy sampling without a run. Raises ConfigError."""
     settings = Sampling.of(config.generation) if config else Sampling()
     return settings.changed(**changes)

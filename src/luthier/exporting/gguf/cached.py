@@ -3,7 +3,7 @@
     llama.cpp/<key>/model.gguf, verified.json     a base model, without a chat template: prompts are sent as token ids
     llama.cpp/<key>/lora.gguf, verified.json      an adapter over that file
 
-A key depends on everything that the file is made from, and on the versions that wrote and verified it.
+The key of a file depends on everything that it is made from, and on the versions that wrote and verified it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -85,13 +86,13 @@ def cached_files(models: Sequence[Wanted], quantization: str, log: Log) -> Llama
         key = _key(_facts_of_base(base, quantization))
         model = root / key / MODEL
         if not files.exists(model):
-            _write(root / key, lambda folder: _base(base, folder, quantization, log), log)
+            _write(root / key, partial(_base, base, quantization, log), log)
         lora = {}
         for wanted in models:
             if wanted.tuned:
                 folder = root / _key([key, *_facts_of_adapter(wanted.tuned)])
                 if not files.exists(folder / LORA):
-                    _write(folder, lambda f, w=wanted: _adapter(w, model, f, quantization, log), log)  # type: ignore[misc]
+                    _write(folder, partial(_adapter, wanted, model, quantization, log), log)
                 lora[wanted.name] = folder / LORA
     except ModelError as e:
         raise ModelError(f"llama.cpp cannot run {models[0].name}: {e.message}", _WITHOUT) from None
@@ -118,7 +119,7 @@ def _write(folder: Path, write: Callable[[Path], str], log: Log) -> None:
     log(f"llama.cpp: saved in {folder} for later runs")
 
 
-def _base(base: Wanted, folder: Path, quantization: str, log: Log) -> str:
+def _base(base: Wanted, quantization: str, log: Log, folder: Path) -> str:
     """Write and verify the base model's file. Returns the result of the verification."""
     chat_format, file = base.chat_format, folder / MODEL
     log(f"llama.cpp: verifying the tokenizer of {base.name}")
@@ -131,7 +132,7 @@ def _base(base: Wanted, folder: Path, quantization: str, log: Log) -> str:
     return verify.verify_served(chat_format, None, options, quantization, _reference(base, file, quantization))
 
 
-def _adapter(wanted: Wanted, model: Path, folder: Path, quantization: str, log: Log) -> str:
+def _adapter(wanted: Wanted, model: Path, quantization: str, log: Log, folder: Path) -> str:
     """Write and verify an adapter's file. Returns the result of the verification."""
     assert wanted.tuned
     chat_format, file = wanted.chat_format, folder / LORA

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import IO, Any, Self
+from typing import IO, Self, TypedDict
 from urllib.parse import urlsplit
 
 from luthier._util.installation import install_command
@@ -57,7 +58,33 @@ def require() -> None:
         raise MissingPackageError(f"{PACKAGE}, which runs llama.cpp, is not installed", install_command("export"))
 
 
-class Stopped(ModelError):
+class Probability(TypedDict):
+    """A token and its log probability."""
+
+    id: int
+    logprob: float
+
+
+class TokenProbability(Probability):
+    """A token of a reply, and the most likely tokens at its position."""
+
+    top_logprobs: list[Probability]
+
+
+class Event(TypedDict, total=False):
+    """The fields that are read from responses of llama.cpp's server. stop: whether the reply has ended."""
+
+    prompt: str
+    content: str
+    tokens: list[int]
+    tokens_predicted: int
+    completion_probabilities: list[TokenProbability]
+    stop: bool
+    stop_type: str
+    timings: dict[str, int]
+
+
+class LlamaStopped(ModelError):
     """llama.cpp has ended, or could not load its file. reason: in its own words."""
 
     def __init__(self, message: str, reason: str) -> None:
@@ -66,7 +93,7 @@ class Stopped(ModelError):
 
 
 class LlamaServer:
-    """A running llama.cpp. Use it in a ``with`` block, or call ``close``. Raises Stopped if it cannot load the file."""
+    """A running llama.cpp. Use it in a ``with`` block, or call ``close``. Raises LlamaStopped if it cannot start."""
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
@@ -102,6 +129,10 @@ class LlamaServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
     def close(self) -> None:
         """End llama.cpp."""
         self._end()
@@ -114,22 +145,22 @@ class LlamaServer:
             return ModelError("llama.cpp did not finish its response", "run the same command again")
         return self._stopped("llama.cpp has ended")
 
-    def _stopped(self, message: str) -> Stopped:
+    def _stopped(self, message: str) -> LlamaStopped:
         self._process.wait()
         reason = f"exit status {self._process.returncode}"
         if not self._errors.closed:
             self._errors.seek(0)
             reason = _reason(self._errors.read(), self._process.returncode)
         self.close()
-        return Stopped(message, reason)
+        return LlamaStopped(message, reason)
 
-    def post(self, path: str, body: Mapping[str, object]) -> dict[str, Any]:
-        """Send a request; returns the response. Raises ModelError if llama.cpp refuses it, Stopped if it has ended."""
+    def post(self, path: str, body: Mapping[str, object]) -> Event:
+        """Send a request; returns the response. Raises ModelError if it is refused or llama.cpp has ended."""
         with self._response(path, body) as response:
-            content: dict[str, Any] = json.loads(response.read())
+            content: Event = json.loads(response.read())
         return content
 
-    def stream(self, path: str, body: Mapping[str, object]) -> Generator[dict[str, Any]]:
+    def stream(self, path: str, body: Mapping[str, object]) -> abc.Generator[Event]:
         """Yield the events of a response, and an empty one every second without any. Raises as ``post``.
 
         Closing the iterator early cancels the request.
@@ -141,7 +172,7 @@ class LlamaServer:
                 if line.startswith(b":"):
                     yield {}
                 if line.startswith(b"data:") and b"[DONE]" not in line:
-                    event: dict[str, Any] = json.loads(line.removeprefix(b"data:"))
+                    event: Event = json.loads(line.removeprefix(b"data:"))
                     if "error" in event:
                         raise _refused(line.removeprefix(b"data:"))
                     yield event
@@ -237,7 +268,7 @@ def ask(question: Question) -> Answer:
         with LlamaServer(question.options) as server:
             return _answer(server, question)
     except ModelError as e:
-        reason = e.reason if isinstance(e, Stopped) else e.message
+        reason = e.reason if isinstance(e, LlamaStopped) else e.message
         raise ModelError(
             f"{question.options.model}: llama.cpp cannot run this file, so it was deleted ({reason})",
             "use --to hf, which stock transformers loads",
@@ -245,7 +276,7 @@ def ask(question: Question) -> Answer:
 
 
 def _answer(server: LlamaServer, question: Question) -> Answer:
-    def reply(ids: Sequence[int], tokens: int, **options: object) -> dict[str, Any]:
+    def reply(ids: Sequence[int], tokens: int, **options: object) -> Event:
         greedy = {"prompt": ids, "n_predict": tokens, "temperature": 0, "cache_prompt": False, "return_tokens": True}
         return server.post("/completion", {**greedy, **options})
 
@@ -256,7 +287,7 @@ def _answer(server: LlamaServer, question: Question) -> Answer:
         return ids
 
     ids = [tokenise(text) for text in question.texts]
-    prompts = [str(server.post("/apply-template", {"messages": chat})["prompt"]) for chat in question.chats]
+    prompts = [server.post("/apply-template", {"messages": chat})["prompt"] for chat in question.chats]
     return Answer(
         prompts=prompts,
         prompt_ids=[tokenise(prompt) for prompt in prompts],
