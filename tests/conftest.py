@@ -32,6 +32,7 @@ from luthier.encoding import row_cache
 from luthier.errors import UserError
 from luthier.hub.directory import inspect_dir
 from luthier.hub.embedded import state_of
+from luthier.models import native_model
 from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from luthier.verbs.train import train
 from tests.helpers.error_sites import recorder
@@ -86,6 +87,14 @@ def _loopback_only() -> Iterator[None]:
     socket.socket.connect = guarded  # type: ignore[method-assign]
     yield
     socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _verify_always() -> Iterator[None]:
+    """Verify every model, whatever passed before: tests replace parts that are verified."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_model, "REMEMBER", False)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

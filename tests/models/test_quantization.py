@@ -20,9 +20,9 @@ from luthier._util.installation import install_command
 from luthier.errors import ConfigError, MissingPackageError
 from luthier.kernels import native
 from luthier.models import quantization
-from luthier.models.checkpoint_reader import write_safetensors
+from luthier.models.checkpoint_reader import Shards, write_safetensors
 from luthier.models.directory import read_config
-from luthier.models.quantization import Quantisation, QuantLinear
+from luthier.models.quantization import Quantisation, QuantLinear, bitsandbytes_functions
 from luthier.models.quantized_loader import QuantisedOptions, cache_dir, load_quantised
 from luthier.verbs.train import Stopped
 from tests.conftest import Result
@@ -280,3 +280,41 @@ def test_a_large_head_from_a_pickle_file_is_in_memory_only_once(tmp_path: Path) 
     done = subprocess.run([sys.executable, "-c", _READ, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 0.9 < float(done.stdout) < 1.75  # two copies would be 2; the allocator adds up to half a copy
+
+
+def test_the_values_of_the_codes_are_those_of_bitsandbytes() -> None:
+    functions, cpu = bitsandbytes_functions(), torch.device("cpu")
+    for kind in ("nf4", "fp4"):
+        assert torch.equal(quantization.code_table(kind, cpu), functions.get_4bit_type(kind, device="cpu"))
+    assert torch.equal(quantization._nested_code(cpu), functions.create_dynamic_map())
+
+
+def test_the_tensors_of_the_copy_are_mapped_and_aligned(model: Path, cache: Path) -> None:
+    """Mapped tensors equal those that were read, are not shared with the file, and none is out of alignment."""
+    load(model)
+    (folder,) = cache.iterdir()
+    shards = Shards.open(folder)
+    for name in shards.shapes:
+        place = shards.place(name)
+        assert place and place.offset % place.dtype.itemsize == 0
+        mapped, read = shards.mapped(name), shards.read(name)
+        assert mapped.dtype is read.dtype and torch.equal(mapped, read)
+    before = (folder / "part-00000.safetensors").read_bytes()
+    shards.mapped(name).zero_()
+    assert (folder / "part-00000.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_one_copy_serves_every_dtype(model: Path, cache: Path, kind: Any) -> None:
+    how = Quantisation(kind)
+    loaded = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        options = QuantisedOptions(how, dtype)
+        loaded[dtype] = load_quantised(model, dtype, torch.device("cpu"), read_config(model), options)
+    assert len(list(cache.iterdir())) == 1
+    for name, tensor in loaded[torch.float32].state_dict().items():
+        other = loaded[torch.bfloat16].state_dict()[name]
+        if name.endswith(how.parts):
+            assert torch.equal(tensor, other)
+        elif tensor.is_floating_point() and "head" not in name:
+            assert tensor.dtype is torch.float32 and other.dtype is torch.bfloat16

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 import luthier as library
@@ -147,6 +148,9 @@ def test_openais_api_is_the_same(run: Path) -> None:
         with server.http() as plain:
             metrics = plain.get("/metrics").text
         assert "luthier_reply_tokens_total 24" in metrics
+        extra = {"no_repeat_ngram_size": 2}
+        with pytest.raises(openai.BadRequestError, match="no_repeat_ngram_size: llama.cpp has no such setting"):
+            client.chat.completions.create(model="marlow", messages=question, extra_body=extra)
 
 
 def test_the_death_of_llama_cpp_fails_requests_with_an_error(run: Path) -> None:

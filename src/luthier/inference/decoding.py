@@ -22,9 +22,9 @@ from luthier.compiled.pages import OutOfPages, PrefixPages, Row
 from luthier.devices.device import available_memory, resident_now
 from luthier.errors import ModelError, UserError
 from luthier.inference.sampling import Sampler
-from luthier.lora.layers import LoraLinear
+from luthier.lora.layers import LoraLinear, frozen_dtype
 from luthier.models.directory import context_length, rotary_limit
-from luthier.models.native_model import first_layers
+from luthier.models.native_model import first_layers, verify_once
 from luthier.models.protocols import CausalLM
 from luthier.training.forward import relative_distance, rounding_bound
 from luthier.types import Log
@@ -263,17 +263,23 @@ def verified_decoding(
     adapter: the one that the model's own layers compute with now. Raises Unsuitable.
     """
     report_compilation(model, {}, "the decoding of replies", log)
+    layers = (adapters or {})[adapter] if adapter is not None else {}
+    shapes = {name: tuple(layer.lora_A.shape) for name, layer in layers.items()}
+    verify_once("decoding", model, [shapes], lambda: _verify(model, [layers] if layers else []))
+    return CompiledDecoding(model, adapters, memory, prefix_bytes)
+
+
+def _verify(model: CausalLM, adapters: Sequence[Mapping[str, LoraLinear]]) -> None:
+    """Compare the first layers with the model's own, which compute with the adapter. Raises Unsuitable."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     most = min(_VERIFIED, rotary_limit(model.config) or _VERIFIED)
     ids = [(7 + 13 * i) % vocabulary for i in range(most)]
     with first_layers(model) as depth:
         expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-        few = CompiledDecoder(model, [] if adapter is None else [(adapters or {})[adapter]])
-        pages, row = few.pages(0), Row()
-        index = None if adapter is None else 0
+        few = CompiledDecoder(model, adapters)
+        pages, row, index = few.pages(0), Row(), 0 if adapters else None
         parts = [few.logits(pages, [NewTokens(row, ids[:-4], index)], every=True)]
         parts += [few.logits(pages, [NewTokens(row, [i], index)]) for i in ids[-4:]]
     error = relative_distance(torch.cat(parts), expected)
-    if not error <= rounding_bound(model.dtype, depth):
+    if not error <= rounding_bound(frozen_dtype(model), depth):
         raise Unsuitable(f"on this machine their logits differ from those of transformers' layers by {error:.2g}")
-    return CompiledDecoding(model, adapters, memory, prefix_bytes)

@@ -12,10 +12,13 @@ import math
 import mmap
 import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
+_READERS, _AHEAD_BYTES = 2, 64_000_000
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14; an error of an older one is ignored
 _BLOCK = 16_000_000  # values read from a pickle file per copy
 _READ_ERRORS = (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
 _WEIGHTS = (  # single file, index
@@ -122,6 +128,32 @@ class Shards:
         file = self._file(self._file_of[name])
         return file.place(name) if isinstance(file, _Safetensors) else None
 
+    def mapped(self, name: str) -> Shaped[Tensor, " ..."]:
+        """Map a tensor into memory: pages are read when they are used, and changes stay private.
+
+        Only for files that do not change, such as those of a cache. Raises ModelError if the file is damaged.
+        """
+        file = self._file(self._file_of[name])
+        return file.mapped(name) if isinstance(file, _Safetensors) else self.read(name)
+
+    def read_ahead(self, names: Iterable[str], convert: Callable[[str, Shaped[Tensor, " ..."]], T]) -> Iterator[T]:
+        """Read and convert tensors in order, the next ones on other threads: new pages of memory take most of the time.
+
+        Raises ModelError if a file is damaged.
+        """
+
+        def converted(name: str) -> T:
+            return convert(name, self.read(name))
+
+        pending: deque[tuple[int, Future[T]]] = deque()  # size in bytes at most
+        with ThreadPoolExecutor(_READERS) as pool:
+            for name in names:
+                pending.append((4 * math.prod(self.shapes[name]), pool.submit(converted, name)))
+                while len(pending) > _READERS or sum(size for size, _ in pending) > _AHEAD_BYTES:
+                    yield pending.popleft()[1].result()
+            while pending:
+                yield pending.popleft()[1].result()
+
     def in_file_order(self) -> Iterator[str]:
         """Iterate over the tensor names file by file, so that each file is opened only once."""
         for file in self.files:
@@ -201,6 +233,7 @@ class _Safetensors:
         header.pop("__metadata__", None)
         self._start = 8 + size
         self._header: dict[str, _Entry] = header
+        self._map: Shaped[Tensor, " bytes"] | None = None
 
     def shapes(self) -> dict[str, Shape]:
         return {name: tuple(entry["shape"]) for name, entry in self._header.items()}
@@ -208,6 +241,18 @@ class _Safetensors:
     def read(self, name: str) -> Shaped[Tensor, " ..."]:
         place = self.place(name)
         return place.read(0, place.rows)
+
+    def mapped(self, name: str) -> Shaped[Tensor, " ..."]:
+        place = self.place(name)
+        size = place.rows * place.row_bytes
+        if place.offset % place.dtype.itemsize or not size:
+            return self.read(name)
+        if self._map is None:
+            with open(self._path, "rb") as f:
+                self._map = torch.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+            # in the background, so that the first use of a page does not have to wait for the system
+            threading.Thread(target=_advise, args=(self._map, _POPULATE_READ), daemon=True).start()
+        return self._map[place.offset : place.offset + size].view(place.dtype).reshape(place.shape)
 
     def rows(self, name: str, rows: Sequence[int]) -> Shaped[Tensor, "rows ..."]:
         place = self.place(name)
@@ -271,7 +316,7 @@ class _Pickle:
 
     def read(self, name: str) -> Shaped[Tensor, " ..."]:
         mapped = self._tensors[name]
-        _advise(mapped, "MADV_SEQUENTIAL")
+        _advise(mapped, mmap.MADV_SEQUENTIAL)
         copy = torch.empty(mapped.shape, dtype=mapped.dtype)
         rows = max(1, _BLOCK * len(mapped) // max(1, mapped.numel())) if mapped.dim() else 0
         parts = zip(torch.split(mapped, rows), torch.split(copy, rows), strict=True) if rows else [(mapped, copy)]
@@ -281,16 +326,18 @@ class _Pickle:
         return copy
 
     def rows(self, name: str, rows: Sequence[int]) -> Shaped[Tensor, "rows ..."]:
-        _advise(self._tensors[name], "MADV_RANDOM")  # a few rows of a large file: do not read ahead
+        _advise(self._tensors[name], mmap.MADV_RANDOM)  # a few rows of a large file: do not read ahead
         return torch.cat([self._tensors[name][i : i + 1] for i in rows])
 
 
 def _forget_pages(tensor: Shaped[Tensor, " ..."]) -> None:
     """Release the pages of a mapped tensor; otherwise every page read so far would stay resident."""
-    _advise(tensor, "MADV_DONTNEED")  # safe on a private file mapping: the next read loads the page from the file again
+    _advise(
+        tensor, mmap.MADV_DONTNEED
+    )  # safe on a private file mapping: the next read loads the page from the file again
 
 
-def _advise(tensor: Shaped[Tensor, " ..."], advice: str) -> None:
+def _advise(tensor: Shaped[Tensor, " ..."], advice: int) -> None:
     """Advise the kernel how the pages of a mapped tensor will be used. Linux only."""
     if sys.platform != "linux" or not tensor.is_contiguous():
         return
@@ -298,6 +345,4 @@ def _advise(tensor: Shaped[Tensor, " ..."], advice: str) -> None:
     start = -(-tensor.data_ptr() // page) * page
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
     if end > start:
-        ctypes.CDLL(None, use_errno=True).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, advice)
-        )
+        ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from luthier.errors import ConfigError, ModelError, nearest
@@ -145,6 +145,15 @@ def rotary_limit(config: PretrainedConfig) -> int | None:
 def family_of(path: Path) -> Family:
     """Return the family of a model directory, from its config.json."""
     return recognise(read_json(path / "config.json"))
+
+
+def generation_config(path: Path) -> GenerationConfig:
+    """Read generation_config.json. Raises ModelError if it is invalid."""
+    try:
+        return GenerationConfig.from_pretrained(path, local_files_only=True)
+    except Exception as e:  # transformers raises many kinds of error for an invalid file
+        file = path / "generation_config.json"
+        raise ModelError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]})", "download it again") from None
 
 
 def eos_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:

@@ -1,23 +1,31 @@
-"""Match a checkpoint's tensors to a model by name and shape before anything is loaded."""
+"""Match a checkpoint's tensors to a model before anything is loaded; use and verify parts of a loaded model."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.initialization import no_init_weights
 
-from luthier.errors import ModelError, listed
+from luthier import __version__
+from luthier._util import files
+from luthier.devices.device import cpu_name
+from luthier.errors import ModelError, UserError, listed
+from luthier.kernels import native
 from luthier.models.checkpoint_reader import Shape, Shards
-from luthier.models.directory import family_of
+from luthier.models.directory import family_of, generation_config
 from luthier.models.families import Rule
 from luthier.models.protocols import CausalLM, ModuleTree
 from luthier.models.quantization import QuantLinear
@@ -127,7 +135,9 @@ def base_parameters(config: PretrainedConfig) -> int:
 
 def _build(config: PretrainedConfig, dtype: torch.dtype | None = None) -> CausalLM:
     try:
-        model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with no_init_weights():  # they would be replaced
+            model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights(recompute_mapping=False)
     except Exception as e:  # sizes that do not fit each other, unknown activations, ...
         raise ModelError(
             f"config.json does not describe a valid model ({' '.join(str(e).split())[:200]})",
@@ -164,7 +174,7 @@ def _kind(layer: nn.Module) -> tuple[object, ...]:
         (name, key, value)
         for name, module in layer.named_modules()
         for key, value in vars(module).items()
-        if isinstance(value, bool | int | str | None) and not key.startswith(("_", "training", "layer_i"))
+        if isinstance(value, bool | int | str | None) and not key.startswith(("_", "training", "layer_i", "dropout_g"))
     ]
     return str(layer), *options
 
@@ -173,7 +183,7 @@ def finish(model: CausalLM, path: Path, fit: Fit, device: torch.device | str) ->
     """Tie weights, read generation_config.json, move the model to ``device`` and put it in evaluation mode."""
     model.tie_weights(missing_keys=set(fit.missing), recompute_mapping=False)
     if (path / "generation_config.json").is_file():
-        model.generation_config = _generation_config(path)
+        model.generation_config = generation_config(path)
     return with_contiguous_head(model.to(device).eval())
 
 
@@ -214,18 +224,19 @@ def published_tensors(
 
 
 def native_tensors(
-    shards: Shards, fit: Fit, dtype: torch.dtype | None = None, as_stored: Collection[str] = ()
+    shards: Shards, fit: Fit, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Shaped[Tensor, " ..."]]]:
     """Iterate over every native tensor, converted to ``dtype``; None keeps the stored dtype.
 
-    as_stored: names of tensors that keep their stored dtype. Raises ModelError if the checkpoint does not fit.
+    Raises ModelError if the checkpoint does not fit.
     """
     refuse_unfit(shards, fit)
-    for name in shards.in_file_order():
-        if rule := fit.rules.get(name):
-            tensor = shards.read(name)
-            keep = dtype is None or not set(rule.parts).isdisjoint(as_stored)
-            yield from rule.split(tensor, tensor.dtype if keep else dtype, own=True)  # type: ignore[arg-type]
+
+    def parts(name: str, tensor: Shaped[Tensor, " ..."]) -> list[tuple[str, Shaped[Tensor, " ..."]]]:
+        return list(fit.rules[name].split(tensor, dtype or tensor.dtype, own=True))
+
+    for converted in shards.read_ahead((n for n in shards.in_file_order() if n in fit.rules), parts):
+        yield from converted
 
 
 def refuse_unfit(shards: Shards, fit: Fit) -> None:
@@ -256,14 +267,6 @@ def put(model: CausalLM, name: str, tensor: Shaped[Tensor, " ..."]) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
     else:
         module._buffers[leaf] = tensor
-
-
-def _generation_config(path: Path) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(path, local_files_only=True)
-    except Exception as e:  # transformers raises many kinds of error for an invalid file
-        file = path / "generation_config.json"
-        raise ModelError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]})", "download it again") from None
 
 
 PIECE = 1 << 23  # elements of a weight that are converted together
@@ -366,3 +369,32 @@ def _linear(linear: nn.Linear | QuantLinear, x: Float[Tensor, "*batch in"]) -> F
     """Compute a frozen linear layer in the dtype of ``x``."""
     out = widened(x, linear.dequantised if isinstance(linear, QuantLinear) else lambda: linear.weight)
     return out if linear.bias is None else out + linear.bias.to(x.dtype)
+
+
+REMEMBER = True
+_SAMPLES = 32  # tensors, and values of each
+
+
+def verify_once(name: str, model: CausalLM, facts: Sequence[object], verify: Callable[[], None]) -> None:
+    """Call ``verify``, which raises if it fails, unless it has passed before for this model, machine and versions.
+
+    facts: what it depends on besides the model's frozen weights and configuration, as JSON or with a ``repr``.
+    """
+    if not REMEMBER:
+        verify()
+        return
+    machine = [*(version(package) for package in ("torch", "transformers")), cpu_name(), native.identity()]
+    parts = [__version__, name, machine, str(model.device), model.config.to_dict(), list(facts)]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in trained}
+    for i, (key, tensor) in enumerate(tensors.items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if i % max(1, len(tensors) // _SAMPLES) == 0:
+            digest.update(tensor.flatten()[:_SAMPLES].cpu().view(torch.uint8).numpy().tobytes())
+    file = files.cache_root() / "verified" / f"{digest.hexdigest()[:20]}.json"
+    if files.exists(file):
+        return
+    verify()
+    with suppress(UserError):  # verified again next time
+        files.write_json(file, {"verified": name})

@@ -132,18 +132,37 @@ def absolute_maxima(parts: Mapping[str, Shaped[Tensor, " ..."]], how: Quantisati
     return scales + parts["offset"]
 
 
+# The values of the codes, as in bitsandbytes, whose import takes a second that chat does not need: nf4 of Dettmers et
+# al. 2023 (arXiv 2305.14314, appendix E), fp4 divided by its largest value.
+_CODES = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": tuple(sign * v / 12 for sign in (1, -1) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+}  # fmt: skip
+
+
 @lru_cache(8)
 def _nested_code(device: torch.device) -> Float[Tensor, " 256"]:
-    """Return the value of each 8-bit code of a scale that is itself quantised: [256] fp32."""
-    code: Tensor = bitsandbytes_functions().create_dynamic_map().to(device)
-    return code
+    """Return the value of each 8-bit code of a scale that is itself quantised: [256] fp32.
+
+    Dynamic 8-bit codes: a sign, a power of ten, and the middle of one of 2^n equal parts of [0.1, 1].
+    Source: Dettmers et al. 2021, arXiv 2110.02861.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        bounds = torch.linspace(0.1, 1, 2**exponent + 1)
+        parts = 10.0 ** (exponent - 6) * (bounds[:-1] + bounds[1:]) / 2
+        values += [*parts.tolist(), *(-parts).tolist()]
+    return torch.tensor(sorted(values), device=device)
 
 
 @lru_cache(8)
 def code_table(kind: str, device: torch.device) -> Float[Tensor, " 16"]:
     """Return the value of each 4-bit code: [16] fp32."""
-    code: Tensor = bitsandbytes_functions().get_4bit_type(kind, device=device)
-    return code
+    return torch.tensor(_CODES[kind], device=device)
 
 
 class QuantLinear(nn.Module):

@@ -76,7 +76,7 @@ def load_quantised(
     if cached and files.exists(cached):
         log(f"base: loading the quantised copy from {cached}")
         source = Shards.open(cached)
-        tensors = ((n, source.read(n)) for n in source.in_file_order() if n != embedding)
+        tensors = ((n, source.mapped(n)) for n in source.in_file_order() if n != embedding)
     else:
         tensors = _quantised(native_tensors(shards, fit), weights, options.how, log)
         tensors = _also_write(tensors, cached, log) if cached else tensors
@@ -213,8 +213,10 @@ class _Writer:
         if self._folder is None or not self._pending:
             return
         file = f"part-{len(set(self._file_of.values())):05d}.safetensors"
+        # the largest elements first, so that all are aligned when the file is mapped into memory
+        aligned = dict(sorted(self._pending.items(), key=lambda item: -item[1].element_size()))
         with self._disk_errors_end_the_copy():
-            write_safetensors(self._folder / file, self._pending)
+            write_safetensors(self._folder / file, aligned)
         self._file_of.update(dict.fromkeys(self._pending, file))
         self._pending.clear()
 

@@ -16,6 +16,7 @@ from transformers import Cache
 
 from luthier.errors import ModelError
 from luthier.inference.decoding import PREFIX_BYTES, Cancelled, Decoding, Reading
+from luthier.lora.layers import frozen_dtype
 from luthier.models.directory import attention_windows, rotary_limit
 from luthier.models.native_model import first_layers
 from luthier.models.protocols import CausalLM
@@ -167,7 +168,7 @@ class GeneralDecoding:
 
         def within(window: int | None) -> Tensor:
             visible = age >= 0 if window is None else (age >= 0) & (age < window)
-            mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=visible.device)
+            mask = torch.zeros(visible.shape, dtype=frozen_dtype(self.model), device=visible.device)
             return mask.masked_fill_(~visible, float("-inf"))
 
         if isinstance(self._windows, dict):
@@ -206,7 +207,7 @@ def verify_batching(decoding: Decoding, adapter: str | None = None, tokens: int 
     finally:
         decoding.cache = BatchCache()
     distance = max(relative_distance(logits, expected.float()) for logits in (whole, stepped[:1]))
-    if distance > rounding_bound(model.dtype, depth):
+    if distance > rounding_bound(frozen_dtype(model), depth):
         raise _cannot(model, "decoding token by token gives other results than one forward pass")
 
 

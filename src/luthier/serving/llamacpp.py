@@ -11,7 +11,7 @@ import time
 from collections import abc, deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -26,6 +26,7 @@ from luthier.inference.sampling import Sampling
 from luthier.models.chat_format import ChatFormat
 from luthier.models.directory import context_length
 from luthier.serving.models import NamedModel, Served, chat_formats, served_models
+from luthier.serving.protocol import RequestError
 from luthier.serving.requests import Counts, QueueFull, Request, Token
 from luthier.serving.text import ReplyText
 from luthier.types import Log, Message
@@ -125,7 +126,8 @@ def open_models(
     parallel:     sequences that are decoded together.
     """
     formats = chat_formats(named)
-    served = served_models(named, formats)
+    # its note says that llama.cpp has no such setting; a request that asks for it is refused
+    served = [replace(s, sampling=s.sampling.changed(no_repeat_ngram_size=0)) for s in served_models(named, formats)]
     settings = named[0].settings
     kind = quantization or default_quantization(settings)
     wanted = [Wanted(m.name, m.base, f, m.tuned) for m, f in zip(named, formats, strict=True)]
@@ -246,7 +248,10 @@ class LlamaEngine:
         return len(self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Add a request to the queue. Raises QueueFull."""
+        """Add a request to the queue. Raises QueueFull, and RequestError for a setting that llama.cpp does not have."""
+        if request.sampling.no_repeat_ngram_size:
+            param = "no_repeat_ngram_size"
+            raise RequestError(f"{param}: llama.cpp has no such setting", f"leave {param} out", param=param)
         with self._wake:
             if len(self._waiting) >= self.max_queue:
                 raise QueueFull(f"{len(self._waiting)} requests are already waiting", "try again in a moment")

@@ -32,6 +32,7 @@ from luthier.errors import ConfigError, TrainError, listed
 from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype, share_dropout_state
 from luthier.models.directory import rotary_limit
+from luthier.models.native_model import verify_once
 from luthier.models.protocols import CausalLM
 from luthier.training.checkpoint import Checkpoint, restore
 from luthier.training.forward import (
@@ -152,8 +153,10 @@ def loss_function(
                 report_compilation(model, layers, "the training step", session.log)
                 with ExitStack() as tried:
                     compiled = tried.enter_context(compiled_model(model, layers, dropout, recompute))
+                    settings = [recompute, compiled.names, [tuple(p.shape) for p in compiled.parameters]]
                     with announced(session.log, "verifying the compiled layers on two short rows"):
-                        verify_compiled(compiled, model, examples)
+                        verify = partial(verify_compiled, compiled, model, examples)
+                        verify_once("compiled layers", model, settings, verify)
                     stack.push(tried.pop_all())
             except Unsuitable as e:
                 if config.fused is True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from luthier._util import files
@@ -17,7 +18,7 @@ from luthier.evaluation.scoring import Losses
 from luthier.inference.generation import Generator
 from luthier.lora.layers import LoraLinear, attach, trainable_parameters
 from luthier.models.loader import open_base, quantisation, training_dtype
-from luthier.models.native_model import base_parameters
+from luthier.models.native_model import base_parameters, verify_once
 from luthier.models.protocols import CausalLM
 from luthier.templates import digest as template_digest
 from luthier.training import checkpoint, loop, resources
@@ -163,7 +164,9 @@ def _open_model(run: Prepared, log: Log) -> CausalLM:
     if instead := substitute(config.train.optim, device.type):
         log(f"note: {config.train.optim} needs a GPU; {instead} is used instead")
     model = open_base(config.model, dtype, device, run.chat_format.config, log)
-    verify_segments(model, run.rows.train, config.model.attn_implementation, log)
+    kernel = config.model.attn_implementation
+    check = partial(verify_segments, model, run.rows.train, kernel, log)
+    verify_once("rows of a flat batch", model, [kernel], check)
     return model
 
 
