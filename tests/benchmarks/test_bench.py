@@ -171,7 +171,7 @@ def test_a_run_that_takes_no_step_is_reported(model_dir: Callable[[str], Path], 
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{}\n")
     with pytest.raises(UserError, match="luthier train took no step: .*no row can be used"):
-        startup._once(model_dir("llama"), bad, tmp_path / "run", "s", [])
+        startup._train(model_dir("llama"), bad, tmp_path / "run", "s", [], os.environ)
 
 
 @pytest.mark.parametrize("distinct", [False, True])
@@ -278,9 +278,10 @@ def test_sixty_steps_take_no_longer_than_without_optimisations(rows: int, smollm
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_the_first_step_starts_soon(smollm2: Path) -> None:
-    results = startup.measure(smollm2, DATA, 2, [])
+    results = startup.measure(smollm2, DATA, 3, [], quantised=False)
     print(json.dumps(results))
-    assert results["warm_until_first_step"] <= 8
+    assert results["warm_until_first_step"] - results["bare"] <= 1.5
+    assert results["chat"] - results["bare"] <= 1.5
     assert results["cold_until_first_step"] <= 10
 
 

@@ -19,6 +19,7 @@ from luthier.compiled import Unsuitable
 from luthier.inference import decoding
 from luthier.inference.decoding import verified_decoding
 from luthier.inference.sampling import Sampling
+from luthier.lora.layers import frozen_dtype
 from luthier.models import native_model
 from luthier.models.native_model import first_layers, verify_once
 from luthier.training import loop
@@ -122,3 +123,10 @@ def test_an_adapter_over_a_quantised_base_is_verified_with_the_bound_of_its_dtyp
     assert next(iter(chat.generator.model.parameters())).dtype is torch.float32
     verified_decoding(chat.generator.model, {"a": chat.layers}, "a")
     assert json.loads(next((tmp_path / "cache" / "verified").iterdir()).read_text())["verified"]
+
+
+def test_a_base_model_is_verified_with_the_bound_of_its_dtype(model_dir: Callable[[str], Path]) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        model = library.chat(model_dir("llama"), dtype=str(dtype).removeprefix("torch.")).generator.model
+        assert frozen_dtype(model) is dtype
+        verified_decoding(model)

@@ -271,7 +271,14 @@ def disable_adapter(layers: Mapping[str, LoraLinear]) -> Iterator[None]:
 
 def frozen_dtype(model: ModuleTree) -> torch.dtype:
     """Return the dtype that the base computes in; adapters are always fp32."""
-    return next((p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()), torch.float32)
+    return next(
+        (
+            p.dtype
+            for n, p in model.named_parameters()
+            if p.is_floating_point() and not n.endswith(("lora_A", "lora_B"))
+        ),
+        torch.float32,
+    )
 
 
 def trainable_parameters(layers: dict[str, LoraLinear]) -> int:
