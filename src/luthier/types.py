@@ -23,6 +23,7 @@ Shapes in annotations, such as ``Float[Tensor, "tokens hidden"]``, are jaxtyping
     q_width, kv_width  width of the queries of all heads; of the keys and values of all heads; qkv: their sum
     gate_up            width of an MLP's gate and up projections together
     blocks             blocks of a quantised weight that have a scale of their own
+    bytes              bytes of a file
     pages              pages of the keys and values of a sequence
     elements           elements of a tensor, counted over all dimensions
     *batch, *shape     any number of leading dimensions; all dimensions

@@ -89,7 +89,6 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("luthier.evaluation.dtype.open_base", fail)
-    monkeypatch.setattr("luthier.verbs.chat.open_base", fail)
 
 
 def test_piped_messages_get_replies_without_input_prompts(

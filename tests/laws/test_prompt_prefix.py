@@ -219,7 +219,7 @@ def sent_by_serving(base: Path, turns: Sequence[Message]) -> list[int]:
     """Return the ids that ``luthier serve`` passes to the engine for the same turns."""
     messages = [{"role": m.role, "content": m.content} for m in turns]
     asked = ChatRequest.model_validate({"model": "base", "messages": messages})
-    return app._prompt(asked, Served("base", None, luthier.chat(base).generator))
+    return app._prompt(asked, Served("base", None, luthier.chat(base).generator.chat_format))
 
 
 @pytest.mark.parametrize("arch", ["llama", "phi3"])

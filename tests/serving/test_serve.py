@@ -328,7 +328,8 @@ def test_the_command_prints_address_and_key_and_ends_on_ctrl_c(runs: list[Path])
         killer = threading.Timer(120, process.kill)
         killer.start()
         try:
-            lines = [process.stderr.readline() for _ in range(3)]
+            lines = [process.stderr.readline() for _ in range(4)]
+            assert lines.pop(0) == "dtype: float32\n"
             assert lines[0] == "models: marlow, llama\n"
             host, port = re.findall(r"address: (\S+):(\d+), OpenAI", lines[1])[0]
             assert host == "127.0.0.1"
