@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 T = TypeVar("T")
 _READERS, _AHEAD_BYTES = 2, 64_000_000
-_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14; an error of an older one is ignored
+_POPULATE_READ = 22  # MADV_POPULATE_READ, which Python has no name for; Linux before 5.14 ignores it
 _BLOCK = 16_000_000  # values read from a pickle file per copy
 _READ_ERRORS = (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
 _WEIGHTS = (  # single file, index
@@ -251,7 +251,7 @@ class _Safetensors:
             with open(self._path, "rb") as f:
                 self._map = torch.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
             # in the background, so that the first use of a page does not have to wait for the system
-            threading.Thread(target=_advise, args=(self._map, _POPULATE_READ), daemon=True).start()
+            threading.Thread(target=_advise, args=(self._map, "MADV_POPULATE_READ"), daemon=True).start()
         return self._map[place.offset : place.offset + size].view(place.dtype).reshape(place.shape)
 
     def rows(self, name: str, rows: Sequence[int]) -> Shaped[Tensor, "rows ..."]:
@@ -316,7 +316,7 @@ class _Pickle:
 
     def read(self, name: str) -> Shaped[Tensor, " ..."]:
         mapped = self._tensors[name]
-        _advise(mapped, mmap.MADV_SEQUENTIAL)
+        _advise(mapped, "MADV_SEQUENTIAL")
         copy = torch.empty(mapped.shape, dtype=mapped.dtype)
         rows = max(1, _BLOCK * len(mapped) // max(1, mapped.numel())) if mapped.dim() else 0
         parts = zip(torch.split(mapped, rows), torch.split(copy, rows), strict=True) if rows else [(mapped, copy)]
@@ -326,18 +326,16 @@ class _Pickle:
         return copy
 
     def rows(self, name: str, rows: Sequence[int]) -> Shaped[Tensor, "rows ..."]:
-        _advise(self._tensors[name], mmap.MADV_RANDOM)  # a few rows of a large file: do not read ahead
+        _advise(self._tensors[name], "MADV_RANDOM")  # a few rows of a large file: do not read ahead
         return torch.cat([self._tensors[name][i : i + 1] for i in rows])
 
 
 def _forget_pages(tensor: Shaped[Tensor, " ..."]) -> None:
     """Release the pages of a mapped tensor; otherwise every page read so far would stay resident."""
-    _advise(
-        tensor, mmap.MADV_DONTNEED
-    )  # safe on a private file mapping: the next read loads the page from the file again
+    _advise(tensor, "MADV_DONTNEED")  # safe on a private file mapping: the next read loads the page from the file again
 
 
-def _advise(tensor: Shaped[Tensor, " ..."], advice: int) -> None:
+def _advise(tensor: Shaped[Tensor, " ..."], advice: str) -> None:
     """Advise the kernel how the pages of a mapped tensor will be used. Linux only."""
     if sys.platform != "linux" or not tensor.is_contiguous():
         return
@@ -345,4 +343,6 @@ def _advise(tensor: Shaped[Tensor, " ..."], advice: int) -> None:
     start = -(-tensor.data_ptr() // page) * page
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
     if end > start:
-        ctypes.CDLL(None, use_errno=True).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+        ctypes.CDLL(None, use_errno=True).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, advice, _POPULATE_READ)
+        )
