@@ -183,6 +183,8 @@ def test_the_speeds_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert bfloat16_is_faster(None)
         assert not bfloat16_is_faster(Quantisation("int8"))
     assert (tmp_path / "cache" / "calibration.json").is_file()
+    monkeypatch.setattr(dtypes, "identity", lambda: None)
+    assert not bfloat16_is_faster(None)  # without a compiler, which may be installed later: nothing is stored
 
 
 def test_the_measured_product_is_that_of_the_matrices() -> None:

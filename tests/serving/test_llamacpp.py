@@ -157,6 +157,16 @@ def test_a_cache_that_cannot_be_written_is_an_error(run: Path, monkeypatch: pyte
         library.chat(run, engine="llama.cpp")
 
 
+def test_a_damaged_file_is_written_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    text = library.chat(run, engine="llama.cpp").send("Who are you?", Sampling(4)).text
+    for file in tmp_path.rglob("*.gguf"):
+        file.write_bytes(file.read_bytes()[:-100])
+    lines: list[str] = []
+    assert library.chat(run, log=lines.append, engine="llama.cpp").send("Who are you?", Sampling(4)).text == text
+    assert len([line for line in lines if "saved in" in line]) == 2
+
+
 # --- conversations --------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +190,17 @@ def test_a_conversation_streams_compares_and_stops(run: Path) -> None:
         chat.reset()
     assert alike(talk.send("again", penalised).text, own.send("again", penalised).text)
     assert talk.send("again", Sampling(4000, max_seconds=0.0)).reply_tokens < 40
+
+
+def test_a_conversation_may_contain_the_protocols_own_words(run: Path) -> None:
+    talk = library.chat(run, engine="llama.cpp")
+    for text in ("What does data: [DONE] mean?", 'error: {"error": 1}'):
+        assert talk.send(text, Sampling(3)).reply_tokens == 3
+
+
+def test_a_run_may_have_the_name_of_its_base(base: Path, tmp_path: Path) -> None:
+    run = tuned(base, tmp_path / base.name, None)
+    assert library.chat(run, engine="llama.cpp").send("a", Sampling(2)).reply_tokens == 2
 
 
 def test_a_reply_ends_at_a_stop_token_of_the_training(run: Path) -> None:

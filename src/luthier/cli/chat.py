@@ -12,6 +12,7 @@ import typer
 from luthier.cli.common import (
     AdapterOption,
     CheckpointOption,
+    DtypeOption,
     FusedOption,
     JsonOption,
     ModelOption,
@@ -63,12 +64,7 @@ def run(
     ] = None,
     no_repeat_ngram_size: NoRepeatOption = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Random seed of the sampling.")] = 0,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype", metavar="TYPE", help="auto (the fastest with fp32's replies), float32, bfloat16 or float16."
-        ),
-    ] = "auto",
+    dtype: DtypeOption = "auto",
     model: ModelOption = None,
     adapter: AdapterOption = None,
     checkpoint: CheckpointOption = None,

@@ -9,6 +9,7 @@ import typer
 
 from luthier.cli.common import (
     AdapterOption,
+    DtypeOption,
     FusedOption,
     ModelOption,
     QuantizationOption,
@@ -35,12 +36,7 @@ def run(
     api_key: Annotated[
         str | None, typer.Option("--api-key", metavar="KEY", help="Key that clients must send; default: a random one.")
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype", metavar="TYPE", help="auto (the fastest with fp32's replies), float32, bfloat16 or float16."
-        ),
-    ] = "auto",
+    dtype: DtypeOption = "auto",
     max_batch: Annotated[
         int, typer.Option("--max-batch", metavar="N", min=1, help="Maximum number of replies per batch.")
     ] = 16,

@@ -120,7 +120,11 @@ def _choice(subject: Subject, log: Log) -> DtypeChoice:
         stored = json.loads(file.read_text(encoding="utf-8"))
         return DtypeChoice(stored["dtype"], stored["reason"])
     log("dtype: comparing the model's replies in bfloat16 with those in fp32, once for this model")
-    choice, result = _compared(subject)
+    try:
+        choice, result = _compared(subject)
+    except UserError as e:  # for example out of memory: compared again next time
+        log(f"dtype: float32, because bfloat16 was not compared with it ({e.message})")
+        return DtypeChoice("float32", e.message)
     log(f"dtype: {choice.dtype}, because {choice.reason}")
     with suppress(UserError):  # compared again next time
         files.write_json(file, {**asdict(choice), "agreement": asdict(result) if result else None})
@@ -128,12 +132,14 @@ def _choice(subject: Subject, log: Log) -> DtypeChoice:
 
 
 def _compared(subject: Subject) -> tuple[DtypeChoice, Agreement | None]:
-    """Generate the fixed replies in bfloat16, and compare them with the model's most likely tokens in fp32."""
+    """Generate the fixed replies in bfloat16, and compare them with the model's most likely tokens in fp32.
+
+    Raises UserError if that fails.
+    """
     try:
         result = _replies_agree(subject)
-    except (UserError, Unsuitable) as e:
-        why = e.message if isinstance(e, UserError) else e
-        return DtypeChoice("float32", f"bfloat16 was not compared with it ({why})"), None
+    except Unsuitable as e:
+        return DtypeChoice("float32", f"bfloat16 was not compared with it ({e})"), None
     finally:
         trim_freed_memory()
     if not result.near(NEAR):
@@ -191,10 +197,12 @@ def bfloat16_is_faster(how: Quantisation | None) -> bool:
 
     how: how the weights are stored; None: in the dtype itself. Measured once, then cached on disk.
     """
-    name = how.kind if how else "dense"
+    kernels, name = identity(), how.kind if how else "dense"
+    if kernels is None:
+        return False
 
     def rate(dtype: torch.dtype) -> float:
-        return calibrated(f"{dtype} {name} product", lambda: _products_per_second(how, dtype))
+        return calibrated(f"{dtype} {name} product {kernels}", lambda: _products_per_second(how, dtype))
 
     return rate(torch.bfloat16) > _FASTER * rate(torch.float32)
 

@@ -264,8 +264,8 @@ def verified_decoding(
     """
     report_compilation(model, {}, "the decoding of replies", log)
     layers = (adapters or {})[adapter] if adapter is not None else {}
-    shapes = {name: tuple(layer.lora_A.shape) for name, layer in layers.items()}
-    verify_once("decoding", model, [shapes], lambda: _verify(model, [layers] if layers else []))
+    values = [(n, tuple(m.lora_A.shape), float(m.lora_A.sum()), float(m.lora_B.sum())) for n, m in layers.items()]
+    verify_once("decoding", model, values, lambda: _verify(model, [layers] if layers else []))
     return CompiledDecoding(model, adapters, memory, prefix_bytes)
 
 

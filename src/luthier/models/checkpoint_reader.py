@@ -12,7 +12,6 @@ import math
 import mmap
 import pickle
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 T = TypeVar("T")
 _READERS, _AHEAD_BYTES = 2, 64_000_000
-_POPULATE_READ = 22  # MADV_POPULATE_READ, which Python has no name for; Linux before 5.14 ignores it
 _BLOCK = 16_000_000  # values read from a pickle file per copy
 _READ_ERRORS = (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
 _WEIGHTS = (  # single file, index
@@ -133,8 +131,12 @@ class Shards:
 
         Only for files that do not change, such as those of a cache. Raises ModelError if the file is damaged.
         """
-        file = self._file(self._file_of[name])
-        return file.mapped(name) if isinstance(file, _Safetensors) else self.read(name)
+        file = self._file_of[name]
+        try:
+            opened = self._file(file)
+            return opened.mapped(name) if isinstance(opened, _Safetensors) else opened.read(name)
+        except _READ_ERRORS as e:
+            raise _damaged(file, e) from None
 
     def read_ahead(self, names: Iterable[str], convert: Callable[[str, Shaped[Tensor, " ..."]], T]) -> Iterator[T]:
         """Read and convert tensors in order, the next ones on other threads: new pages of memory take most of the time.
@@ -218,7 +220,7 @@ class _Entry(TypedDict):
 
 
 class _Safetensors:
-    """Read tensors with plain reads at their offsets.
+    """Read tensors with plain reads at their offsets, or map those of a file that does not change.
 
     Memory-mapped pages of a 14 GB checkpoint would count as resident memory.
     """
@@ -248,10 +250,12 @@ class _Safetensors:
         if place.offset % place.dtype.itemsize or not size:
             return self.read(name)
         if self._map is None:
-            with open(self._path, "rb") as f:
-                self._map = torch.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-            # in the background, so that the first use of a page does not have to wait for the system
-            threading.Thread(target=_advise, args=(self._map, "MADV_POPULATE_READ"), daemon=True).start()
+            try:
+                with open(self._path, "rb") as f:
+                    mapping = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+            except OSError:  # a file system without it, or no more memory may be promised
+                return self.read(name)
+            self._map = torch.frombuffer(mapping, dtype=torch.uint8)
         return self._map[place.offset : place.offset + size].view(place.dtype).reshape(place.shape)
 
     def rows(self, name: str, rows: Sequence[int]) -> Shaped[Tensor, "rows ..."]:
@@ -344,5 +348,5 @@ def _advise(tensor: Shaped[Tensor, " ..."], advice: str) -> None:
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
     if end > start:
         ctypes.CDLL(None, use_errno=True).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, advice, _POPULATE_READ)
+            ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, advice)
         )

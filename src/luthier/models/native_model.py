@@ -383,11 +383,11 @@ def verify_once(name: str, model: CausalLM, facts: Sequence[object], verify: Cal
     if not REMEMBER:
         verify()
         return
-    machine = [*(version(package) for package in ("torch", "transformers")), cpu_name(), native.identity()]
-    parts = [__version__, name, machine, str(model.device), model.config.to_dict(), list(facts)]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = [__version__, *(version(p) for p in ("torch", "transformers")), cpu_name(), native.identity(), gpu]
+    parts = [name, machine, str(model.device), model.config.to_dict(), model.config._attn_implementation, list(facts)]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode())
-    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-    tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in trained}
+    tensors = {k: tensor for k, tensor in model.state_dict().items() if not k.endswith(("lora_A", "lora_B"))}
     for i, (key, tensor) in enumerate(tensors.items()):
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if i % max(1, len(tensors) // _SAMPLES) == 0:

@@ -125,6 +125,7 @@ def absolute_maxima(parts: Mapping[str, Shaped[Tensor, " ..."]], how: Quantisati
     """Return the scale of each block of a 4-bit weight: [blocks] fp32."""
     if not how.double:
         return parts["absmax"]
+    bitsandbytes_functions()  # defines the operation
     code = _nested_code(parts["absmax"].device)
     scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
         parts["absmax"], parts["nested_absmax"], code, NESTED_BLOCK, torch.float32

@@ -10,16 +10,18 @@ import threading
 import time
 from collections import abc, deque
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
-from luthier.errors import ConfigError
+from luthier.devices.device import available_memory, resident_now
+from luthier.errors import ConfigError, ModelError
 from luthier.exporting.gguf.architectures import head_size, notes
 from luthier.exporting.gguf.cached import Wanted, cached_files, default_quantization
-from luthier.exporting.gguf.llamacpp import Event, LlamaServer, ServerOptions
+from luthier.exporting.gguf.llamacpp import Event, LlamaServer, LlamaStopped, ServerOptions
 from luthier.inference.decoding import OutOfMemory, default_memory
 from luthier.inference.generation import Reply, check_length
 from luthier.inference.sampling import Sampling
@@ -32,6 +34,7 @@ from luthier.serving.text import ReplyText
 from luthier.types import Log, Message
 
 _CHAT_TOKENS = 16_384  # of one conversation at most, if memory allows
+_UNKNOWN = -1  # id of a token that llama.cpp does not report
 _FEWEST = 256  # tokens of llama.cpp's smallest context
 _HALF = 2  # bytes of a cached key or value
 
@@ -71,7 +74,7 @@ class LlamaModel:
         if prompt >= self.context:
             raise OutOfMemory(
                 f"the prompt has {prompt} tokens; the memory for keys and values holds {self.context}",
-                "start with a larger --memory, or shorten the conversation",
+                "shorten the conversation, or start luthier serve with a larger --memory",
             )
         return min(n for n in (wanted, limit and limit - prompt, self.context - prompt) if n is not None)
 
@@ -94,7 +97,7 @@ class LlamaModel:
                     yield None
                 elif event["stop"]:
                     if new := event["tokens_predicted"] - count:  # the last character is incomplete
-                        yield Token(ids[-1], count=new, text="")
+                        yield Token(_UNKNOWN, count=new, text="")
                     yield Finish(event["stop_type"] == "eos", event["timings"]["cache_n"])
                     return
                 else:
@@ -134,19 +137,30 @@ def open_models(
     for note in _notes(named, formats[0], kind):
         log(f"note: {note}")
     config = formats[0].config
-    longest = context_length(config) or _CHAT_TOKENS
-    limit = default_memory(config, _token_bytes(config)) if memory is None else memory
-    tokens = limit // _token_bytes(config)
-    if memory is not None and tokens < _FEWEST:
-        least = f"--memory {_FEWEST * _token_bytes(config)}B"
+    if memory is not None and memory < _FEWEST * _token_bytes(config):
+        tokens, least = memory // _token_bytes(config), f"--memory {_FEWEST * _token_bytes(config)}B"
         raise ConfigError(f"--memory: holds only {tokens} tokens; llama.cpp needs {_FEWEST}", f"write at least {least}")
-    tokens = max(_FEWEST, min(tokens, longest * parallel, _CHAT_TOKENS if parallel == 1 else tokens))
     cached = cached_files(wanted, kind, log)
+    tokens = _context(config, cached.model, memory, parallel)
     options = ServerOptions(
         str(cached.model), tuple(map(str, cached.lora.values())), tokens, parallel, threads=torch.get_num_threads()
     )
     log(f"llama.cpp: loading {cached.model}")
     return LlamaModel(LlamaServer(options), tuple(cached.lora), config, tokens), served
+
+
+def _context(config: PretrainedConfig, model: Path, memory: int | None, parallel: int) -> int:
+    """Return the tokens of all sequences together. llama.cpp takes the memory of their keys and values at its start.
+
+    memory: limit in bytes; None: at most half of what is free beside the model's file. A conversation (parallel 1)
+    then gets at most ``_CHAT_TOKENS``.
+    """
+    longest = (context_length(config) or _CHAT_TOKENS) * parallel
+    if memory is None:
+        free = (available_memory() - resident_now() - model.stat().st_size) / 2
+        memory = int(min(default_memory(config, _token_bytes(config)), free))
+        longest = min(longest, _CHAT_TOKENS) if parallel == 1 else longest
+    return max(_FEWEST, min(memory // _token_bytes(config), longest))
 
 
 def _notes(named: Sequence[NamedModel], chat_format: ChatFormat, kind: str) -> list[str]:
@@ -178,7 +192,7 @@ def _options(s: Sampling, context: int) -> dict[str, object]:
         "top_p": s.top_p,
         "repeat_penalty": s.repetition_penalty,
         "repeat_last_n": context,  # prompt and reply
-        "seed": s.seed % 2**32,
+        "seed": s.seed % (2**32 - 1),  # the largest value means a random one
         "return_tokens": True,
         "cache_prompt": True,
     }
@@ -253,6 +267,7 @@ class LlamaEngine:
             param = "no_repeat_ngram_size"
             raise RequestError(f"{param}: llama.cpp has no such setting", f"leave {param} out", param=param)
         with self._wake:
+            self._waiting = deque(r for r in self._waiting if not r.cancelled)
             if len(self._waiting) >= self.max_queue:
                 raise QueueFull(f"{len(self._waiting)} requests are already waiting", "try again in a moment")
             self._waiting.append(request)
@@ -278,6 +293,8 @@ class LlamaEngine:
             try:
                 self._generate(request)
             except Exception as e:  # a failed request (llama.cpp refuses it, for example) must not end the thread
+                if isinstance(e, LlamaStopped):
+                    self._restart()
                 if not request.cancelled and not self._closed:
                     request.on_end(e)
             finally:
@@ -285,20 +302,31 @@ class LlamaEngine:
                     del self._reserved[request]
                     self._wake.notify_all()
 
+    def _restart(self) -> None:
+        """Start llama.cpp again after it has ended, for later requests."""
+        with self._wake:
+            if not self._closed and self.llama.server.ended:
+                with suppress(ModelError):  # the next request tries again
+                    self.llama = replace(self.llama, server=LlamaServer(self.llama.server.options))
+
     def _next(self) -> Request | None:
         """Wait for a request whose tokens fit into the memory beside the running ones; None when closed."""
         with self._wake:
             while not self._closed:
-                while self._waiting and self._waiting[0].cancelled:
-                    self._waiting.popleft()
+                self._waiting = deque(r for r in self._waiting if not r.cancelled)
                 if self._waiting:
-                    most = min(len(self._waiting[0].ids) + self._waiting[0].sampling.max_new_tokens, self.llama.context)
+                    most = self._most(self._waiting[0])
                     if not self._reserved or sum(self._reserved.values()) + most <= self.llama.context:
                         request = self._waiting.popleft()
                         self._reserved[request] = most
                         return request
-                self._wake.wait()
+                self._wake.wait(1)  # a cancelled request wakes nobody
         return None
+
+    def _most(self, request: Request) -> int:
+        """Return how many tokens a request may have in the end."""
+        wanted = len(request.ids) + request.sampling.max_new_tokens
+        return min(n for n in (wanted, self.limit, self.llama.context) if n is not None)
 
     def _generate(self, request: Request) -> None:
         room = self.llama.room(len(request.ids), request.sampling.max_new_tokens)

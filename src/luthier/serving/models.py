@@ -65,11 +65,15 @@ class NamedModel:
 
 
 def resolve_models(
-    paths: Sequence[Path | str], model: Path | str | None = None, adapter: Path | str | None = None
+    paths: Sequence[Path | str],
+    model: Path | str | None = None,
+    adapter: Path | str | None = None,
+    distinct: bool = True,
 ) -> list[NamedModel]:
     """Locate and name the models to serve: tuned ones first, their base model last.
 
     paths: run, adapter or model directories. model, adapter: a base model and a PEFT adapter for it.
+    distinct: refuse two models of the same name.
     Raises UserError if a directory is not a model, or if they do not share a base model.
     """
     models = [_named_model(p, locate(p)) for p in map(user_path, paths)]
@@ -88,7 +92,7 @@ def resolve_models(
     served = [*tuned, NamedModel(_name(first.base), first.base)]
     names = [m.name for m in served]
     duplicate = next((n for n in names if names.count(n) > 1), None)
-    if duplicate is not None:
+    if distinct and duplicate is not None:
         raise ConfigError(f"two models would have the name {duplicate}", "rename one of the directories")
     return served
 

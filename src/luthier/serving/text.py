@@ -38,8 +38,10 @@ class ReplyText:
 
     def push_text(self, text: str, last: int) -> str:
         """Add the text of several tokens of which only the last one is known."""
-        self._raw += text
         self._complete = False
+        if not text:
+            return ""
+        self._raw += text
         self._ids.append(last)
         self._from, self._to = len(self._ids) - 1, len(self._ids)
         return self._advance(last=False)

@@ -23,7 +23,7 @@ from luthier.models.directory import must_be_directory
 from luthier.models.native_model import empty_model
 from luthier.models.protocols import CausalLM
 from luthier.serving import llamacpp
-from luthier.serving.models import resolve_models
+from luthier.serving.models import chat_formats, resolve_models
 from luthier.training import checkpoint as checkpoints
 from luthier.types import Log
 
@@ -146,15 +146,15 @@ def _with_llamacpp(
     """Open a conversation with llama.cpp. Raises UserError."""
     if changes.get("no_repeat_ngram_size"):
         raise ConfigError("--no-repeat-ngram-size: llama.cpp has no such setting", "leave --engine llama.cpp out")
-    named = resolve_models([] if path is None else [path], model, adapter)
+    named = resolve_models([] if path is None else [path], model, adapter, distinct=False)
     tuned = named[0].tuned
     if with_adapter and not tuned:
         raise _no_adapter(named[0].base)
     config = tuned.config if tuned else None
     settings = _sampling(config, changes)
+    system = (tuned.system if tuned else None) if system is None else system
+    check_system(chat_formats(named)[0], system)
     opened, served = llamacpp.open_models(named, quantization, log=log)
-    system = served[0].system if system is None else system
-    check_system(served[0].chat_format, system)
     generator = llamacpp.LlamaGenerator(opened, served[0].chat_format, served[0].adapter)
     return Chat(generator, system, tuned is not None, config=config, sampling=settings)
 

@@ -85,13 +85,13 @@ def cached_files(models: Sequence[Wanted], quantization: str, log: Log) -> Llama
             )
         key = _key(_facts_of_base(base, quantization))
         model = root / key / MODEL
-        if not files.exists(model):
+        if not _complete(model):
             _write(root / key, partial(_base, base, quantization, log), log)
         lora = {}
         for wanted in models:
             if wanted.tuned:
                 folder = root / _key([key, *_facts_of_adapter(wanted.tuned)])
-                if not files.exists(folder / LORA):
+                if not _complete(folder / LORA):
                     _write(folder, partial(_adapter, wanted, model, quantization, log), log)
                 lora[wanted.name] = folder / LORA
     except ModelError as e:
@@ -110,11 +110,21 @@ def _same_stops(models: Sequence[Wanted]) -> None:
         )
 
 
+def _complete(file: Path) -> bool:
+    """Whether a file has the size that was verified; a damaged one is written again."""
+    try:
+        record = json.loads((file.parent / _RECORD).read_text(encoding="utf-8"))
+        return bool(record["bytes"] == file.stat().st_size)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _write(folder: Path, write: Callable[[Path], str], log: Log) -> None:
     """Write and verify a file in a directory that appears only if both succeed."""
     with files.new_dir(folder) as temp:
         result = write(temp)
-        files.write_json(temp / _RECORD, {"verified": result})
+        (file,) = temp.glob("*.gguf")
+        files.write_json(temp / _RECORD, {"verified": result, "bytes": file.stat().st_size})
     log(f"llama.cpp: verified: {result}")
     log(f"llama.cpp: saved in {folder} for later runs")
 

@@ -15,6 +15,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections import abc
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,6 +98,8 @@ class LlamaServer:
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
+        self._lock = threading.Lock()
+        self._ended: LlamaStopped | None = None
         self._key = secrets.token_urlsafe(24)
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see ``close``
         self._process = subprocess.Popen(
@@ -120,7 +123,7 @@ class LlamaServer:
             self.close()
             raise
         if not line:
-            raise self._stopped(f"{options.model}: llama.cpp cannot load this file")
+            raise self._stopped(f"{options.model}: llama.cpp cannot load this file", True)
         self._address = urlsplit(line.removeprefix(_READY).strip())
 
     def __enter__(self) -> Self:
@@ -128,6 +131,10 @@ class LlamaServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     @property
     def process_id(self) -> int:
@@ -145,14 +152,18 @@ class LlamaServer:
             return ModelError("llama.cpp did not finish its response", "run the same command again")
         return self._stopped("llama.cpp has ended")
 
-    def _stopped(self, message: str) -> LlamaStopped:
-        self._process.wait()
-        reason = f"exit status {self._process.returncode}"
-        if not self._errors.closed:
-            self._errors.seek(0)
-            reason = _reason(self._errors.read(), self._process.returncode)
-        self.close()
-        return LlamaStopped(message, reason)
+    def _stopped(self, message: str, loading: bool = False) -> LlamaStopped:
+        """Return the error for a process that has ended, the same for every thread."""
+        with self._lock:
+            if self._ended is None:
+                status = self._process.wait()
+                reason = f"signal {-status}" if status < 0 else f"exit status {status}"
+                if loading:
+                    self._errors.seek(0)
+                    reason = _reason(self._errors.read(), reason)
+                self._ended = LlamaStopped(message, reason)
+                self.close()
+            return self._ended
 
     def post(self, path: str, body: Mapping[str, object]) -> Event:
         """Send a request; returns the response. Raises ModelError if it is refused or llama.cpp has ended."""
@@ -171,8 +182,9 @@ class LlamaServer:
                     raise _refused(line.removeprefix(b"error:"))
                 if line.startswith(b":"):
                     yield {}
-                if line.startswith(b"data:") and b"[DONE]" not in line:
-                    event: Event = json.loads(line.removeprefix(b"data:"))
+                data = line.removeprefix(b"data:").strip()
+                if line.startswith(b"data:") and data != b"[DONE]":
+                    event: Event = json.loads(data)
                     if "error" in event:
                         raise _refused(line.removeprefix(b"data:"))
                     yield event
@@ -215,8 +227,8 @@ def _refused(body: bytes) -> ModelError:
     )
 
 
-def _reason(log: str, status: int) -> str:
-    """Return the first error that llama.cpp logged, or the last line if it logged none.
+def _reason(log: str, status: str) -> str:
+    """Return the first error that llama.cpp logged, or the last line if it logged none, or how it ended.
 
     0.00.002.775 E llama_model_load: error loading model: key not found in model: llama.block_count
     0.00.002.777 E llama_model_load_from_file_impl: failed to load model
@@ -224,7 +236,7 @@ def _reason(log: str, status: int) -> str:
     if logged := re.search(r"^[\d.]+ E +(?:\w+ +)?[\w():]+: (.+)$", log, re.MULTILINE):
         return logged[1].strip()[:200]
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else f"exit status {status}"
+    return lines[-1][:200] if lines else status
 
 
 # --- the questions of a verification --------------------------------------------------------------------------------
@@ -270,7 +282,7 @@ def ask(question: Question) -> Answer:
     except ModelError as e:
         reason = e.reason if isinstance(e, LlamaStopped) else e.message
         raise ModelError(
-            f"{question.options.model}: llama.cpp cannot run this file, so it was deleted ({reason})",
+            f"{question.options.model}: llama.cpp cannot run this file ({reason})",
             "use --to hf, which stock transformers loads",
         ) from None
 
@@ -322,6 +334,7 @@ def _serve(options: ServerOptions, key: str) -> None:
         cpu.n_threads = options.threads or max(1, (os.cpu_count() or 2) // 2)
         cpu.poll = 0  # no busy waiting, which would starve other threads
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(file, 1.0) for file in options.lora]
+    params.verbosity = 1  # errors only: a server runs for weeks
     server = xllamacpp.Server(params)
     print(_READY + server.listening_address, flush=True)
     sys.stdin.read()
