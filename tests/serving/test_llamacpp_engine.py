@@ -166,6 +166,13 @@ def test_the_death_of_llama_cpp_fails_requests_with_an_error(run: Path) -> None:
     engine.close()
 
 
+def test_a_reply_without_an_end_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = open_models(resolve_models([run]))
+    monkeypatch.setattr(LlamaServer, "stream", lambda *_: (event for event in ()))
+    with pytest.raises(ModelError, match="llama.cpp did not finish its response"):
+        list(model.tokens_of([5, 9], Sampling(4), 4, None))
+
+
 def test_a_request_reserves_no_more_than_the_models_context(run: Path) -> None:
     """Otherwise one request for very many tokens would keep all others waiting."""
     model, _ = open_models(resolve_models([run]), parallel=4)
