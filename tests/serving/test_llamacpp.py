@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from luthier._util.environment import CACHE
 from luthier._util.installation import install_command
 from luthier.config import ModelConfig
 from luthier.errors import ConfigError, MissingPackageError, ModelError, UserError
-from luthier.exporting.gguf import cached, llamacpp, verify, writer
+from luthier.exporting.gguf import cached, llamacpp, writer
 from luthier.inference.decoding import OutOfMemory
 from luthier.inference.sampling import Sampling
 from luthier.serving.llamacpp import open_models
@@ -26,16 +26,11 @@ from luthier.types import Message
 from tests.conftest import Result
 from tests.exporting.test_exporting import counted
 from tests.helpers.handover import SYSTEM, tuned
-from tests.helpers.llama import alike, cache_at
+from tests.helpers.llama import alike
 from tests.helpers.published import PUBLISHED
 
 Run = Callable[..., Result]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with cache_at(tmp_path_factory.mktemp("cache")) as path:
-        yield path
+pytestmark = pytest.mark.usefixtures("llama_files")
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +48,15 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_family_is_verified_once_and_replies_like_luthiers_own_engine(
-    name: str, tmp_path: Path, cache: Path
+    name: str, tmp_path: Path, llama_files: Path
 ) -> None:
     """Both files of the run are verified in llama.cpp as it serves. Random models have many near ties."""
     system = None if name == "deepseek" else SYSTEM
     adapter = tuned(PUBLISHED[name](tmp_path / "base"), tmp_path / name, system)
-    before = set(cache.rglob("*.gguf"))
+    before = set(llama_files.rglob("*.gguf"))
     lines: list[str] = []
     talk = library.chat(adapter, log=lines.append, engine="llama.cpp")
-    written = set(cache.rglob("*.gguf")) - before
+    written = set(llama_files.rglob("*.gguf")) - before
     assert sorted(p.name for p in written) == ["lora.gguf", "model.gguf"]
     for file in written:
         same, tokens, furthest = counted(json.loads((file.parent / "verified.json").read_text())["verified"])
@@ -95,7 +90,7 @@ def test_the_default_type_of_the_weights_is_near_to_that_of_the_training(
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
-def test_quantised_weights_are_verified_by_their_own_values(kind: str, run: Path, cache: Path) -> None:
+def test_quantised_weights_are_verified_by_their_own_values(kind: str, run: Path, llama_files: Path) -> None:
     talk = library.chat(run, quantization=kind, engine="llama.cpp")
     model = Path(talk.generator.llama.server.options.model)  # type: ignore[attr-defined]
     assert "those of the same values in fp32 on" in (model.parent / "verified.json").read_text()
@@ -103,7 +98,7 @@ def test_quantised_weights_are_verified_by_their_own_values(kind: str, run: Path
 
 
 def test_a_model_that_llama_cpp_computes_differently_is_refused_with_the_reason(
-    model_dir: Callable[[str], Path], tmp_path: Path, luthier: Run, cache: Path
+    model_dir: Callable[[str], Path], tmp_path: Path, luthier: Run, llama_files: Path
 ) -> None:
     gemma = tuned(model_dir("gemma2"), tmp_path / "gemma", None)
     done = luthier("chat", gemma, "--engine", "llama.cpp", "--prompt", "a")
@@ -282,4 +277,3 @@ def test_notes_name_what_differs(base: Path, tmp_path: Path, model_dir: Callable
     assert any("no setting for generation.no_repeat_ngram_size" in line for line in lines)
     assert any("llama.cpp uses its weights in q8_0" in line for line in lines)
     assert talk.send("Who are you?", Sampling(3)).reply_tokens
-    assert verify.NEAR["q8_0"] > 0

@@ -22,16 +22,11 @@ from luthier.serving.models import resolve_models
 from luthier.serving.requests import QueueFull, Request, Token
 from tests.conftest import Result
 from tests.helpers.handover import tuned
-from tests.helpers.llama import alike, cache_at
+from tests.helpers.llama import alike
 from tests.helpers.serving import serving, wait_for
 
 Run = Callable[..., Result]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with cache_at(tmp_path_factory.mktemp("cache")) as path:
-        yield path
+pytestmark = pytest.mark.usefixtures("llama_files")
 
 
 @pytest.fixture(scope="module")

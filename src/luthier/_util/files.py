@@ -306,6 +306,11 @@ def can_cache(log: Callable[[str], None]) -> bool:
 _logged: set[str] = set()
 
 
+def key_of(facts: object) -> str:
+    """Return a name for a cached result, made from everything that it depends on: JSON, or values with a ``repr``."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()[:20]
+
+
 def exists(path: Path) -> bool:
     """Whether a path exists, false if a directory above it may not be entered (``Path.exists`` raises then)."""
     return os.path.exists(path)  # noqa: PTH110

@@ -206,6 +206,11 @@ _FOREIGN = (
 )  # fmt: skip
 
 
+def digest(path: Path) -> str:
+    """Return a digest of an adapter's values and settings."""
+    return " ".join(files.sha256(path / name) for name in (WEIGHTS, CONFIG))
+
+
 def check_base(adapter: Adapter, base: Path, fingerprint: Fingerprint, tokenizer_sha256: str) -> None:
     """Raise AdapterError, listing every mismatch, unless ``base`` is the model that the adapter was trained on."""
     assert adapter.facts

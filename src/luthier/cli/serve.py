@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +77,12 @@ def run(
         raise ConfigError("--print would be ignored: only vLLM is started with a command", "add --engine vllm")
     limit = None if memory is None else size_in_bytes("--memory", memory)
     if engine == "vllm":
-        _with_vllm(paths or [], host, port, api_key, dtype, model, adapter, only_print, memory, fused, quantization)
+        _refuse_for_vllm(
+            {"--memory": memory is not None, "--no-fused": not fused, "--quantization": bool(quantization)}
+        )
+        from luthier.serving.vllm import hand_over
+
+        hand_over(paths or [], host, port, api_key, dtype, model, adapter, only_print, print_stderr)
         return
     with importing():
         from luthier.verbs.serve import serve
@@ -85,27 +91,7 @@ def run(
     serve(paths or [], *listen_at, dtype, model, adapter, *batch, fused, print_stderr, engine, quantization)
 
 
-def _with_vllm(
-    paths: list[Path],
-    host: str,
-    port: int,
-    api_key: str | None,
-    dtype: str,
-    model: Path | None,
-    adapter: Path | None,
-    only_print: bool,
-    memory: str | None,
-    fused: bool,
-    quantization: str | None,
-) -> None:
-    """Start vLLM. Raises ConfigError for options that it would not get."""
-    for option, used in (
-        ("--memory", memory is not None),
-        ("--no-fused", not fused),
-        ("--quantization", quantization is not None),
-    ):
-        if used:
-            raise ConfigError(f"{option} would be ignored: it is a setting of other engines", f"leave {option} out")
-    from luthier.serving.vllm import hand_over
-
-    hand_over(paths, host, port, api_key, dtype, model, adapter, only_print, print_stderr)
+def _refuse_for_vllm(used: Mapping[str, bool]) -> None:
+    """Raise ConfigError for options that vLLM would not get. used: whether each one was given."""
+    for option in (name for name, was_given in used.items() if was_given):
+        raise ConfigError(f"{option} would be ignored: it is a setting of other engines", f"leave {option} out")

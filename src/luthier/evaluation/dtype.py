@@ -6,7 +6,6 @@ model's replies remain the same is compared once, and the result is cached on di
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from luthier.kernels.native import identity
 from luthier.lora.layers import LoraLinear
 from luthier.models.chat_format import ChatFormat
 from luthier.models.checkpoint_reader import Shards
-from luthier.models.directory import fingerprint
+from luthier.models.directory import weights_identity
 from luthier.models.loader import open_base, quantisation
 from luthier.models.native_model import in_fp32
 from luthier.models.protocols import CausalLM
@@ -69,13 +68,11 @@ class Subject:
 
 def tuned_subject(tuned: TunedModel, chat_format: ChatFormat, system: str | None = None) -> Subject:
     """Describe a base model with a finished adapter. system: None for that of the training."""
-    names = (adapters.WEIGHTS, adapters.CONFIG)
-    digest = " ".join(files.sha256(tuned.adapter.path / name) for name in names)
     return Subject(
         tuned.model_settings,
         chat_format,
         tuned.system if system is None else system,
-        digest,
+        adapters.digest(tuned.adapter.path),
         lambda model: adapters.apply(model, tuned.adapter, chat_format.modules()),
     )
 
@@ -105,8 +102,8 @@ def reply_dtype(
     """
     if name != "auto" or device.type != "cpu":
         return pick_dtype(name, device)
-    chosen = all(_choice(s, log).dtype == "bfloat16" for s in subjects) if fused else False
-    return torch.bfloat16 if chosen else torch.float32
+    faster = fused and all(_choice(s, log).dtype == "bfloat16" for s in subjects)
+    return torch.bfloat16 if faster else torch.float32
 
 
 def _choice(subject: Subject, log: Log) -> DtypeChoice:
@@ -180,16 +177,14 @@ def _record(subject: Subject) -> Path:
         "versions": [__version__, *(version(name) for name in ("torch", "transformers"))],
         "cpu": cpu_name(),
         "kernels": identity(),
-        "weights": fingerprint(path, chat_format.config).weights,
-        "files": [[f.name, f.stat().st_size] for f in Shards.open(path).files],
+        "weights": weights_identity(path, chat_format.config),
         "rotary": repr(getattr(chat_format.config, "rope_parameters", None)),
         "quantised": asdict(how) if how else None,
         "adapter": subject.adapter,
         "prompts": [chat_format.prompt_text(chat) for chat in chats(subject.system)],
         "limits": [NEAR, TOKENS],
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return files.cache_root() / "dtypes" / f"{digest[:20]}.json"
+    return files.cache_root() / "dtypes" / f"{files.key_of(facts)}.json"
 
 
 def bfloat16_is_faster(how: Quantisation | None) -> bool:

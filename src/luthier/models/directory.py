@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from luthier.errors import ConfigError, ModelError, nearest
-from luthier.models.checkpoint_reader import Shards, read_json
+from luthier.models.checkpoint_reader import Shards, read_json, weight_files
 from luthier.models.families import FAMILIES, Family
 from luthier.types import DATA_SUFFIXES
 
@@ -202,6 +202,12 @@ def fingerprint(path: Path, config: PretrainedConfig) -> Fingerprint:
     for name, sample in sorted(parts):
         digest.update(name.encode() + b"\0" + sample)
     return Fingerprint(shape, digest.hexdigest())
+
+
+def weights_identity(path: Path, config: PretrainedConfig) -> list[object]:
+    """Return what a result made from a model's weights depends on: sampled values, names and sizes of its files."""
+    sizes = [[file.name, file.stat().st_size] for file in weight_files(path)]
+    return [fingerprint(path, config).weights, sizes]
 
 
 def _sample(shards: Shards, name: str) -> bytes:

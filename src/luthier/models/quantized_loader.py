@@ -9,8 +9,6 @@ only a few hundred of its rows. The embedding and the head keep 16 bits.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections import deque
@@ -29,7 +27,7 @@ from luthier._util import files
 from luthier.devices.device import trim_freed_memory
 from luthier.errors import UserError
 from luthier.models.checkpoint_reader import Place, Shards, write_safetensors
-from luthier.models.directory import family_of, fingerprint
+from luthier.models.directory import family_of, weights_identity
 from luthier.models.native_model import Fit, empty_with_buffers, finish, is_linear, match, native_tensors, put, widened
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation, QuantLinear, quantise
@@ -149,16 +147,8 @@ def cache_dir(path: Path, config: PretrainedConfig, how: Quantisation) -> Path:
 
     One copy serves every dtype that the model computes in: weights are quantised from their stored values.
     """
-    shards = Shards.open(path)
-    facts = {
-        "format": FORMAT,
-        "weights": fingerprint(path, config).weights,
-        "files": [[f.name, f.stat().st_size] for f in shards.files],
-        "kind": how.kind,
-        "double": how.double,
-    }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return files.cache_root() / "quantised" / digest[:20]
+    key = files.key_of([FORMAT, weights_identity(path, config), how.kind, how.double])
+    return files.cache_root() / "quantised" / key
 
 
 def _also_write(

@@ -9,7 +9,6 @@ The compiled layers compute the tokens, or the model's own forward pass if they 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,7 @@ from luthier.models.directory import context_length
 from luthier.models.protocols import CausalLM
 from luthier.serving.adapters import Routes
 from luthier.serving.general import GeneralDecoding
-from luthier.serving.requests import Counts, QueueFull, Request, Token
+from luthier.serving.requests import Counts, Request, RequestQueue, Token
 from luthier.types import Log
 
 if TYPE_CHECKING:
@@ -77,12 +76,12 @@ class Engine:
         self.model = model.eval()
         self.limit = context_length(model.config)
         self.counts = Counts()
-        self.max_batch, self.max_queue = max_batch, max_queue
+        self.max_batch = max_batch
         self.why_not = "" if compiled else "they are switched off"
         self._log = log
         self._routes = routes or Routes()
         self._memory, self._prefix_bytes = memory, prefix_bytes
-        self._waiting: deque[Request] = deque()
+        self._waiting = RequestQueue(max_queue)
         self._rows: dict[Reading, _BatchRow] = {}
         self._wake = threading.Condition()
         self._closed = False
@@ -116,9 +115,7 @@ class Engine:
         The prompt must leave room for at least one token (see ``Generator.check_length``).
         """
         with self._wake:
-            if len(self._waiting) >= self.max_queue:
-                raise QueueFull(f"{len(self._waiting)} requests are already waiting", "try again in a moment")
-            self._waiting.append(request)
+            self._waiting.add(request)
             self._wake.notify()
 
     def start(self) -> None:
@@ -166,16 +163,14 @@ class Engine:
         computed = 0
         while len(self._rows) < self.max_batch and computed < PROMPT_TOKENS_PER_STEP:
             with self._wake:
-                if not self._waiting:
-                    return
-                request = self._waiting.popleft()
-            if request.cancelled:
-                continue
+                request = self._waiting.take()
+            if request is None:
+                return
             try:
                 row = self._new_row(request)
                 if not self.decoding.admits(row.reading):
                     with self._wake:
-                        self._waiting.appendleft(request)
+                        self._waiting.put_back(request)
                     return
                 computed += self._join(row)
             except Cancelled:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import abc, deque
+from collections import abc
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from luthier.models.chat_format import ChatFormat
 from luthier.models.directory import context_length
 from luthier.serving.models import NamedModel, Served, chat_formats, served_models
 from luthier.serving.protocol import RequestError
-from luthier.serving.requests import Counts, QueueFull, Request, Token
+from luthier.serving.requests import Counts, Request, RequestQueue, Token
 from luthier.serving.text import ReplyText
 from luthier.types import Log, Message
 
@@ -246,8 +246,8 @@ class LlamaEngine:
         self.llama = llama
         self.limit = context_length(llama.config)
         self.counts = Counts()
-        self.max_batch, self.max_queue = max_batch, max_queue
-        self._waiting: deque[Request] = deque()
+        self.max_batch = max_batch
+        self._waiting = RequestQueue(max_queue)
         self._reserved: dict[Request, int] = {}  # tokens that each running request may have in the end
         self._wake = threading.Condition()
         self._closed = False
@@ -267,10 +267,7 @@ class LlamaEngine:
             param = "no_repeat_ngram_size"
             raise RequestError(f"{param}: llama.cpp has no such setting", f"leave {param} out", param=param)
         with self._wake:
-            self._waiting = deque(r for r in self._waiting if not r.cancelled)
-            if len(self._waiting) >= self.max_queue:
-                raise QueueFull(f"{len(self._waiting)} requests are already waiting", "try again in a moment")
-            self._waiting.append(request)
+            self._waiting.add(request)
             self._wake.notify()
 
     def start(self) -> None:
@@ -313,13 +310,11 @@ class LlamaEngine:
         """Wait for a request whose tokens fit into the memory beside the running ones; None when closed."""
         with self._wake:
             while not self._closed:
-                self._waiting = deque(r for r in self._waiting if not r.cancelled)
-                if self._waiting:
-                    most = self._most(self._waiting[0])
+                if request := self._waiting.first():
+                    most = self._most(request)
                     if not self._reserved or sum(self._reserved.values()) + most <= self.llama.context:
-                        request = self._waiting.popleft()
                         self._reserved[request] = most
-                        return request
+                        return self._waiting.take()
                 self._wake.wait(1)  # a cancelled request wakes nobody
         return None
 

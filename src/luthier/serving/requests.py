@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -61,6 +62,40 @@ class Counts:
     reused_tokens: int = 0
     reply_tokens: int = 0
     steps: int = 0
+
+
+class RequestQueue:
+    """Waiting requests in the order of their arrival, without cancelled ones. Callers hold a lock.
+
+    limit: how many may wait.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._requests: deque[Request] = deque()
+
+    def __len__(self) -> int:
+        return sum(not request.cancelled for request in self._requests)
+
+    def add(self, request: Request) -> None:
+        """Add a request at the end. Raises QueueFull."""
+        if len(self) >= self.limit:
+            raise QueueFull(f"{len(self)} requests are already waiting", "try again in a moment")
+        self._requests.append(request)
+
+    def first(self) -> Request | None:
+        """Return the request that has waited longest, and keep it; None if nobody waits."""
+        while self._requests and self._requests[0].cancelled:
+            self._requests.popleft()
+        return self._requests[0] if self._requests else None
+
+    def take(self) -> Request | None:
+        """Remove and return the request that has waited longest."""
+        return self._requests.popleft() if self.first() else None
+
+    def put_back(self, request: Request) -> None:
+        """Let a request that was taken wait again, before all others."""
+        self._requests.appendleft(request)
 
 
 class ReplyEngine(Protocol):

@@ -37,13 +37,11 @@ class Opened:
 
     generator: Generator
     layers: dict[str, LoraLinear]
-    system: str | None
     config: RunConfig | None
 
 
 def open_model(
     path: Path | str | None = None,
-    system: str | None = None,
     dtype: str = "auto",
     model: Path | str | None = None,
     adapter: Path | str | None = None,
@@ -53,19 +51,20 @@ def open_model(
     log: Log = lambda _: None,
 ) -> Opened:
     """Open a model with luthier's own engine. Parameters are those of ``chat``. Raises UserError."""
-    pick_dtype(dtype, pick_device())  # an unknown name is an error before anything is read
-    return _open(*_located(path, system, model, adapter, checkpoint, with_adapter), dtype, fused, log)
+    return _open(*_located(path, None, dtype, model, adapter, checkpoint, with_adapter), dtype, fused, log)
 
 
 def _located(
     path: Path | str | None,
     system: str | None,
+    dtype: str,
     model: Path | str | None,
     adapter: Path | str | None,
     checkpoint: int | None,
     with_adapter: bool,
 ) -> tuple[Subject, RunConfig | None]:
     """Resolve the arguments of ``chat`` without loading weights. Raises UserError."""
+    pick_dtype(dtype, pick_device())  # an unknown name is an error before anything is read
     config: RunConfig | None
     if checkpoint is not None:
         if path is None or model is not None or adapter is not None:
@@ -89,7 +88,7 @@ def _located(
 def _open(subject: Subject, config: RunConfig | None, dtype: str, fused: bool, log: Log) -> Opened:
     device = pick_device()
     opened, layers = subject.open(reply_dtype(dtype, device, [subject], fused, log), device)
-    return Opened(Generator(opened, subject.chat_format, fused, log), layers, subject.system, config)
+    return Opened(Generator(opened, subject.chat_format, fused, log), layers, config)
 
 
 def chat(
@@ -124,13 +123,14 @@ def chat(
     llamacpp.check_options(engine, dtype, fused, quantization)
     if engine == "llama.cpp":
         if checkpoint is not None:
-            raise ConfigError("--checkpoint would be ignored: llama.cpp gets finished adapters only", "leave it out")
+            raise ConfigError(
+                "--checkpoint would be ignored: llama.cpp gets finished adapters", "leave --checkpoint out"
+            )
         return _with_llamacpp(path, system, model, adapter, changes, with_adapter, quantization, log)
-    pick_dtype(dtype, pick_device())  # an unknown name is an error before anything is read
-    subject, config = _located(path, system, model, adapter, checkpoint, with_adapter)
+    subject, config = _located(path, system, dtype, model, adapter, checkpoint, with_adapter)
     settings = _sampling(config, changes)
     opened = _open(subject, config, dtype, fused, log)
-    return Chat(opened.generator, opened.system, bool(opened.layers), opened.layers, config, sampling=settings)
+    return Chat(opened.generator, subject.system, bool(opened.layers), opened.layers, config, sampling=settings)
 
 
 def _with_llamacpp(

@@ -47,7 +47,7 @@ def eval(  # noqa: A001 - the verb's name
     fused:   generate replies with luthier's compiled layers if they support the model, which is faster.
     """
     dtype = "float32" if dtype == "auto" and pick_device().type == "cpu" else dtype
-    opened = open_model(path, None, dtype, model, adapter, checkpoint, with_adapter=True, fused=fused, log=log)
+    opened = open_model(path, dtype, model, adapter, checkpoint, with_adapter=True, fused=fused, log=log)
     run = user_path(path) if path else None
     files = [user_path(p) for p in data] or _held_out_files(run)
     settings = opened.config.data if opened.config else DataConfig.model_validate({"train": files})

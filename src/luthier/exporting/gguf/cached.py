@@ -8,7 +8,6 @@ The key of a file depends on everything that it is made from, and on the version
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,8 +27,7 @@ from luthier.exporting.gguf.architectures import architecture
 from luthier.exporting.gguf.llamacpp import ServerOptions
 from luthier.exporting.merge import pending_updates
 from luthier.models.chat_format import ChatFormat
-from luthier.models.checkpoint_reader import Shards
-from luthier.models.directory import fingerprint
+from luthier.models.directory import weights_identity
 from luthier.models.loader import quantisation
 from luthier.models.protocols import CausalLM
 from luthier.models.streamed import reader, streamed
@@ -83,14 +81,14 @@ def cached_files(models: Sequence[Wanted], quantization: str, log: Log) -> Llama
             raise UserError(
                 f"{reason}, so llama.cpp's files cannot be written", f"set {CACHE} to a directory that can be written"
             )
-        key = _key(_facts_of_base(base, quantization))
+        key = files.key_of(_facts_of_base(base, quantization))
         model = root / key / MODEL
         if not _complete(model):
             _write(root / key, partial(_base, base, quantization, log), log)
         lora = {}
         for wanted in models:
             if wanted.tuned:
-                folder = root / _key([key, *_facts_of_adapter(wanted.tuned)])
+                folder = root / files.key_of([key, *_facts_of_adapter(wanted.tuned)])
                 if not _complete(folder / LORA):
                     _write(folder, partial(_adapter, wanted, model, quantization, log), log)
                 lora[wanted.name] = folder / LORA
@@ -167,8 +165,7 @@ def _facts_of_base(base: Wanted, quantization: str) -> list[object]:
     return [
         __version__,
         *(version(name) for name in ("gguf", llamacpp.PACKAGE)),
-        fingerprint(base.base, chat_format.config).weights,
-        [[f.name, f.stat().st_size] for f in Shards.open(base.base).files],
+        weights_identity(base.base, chat_format.config),
         chat_format.config.to_dict(),
         chat_format.tokenizer.digest(),
         chat_format.stop_ids,
@@ -178,9 +175,4 @@ def _facts_of_base(base: Wanted, quantization: str) -> list[object]:
 
 def _facts_of_adapter(tuned: TunedModel) -> list[object]:
     """Return everything that an adapter's file and its verification depend on, besides the base model's file."""
-    names = (adapters.WEIGHTS, adapters.CONFIG)
-    return [[files.sha256(tuned.adapter.path / name) for name in names], tuned.system]
-
-
-def _key(facts: Sequence[object]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    return [adapters.digest(tuned.adapter.path), tuned.system]
