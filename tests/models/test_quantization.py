@@ -304,6 +304,29 @@ def test_the_tensors_of_the_copy_are_mapped_and_aligned(model: Path, cache: Path
     assert (folder / "part-00000.safetensors").read_bytes() == before
 
 
+def test_a_tensor_that_is_converted_is_read_instead_of_mapped(
+    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages of its map would stay in memory beside the result."""
+    load(model)
+    names: list[str] = []
+    mapped = Shards.mapped
+
+    def recorded(shards: Shards, name: str) -> torch.Tensor:
+        names.append(name)
+        return mapped(shards, name)
+
+    monkeypatch.setattr(Shards, "mapped", recorded)
+    used = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        load_quantised(model, dtype, torch.device("cpu"), read_config(model), QuantisedOptions(NF4.how, dtype))
+        used[dtype] = set(names)
+        names.clear()
+    converted = {n for n in used[torch.float32] if "norm" in n or "embed" in n}  # the embedding is also the head
+    assert len(converted) == 2 * 2 + 1 + 1
+    assert used[torch.bfloat16] == used[torch.float32] - converted
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_one_copy_serves_every_dtype(model: Path, cache: Path, kind: Any) -> None:
     how = Quantisation(kind)

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import luthier as library
 from luthier import config as configs
 from luthier import personas
 from luthier.batching.collate import collate, to_device
+from luthier.compiled.decoder import CompiledDecoder
 from luthier.config import LoraConfig, TrainConfig
 from luthier.errors import UserError
 from luthier.lora.layers import attach, resolve
-from luthier.models.directory import read_config
+from luthier.models.directory import cache_bytes, read_config
 from luthier.models.loader import load_weights
 from luthier.models.native_model import empty_model
 from luthier.models.quantization import Quantisation, QuantLinear
@@ -35,6 +37,12 @@ from workload import train_command
 
 Run = Callable[..., Result]
 FP32 = Precision("float32", torch.float32)
+# a small process between, because the peak of a child includes the size of its parent at its start
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +142,29 @@ def test_base_and_adapter_equal_those_in_memory(model_dir: Callable[[str], Path]
     assert four.on_disk > 0  # the embedding
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3", "glm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_conversation_holds_what_decoding_stores(
+    arch: str, dtype: torch.dtype, model_dir: Callable[[str], Path]
+) -> None:
+    path = model_dir(arch)
+    model = load_weights(path, dtype)
+    expected = look(path, RowLengths([40, 70], [20, 30]), precision=Precision("", dtype))
+    assert expected.conversation == 70 * CompiledDecoder(model).token_bytes
+    weights = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
+    trained = sum(
+        4 * p.numel()
+        for m in attach(model, LoraConfig(), resolve(model, None), seed=0).values()
+        for p in (m.lora_A, m.lora_B)
+    )
+    assert expected.chat - expected.library - expected.conversation == pytest.approx(weights + 2 * trained - 90e6)
+    assert expected.training == expected.peak
+
+
+def test_a_model_without_attention_stores_no_keys_and_values() -> None:
+    assert cache_bytes(AutoConfig.for_model("mamba"), 4) == 0
+
+
 def test_longer_rows_need_more_memory_and_recomputation_needs_less(model_dir: Callable[[str], Path]) -> None:
     short, long = (look(model_dir("llama"), RowLengths.of_length(n, 4)) for n in (50, 200))
     assert long.activations > 3.5 * short.activations
@@ -161,9 +192,9 @@ def test_a_run_that_cannot_fit_is_refused_and_the_fix_fits(
         library.estimate(run_config(path, gradient_checkpointing=r, per_device_train_batch_size=b)).chosen.memory.peak
         for r, b in ((False, 8), (True, 8))
     )
-    base = memory_model.resident_now()
+    base = resources.resident_now()
     limit = (whole + lean) / 2
-    monkeypatch.setattr(memory_model, "resident_now", lambda: base)
+    monkeypatch.setattr(resources, "resident_now", lambda: base)
     monkeypatch.setattr(resources, "available_memory", lambda: limit)
     argv = ["train", "--model", path, "--data", personas.TEAHOUSE, "--output-dir", tmp_path / "run"]
     argv += ["--set", "train.max_steps=1", "--set", "train.per_device_train_batch_size=8"]
@@ -186,8 +217,8 @@ def test_a_fix_lists_changed_settings_only_and_resets_conflicting_ones(
         run = run_config(model_dir("llama"), **lean)
         return run.model_copy(update={"model": run.model.model_copy(update=model)})
 
-    base = memory_model.resident_now()
-    monkeypatch.setattr(memory_model, "resident_now", lambda: base)
+    base = resources.resident_now()
+    monkeypatch.setattr(resources, "resident_now", lambda: base)
     eight, four = (library.estimate(config(**{k: True})).chosen.memory.peak for k in ("load_in_8bit", "load_in_4bit"))
     assert four < eight
     monkeypatch.setattr(resources, "available_memory", lambda: (eight + four) / 2)
@@ -221,6 +252,7 @@ def test_the_command_and_its_json(model_dir: Callable[[str], Path], luthier: Run
     for row in report["rows"]:
         assert row["peak_bytes"] == max(row["load_bytes"], row["training_bytes"])
         assert row["seconds_per_epoch"] > 0
+        assert row["library_bytes"] == report["rows"][0]["library_bytes"]
     assert library.estimate(run_config(model_dir("llama"))).parameters == report["parameters"]
     assert luthier("estimate", "--model", model_dir("llama"), "--data", "none.json").code == 2
 
@@ -258,4 +290,35 @@ def test_the_peak_is_within_ten_per_cent(
     estimated = float(re.findall(r"estimate: ([\d.]+) GB", done.stderr)[0]) * 1e9
     peak = json.loads((tmp_path / "run" / "summary.json").read_text())["peak_rss_bytes"]
     print(f"{kind} checkpointing={recompute}: estimated {estimated / 1e9:.2f} GB, measured {peak / 1e9:.2f} GB")
+    assert np.isclose(estimated, peak, rtol=0.10)
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "nf4"])
+def test_the_memory_of_a_conversation_is_within_ten_per_cent(
+    kind: str, smollm2: Path, huanhuan: Path, tmp_path: Path
+) -> None:
+    """Training and two conversations, each in a process of its own; the first one verifies and fills caches."""
+    dtype = "bfloat16" if kind == "bfloat16" else "float32"
+    settings = {
+        "train.max_steps": 1,
+        "train.eval_time_ratio": 0,
+        "model.dtype": dtype,
+        "model.load_in_4bit": str(kind == "nf4").lower(),
+        "model.load_in_8bit": str(kind == "int8").lower(),
+    }
+    run = tmp_path / "run"
+    options = [f"{k}={v}" for k, v in settings.items()]
+    subprocess.run(train_command(smollm2, huanhuan, run, options), capture_output=True, check=True)
+    command = [sys.executable, "-m", "luthier"]
+    done = subprocess.run(
+        [*command, "estimate", str(run / "run.yaml"), "--json"], capture_output=True, text=True, check=True
+    )
+    estimated = next(r["chat_bytes"] for r in json.loads(done.stdout)["rows"] if r["precision"] == kind)
+    chat = [*command, "chat", str(run), "--dtype", dtype, "--prompt", "Tell a story.", "--max-new-tokens", "200"]
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", PEAK, *chat], capture_output=True, text=True, check=True)
+    peak = 1024 * int(done.stdout)
+    print(f"{kind}: estimated {estimated / 1e9:.3f} GB, measured {peak / 1e9:.3f} GB")
     assert np.isclose(estimated, peak, rtol=0.10)

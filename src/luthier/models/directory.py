@@ -115,6 +115,20 @@ def context_length(config: PretrainedConfig) -> int | None:
     return limit
 
 
+def head_size(config: PretrainedConfig) -> int:
+    """Return the number of values per attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
+    """Return the bytes of the keys and values of one token. itemsize: of one value."""
+    config = config.get_text_config()
+    if not getattr(config, "num_attention_heads", None):  # a model without attention has neither
+        return 0
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return 2 * int(config.num_hidden_layers) * heads * head_size(config) * itemsize
+
+
 def attention_windows(config: PretrainedConfig) -> int | dict[str, int | None] | None:
     """Return the attention window: one for all layers, or one per type of layer as named in the configuration.
 

@@ -70,15 +70,16 @@ def load_quantised(
     weights = _replace_linear_layers(model, options)
     embedding, head = _untied_embedding(model), _untied_head(model)
     cached = cache_dir(path, config, options.how) if options.cache else None
+    as_stored = {embedding, head} | {f"{w.removesuffix('weight')}{part}" for w in weights for part in options.how.parts}
     tensors: Iterator[tuple[str, Tensor]]
     if cached and files.exists(cached):
         log(f"base: loading the quantised copy from {cached}")
         source = Shards.open(cached)
-        tensors = ((n, source.mapped(n)) for n in source.in_file_order() if n != embedding)
+        names = (n for n in source.in_file_order() if n != embedding)
+        tensors = ((n, _mapped(source, n, None if n in as_stored else dtype)) for n in names)
     else:
         tensors = _quantised(native_tensors(shards, fit), weights, options.how, log)
         tensors = _also_write(tensors, cached, log) if cached else tensors
-    as_stored = {embedding, head} | {f"{w.removesuffix('weight')}{part}" for w in weights for part in options.how.parts}
     loaded_bytes = 0
     for name, tensor in tensors:
         if name != embedding:
@@ -149,6 +150,12 @@ def cache_dir(path: Path, config: PretrainedConfig, how: Quantisation) -> Path:
     """
     key = files.key_of([FORMAT, weights_identity(path, config), how.kind, how.double])
     return files.cache_root() / "quantised" / key
+
+
+def _mapped(copy: Shards, name: str, dtype: torch.dtype | None) -> Shaped[Tensor, " ..."]:
+    """Map a tensor that stays as stored (dtype None). One that is converted is read: its pages would stay resident."""
+    place = copy.place(name)
+    return copy.mapped(name) if dtype is None or (place and place.dtype == dtype) else copy.read(name)
 
 
 def _also_write(

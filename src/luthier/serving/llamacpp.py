@@ -19,14 +19,14 @@ from transformers import PretrainedConfig
 
 from luthier.devices.device import available_memory, resident_now
 from luthier.errors import ConfigError, ModelError
-from luthier.exporting.gguf.architectures import head_size, notes
+from luthier.exporting.gguf.architectures import notes
 from luthier.exporting.gguf.cached import Wanted, cached_files, default_quantization
 from luthier.exporting.gguf.llamacpp import Event, LlamaServer, LlamaStopped, ServerOptions
 from luthier.inference.decoding import OutOfMemory, default_memory
 from luthier.inference.generation import Reply, check_length
 from luthier.inference.sampling import Sampling
 from luthier.models.chat_format import ChatFormat
-from luthier.models.directory import context_length
+from luthier.models.directory import cache_bytes, context_length
 from luthier.serving.models import NamedModel, Served, chat_formats, served_models
 from luthier.serving.protocol import RequestError
 from luthier.serving.requests import Counts, Request, RequestQueue, Token
@@ -137,8 +137,8 @@ def open_models(
     for note in _notes(named, formats[0], kind):
         log(f"note: {note}")
     config = formats[0].config
-    if memory is not None and memory < _FEWEST * _token_bytes(config):
-        tokens, least = memory // _token_bytes(config), f"--memory {_FEWEST * _token_bytes(config)}B"
+    if memory is not None and memory < _FEWEST * cache_bytes(config, _HALF):
+        tokens, least = memory // cache_bytes(config, _HALF), f"--memory {_FEWEST * cache_bytes(config, _HALF)}B"
         raise ConfigError(f"--memory: holds only {tokens} tokens; llama.cpp needs {_FEWEST}", f"write at least {least}")
     cached = cached_files(wanted, kind, log)
     tokens = _context(config, cached.model, memory, parallel)
@@ -158,9 +158,9 @@ def _context(config: PretrainedConfig, model: Path, memory: int | None, parallel
     longest = (context_length(config) or _CHAT_TOKENS) * parallel
     if memory is None:
         free = (available_memory() - resident_now() - model.stat().st_size) / 2
-        memory = int(min(default_memory(config, _token_bytes(config)), free))
+        memory = int(min(default_memory(config, cache_bytes(config, _HALF)), free))
         longest = min(longest, _CHAT_TOKENS) if parallel == 1 else longest
-    return max(_FEWEST, min(memory // _token_bytes(config), longest))
+    return max(_FEWEST, min(memory // cache_bytes(config, _HALF), longest))
 
 
 def _notes(named: Sequence[NamedModel], chat_format: ChatFormat, kind: str) -> list[str]:
@@ -175,12 +175,6 @@ def _notes(named: Sequence[NamedModel], chat_format: ChatFormat, kind: str) -> l
             f"the base model was quantised in training; llama.cpp uses its weights in {kind}, so its replies may differ"
         )
     return differences
-
-
-def _token_bytes(config: PretrainedConfig) -> int:
-    """Return the size of the keys and values of one token."""
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    return 2 * int(config.num_hidden_layers) * heads * head_size(config) * _HALF
 
 
 def _options(s: Sampling, context: int) -> dict[str, object]:

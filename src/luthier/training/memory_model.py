@@ -23,7 +23,7 @@ from luthier.config import LoraConfig, TrainConfig
 from luthier.devices.device import resident_now
 from luthier.kernels import native
 from luthier.lora.layers import LoraLinear, Targets, attach, trainable_parameters
-from luthier.models.directory import rotary_limit
+from luthier.models.directory import cache_bytes, rotary_limit
 from luthier.models.native_model import PIECE, empty_model, is_linear
 from luthier.models.protocols import CausalLM
 from luthier.models.quantization import Quantisation
@@ -34,6 +34,8 @@ _BATCHES = 20_000  # micro-batches searched for the largest
 _OPTIMIZER_BYTES = {"adamw_torch": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2.1}  # per trainable parameter
 _ALLOCATOR = 70e6  # measured: memory that the allocator retains between calls of the compiled layers, packed operands
 _RUNTIME = 120e6  # allowance for thread pools, packing buffers of torch's kernels and the allocator itself
+_CHAT_RUNTIME = 30e6  # the same for a conversation; measured
+_REPORTED_ONLY = ("on_disk", "largest_on_load", "conversation")  # not part of the sum for training
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,10 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory of a training process by part, in bytes; ``on_disk`` is not part of the sums."""
+    """Memory of a training process by part, in bytes; ``on_disk`` is not part of the sums.
+
+    conversation: keys and values of a conversation as long as the longest row, with the trained model.
+    """
 
     base: float
     embedding_and_head: float
@@ -74,11 +79,12 @@ class Memory:
     library: float
     on_disk: float
     largest_on_load: float
+    conversation: float
 
     @property
     def training(self) -> float:
         """Peak resident memory while training, in bytes."""
-        return float(sum(getattr(self, f.name) for f in fields(self) if f.name not in ("on_disk", "largest_on_load")))
+        return float(sum(getattr(self, f.name) for f in fields(self) if f.name not in _REPORTED_ONLY))
 
     @property
     def load(self) -> float:
@@ -87,7 +93,17 @@ class Memory:
 
     @property
     def peak(self) -> float:
+        """Peak resident memory of the run, in bytes."""
         return max(self.training, self.load)
+
+    @property
+    def chat(self) -> float:
+        """Resident memory of a conversation with the trained model in the same dtype, in bytes.
+
+        Two copies of the adapter: the second is laid out for decoding. A quantised base is read from its copy on disk.
+        """
+        library = self.library - _RUNTIME + _CHAT_RUNTIME
+        return library + self.base + self.embedding_and_head + 2 * self.adapter + self.conversation
 
     def as_dict(self) -> dict[str, int]:
         parts = {f"{f.name}_bytes": int(getattr(self, f.name)) for f in fields(self)}
@@ -96,6 +112,7 @@ class Memory:
             "load_bytes": int(self.load),
             "training_bytes": int(self.training),
             "peak_bytes": int(self.peak),
+            "chat_bytes": int(self.chat),
         }
 
 
@@ -108,8 +125,12 @@ def estimate(
     precision: Precision,
     recompute: bool,
     kernel: str = "auto",
+    resident: float | None = None,
 ) -> Memory:
-    """Estimate the memory of one run. recompute: whether gradient checkpointing is on."""
+    """Estimate the memory of one run. recompute: whether gradient checkpointing is on.
+
+    resident: bytes of a process before it loads a model; None: of this one, now.
+    """
     kernel = "looped" if kernel == "varlen" else kernel  # saves as much, and runs on the meta device
     model = empty_model(config).to(precision.dtype)
     wide = precision.dtype.itemsize
@@ -122,7 +143,7 @@ def estimate(
     how = precision.quantisation
     stored = sum(how.bytes_of(m.out_features, m.in_features) if how else wide * m.weight.numel() for m in linears)
     narrow = 2 if how and not tied else wide  # an untied head stays in 16 bits, its embedding on disk
-    resident = wide * ends if tied or not how else narrow * head.weight.numel()
+    outside = wide * ends if tied or not how else narrow * head.weight.numel()
     biggest = max(m.weight.numel() for m in linears)
     layers = attach(model, lora, targets, seed=0)
     trainable = trainable_parameters(layers)
@@ -144,7 +165,7 @@ def estimate(
         logits = float(supervised * vocabulary * (8 + wide))
     return Memory(
         base=stored + wide * others,
-        embedding_and_head=resident,
+        embedding_and_head=outside,
         adapter=4 * trainable,
         gradients=4 * trainable,
         optimizer=_OPTIMIZER_BYTES[train.optim] * trainable,
@@ -153,9 +174,10 @@ def estimate(
         workspace=biggest * wide * (1 if how else 0)
         + (_ALLOCATOR if compiled else 0)
         + (0 if tied or not how or wide == 2 else 4 * min(PIECE, head.weight.numel())),
-        library=resident_now() + _RUNTIME,
+        library=(resident_now() if resident is None else resident) + _RUNTIME,
         on_disk=narrow * embedding.weight.numel() if how and not tied else 0,
         largest_on_load=_on_load(biggest, embedding.weight.numel(), wide, how, tied),
+        conversation=float(max(rows.lengths, default=0) * cache_bytes(config, wide)),
     )
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import torch
@@ -18,7 +18,7 @@ from luthier import __version__
 from luthier._util import files
 from luthier.batching.plan import Plan
 from luthier.config import RunConfig, TrainConfig
-from luthier.devices.device import available_memory, cpu_name, pick_device, trim_freed_memory
+from luthier.devices.device import available_memory, cpu_name, pick_device, resident_now, trim_freed_memory
 from luthier.encoding.store import ExampleStore
 from luthier.errors import UserError
 from luthier.lora.layers import Targets
@@ -96,12 +96,16 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """What an estimate needs: the run's and the model's configuration, the target modules and the row lengths."""
+    """What an estimate needs: the run's and the model's configuration, the target modules and the row lengths.
+
+    resident: bytes of a process before it loads a model; None: of this one, when memory is estimated.
+    """
 
     config: RunConfig
     native: PretrainedConfig
     targets: Targets
     rows: RowLengths
+    resident: float | None = None
 
     @classmethod
     def of(cls, config: RunConfig, native: PretrainedConfig, targets: Targets, train: ExampleStore) -> Requirements:
@@ -111,15 +115,17 @@ class Requirements:
 
 def estimate_run(wanted: Requirements, every_precision: bool = True) -> Estimate:
     """Estimate the run as configured and at every precision, and find settings that make it fit."""
+    parameters = base_parameters(wanted.native)  # imports what every run with this model imports
     trim_freed_memory()  # left by reading and encoding rows; it would count as part of the libraries
+    # before the speed of the machine is measured, which takes memory that a run does not
+    wanted = replace(wanted, resident=resident_now())
     config, free = wanted.config, available_memory()
     chosen = _estimate_at(wanted, _precision(config), config.train, free)
     precisions = _precisions(config) if every_precision else ()
     by_precision = tuple(_estimate_at(wanted, precision, config.train, free) for precision in precisions)
     trainable = int(chosen.memory.adapter / 4)
     fixes = () if chosen.fits else tuple(_fixes(wanted, free))
-    parameters, notes = base_parameters(wanted.native) + trainable, wanted.targets.notes
-    return Estimate(parameters, trainable, free, chosen, by_precision, fixes, notes)
+    return Estimate(parameters + trainable, trainable, free, chosen, by_precision, fixes, wanted.targets.notes)
 
 
 def require_memory(expected: Estimate) -> None:
@@ -151,8 +157,10 @@ def _precisions(config: RunConfig) -> tuple[Precision, ...]:
 
 def _memory(wanted: Requirements, precision: Precision, train: TrainConfig, recompute: bool) -> Memory:
     config = wanted.config
-    kernel = config.model.attn_implementation
-    return estimate(wanted.native, wanted.targets, config.lora, train, wanted.rows, precision, recompute, kernel)
+    return estimate(
+        wanted.native, wanted.targets, config.lora, train, wanted.rows, precision, recompute,
+        config.model.attn_implementation, wanted.resident,
+    )  # fmt: skip
 
 
 def _estimate_at(wanted: Requirements, precision: Precision, train: TrainConfig, free: float) -> PrecisionEstimate:
@@ -278,7 +286,7 @@ def _clock(seconds: float) -> str:
 
 def table(estimates: Sequence[PrecisionEstimate]) -> list[str]:
     """Format the table that ``luthier estimate`` prints: a header and one line per precision, 80 columns."""
-    head = ("GB", "base", "adapter", "activations", "libraries", "loading", "peak", "epoch", "")
+    head = ("GB", "base", "adapter", "activations", "libraries", "peak", "chat", "epoch", "")
     lines: list[tuple[str, ...]] = [head]
     for e in estimates:
         m = e.memory
@@ -287,8 +295,8 @@ def table(estimates: Sequence[PrecisionEstimate]) -> list[str]:
             m.adapter + m.gradients + m.optimizer,
             m.activations + m.logits + m.workspace,
             m.library,
-            m.load,
             m.peak,
+            m.chat,
         )
         verdict = "fits" if e.fits else "does not fit"
         lines.append((e.precision, *(f"{b / 1e9:.2f}" for b in parts), _clock(e.seconds), verdict))

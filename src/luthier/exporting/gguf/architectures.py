@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from luthier.errors import ModelError
+from luthier.models.directory import head_size
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -120,11 +121,6 @@ def _transposed_rows(
         return lambda t: t
     heads = config.num_attention_heads if part.group(1) == "q" else config.num_key_value_heads
     return lambda t: t.reshape(heads, *split, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
-
-
-def head_size(config: PretrainedConfig) -> int:
-    """Return the number of values per attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def write_hyperparameters(writer: GGUFWriter, config: PretrainedConfig) -> None:

@@ -38,7 +38,6 @@ from luthier.exporting.chat_files import template_text
 from luthier.exporting.gguf import vocabulary
 from luthier.exporting.gguf.architectures import (
     architecture,
-    head_size,
     reordered,
     restored,
     rope_factors,
@@ -48,6 +47,7 @@ from luthier.exporting.gguf.architectures import (
 from luthier.exporting.merge import merged_tensors
 from luthier.lora.layers import scaling
 from luthier.models.chat_format import ChatFormat
+from luthier.models.directory import head_size
 from luthier.models.native_model import empty_model, native_names, published_tensors
 
 if TYPE_CHECKING:
