@@ -121,7 +121,10 @@ def head_size(config: PretrainedConfig) -> int:
 
 
 def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
-    """Return the bytes of the keys and values of one token. itemsize: of one value."""
+    """Return the size in bytes of one token's keys and values in all layers, for ordinary and grouped-query attention.
+
+    itemsize: bytes per value. Attention with a window, shared latent keys or layers of another kind can need much less.
+    """
     config = config.get_text_config()
     if not getattr(config, "num_attention_heads", None):  # a model without attention has neither
         return 0

@@ -152,10 +152,13 @@ def cache_dir(path: Path, config: PretrainedConfig, how: Quantisation) -> Path:
     return files.cache_root() / "quantised" / key
 
 
-def _mapped(copy: Shards, name: str, dtype: torch.dtype | None) -> Shaped[Tensor, " ..."]:
-    """Map a tensor that stays as stored (dtype None). One that is converted is read: its pages would stay resident."""
-    place = copy.place(name)
-    return copy.mapped(name) if dtype is None or (place and place.dtype == dtype) else copy.read(name)
+def _mapped(source: Shards, name: str, dtype: torch.dtype | None) -> Shaped[Tensor, " ..."]:
+    """Map a tensor that needs no conversion to ``dtype`` (None: any).
+
+    Others are read, because mapped pages would stay resident beside the result.
+    """
+    place = source.place(name)
+    return source.mapped(name) if dtype is None or (place and place.dtype is dtype) else source.read(name)
 
 
 def _also_write(

@@ -34,8 +34,8 @@ _BATCHES = 20_000  # micro-batches searched for the largest
 _OPTIMIZER_BYTES = {"adamw_torch": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2.1}  # per trainable parameter
 _ALLOCATOR = 70e6  # measured: memory that the allocator retains between calls of the compiled layers, packed operands
 _RUNTIME = 120e6  # allowance for thread pools, packing buffers of torch's kernels and the allocator itself
-_CHAT_RUNTIME = 30e6  # the same for a conversation; measured
-_REPORTED_ONLY = ("on_disk", "largest_on_load", "conversation")  # not part of the sum for training
+_CHAT_RUNTIME = 30e6  # the same for a conversation; measured with SmolLM2 at four precisions
+_NOT_IN_TRAINING = ("on_disk", "largest_on_load", "chat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,10 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory of a training process by part, in bytes; ``on_disk`` is not part of the sums.
+    """Memory of a training process by part, in bytes. ``training`` and ``load`` sum what is needed at those times.
 
-    conversation: keys and values of a conversation as long as the longest row, with the trained model.
+    on_disk: of the embedding, which is read row by row. chat: peak of another process, a conversation with the trained
+    model, as long as the longest row.
     """
 
     base: float
@@ -79,12 +80,12 @@ class Memory:
     library: float
     on_disk: float
     largest_on_load: float
-    conversation: float
+    chat: float
 
     @property
     def training(self) -> float:
         """Peak resident memory while training, in bytes."""
-        return float(sum(getattr(self, f.name) for f in fields(self) if f.name not in _REPORTED_ONLY))
+        return float(sum(getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IN_TRAINING))
 
     @property
     def load(self) -> float:
@@ -96,15 +97,6 @@ class Memory:
         """Peak resident memory of the run, in bytes."""
         return max(self.training, self.load)
 
-    @property
-    def chat(self) -> float:
-        """Resident memory of a conversation with the trained model in the same dtype, in bytes.
-
-        Two copies of the adapter: the second is laid out for decoding. A quantised base is read from its copy on disk.
-        """
-        library = self.library - _RUNTIME + _CHAT_RUNTIME
-        return library + self.base + self.embedding_and_head + 2 * self.adapter + self.conversation
-
     def as_dict(self) -> dict[str, int]:
         parts = {f"{f.name}_bytes": int(getattr(self, f.name)) for f in fields(self)}
         return {
@@ -112,7 +104,6 @@ class Memory:
             "load_bytes": int(self.load),
             "training_bytes": int(self.training),
             "peak_bytes": int(self.peak),
-            "chat_bytes": int(self.chat),
         }
 
 
@@ -134,21 +125,12 @@ def estimate(
     kernel = "looped" if kernel == "varlen" else kernel  # saves as much, and runs on the meta device
     model = empty_model(config).to(precision.dtype)
     wide = precision.dtype.itemsize
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is None or head.weight is embedding.weight
-    linears = [m for m in model.modules() if is_linear(m) and isinstance(m, nn.Linear) and m is not head]
-    inside = sum(m.weight.numel() for m in linears)
-    ends = embedding.weight.numel() + (0 if tied else head.weight.numel())
-    others = sum(p.numel() for p in model.parameters()) - inside - ends
-    how = precision.quantisation
-    stored = sum(how.bytes_of(m.out_features, m.in_features) if how else wide * m.weight.numel() for m in linears)
-    narrow = 2 if how and not tied else wide  # an untied head stays in 16 bits, its embedding on disk
-    outside = wide * ends if tied or not how else narrow * head.weight.numel()
-    biggest = max(m.weight.numel() for m in linears)
+    how, weights = precision.quantisation, _Weights.of(model, precision.quantisation)
     layers = attach(model, lora, targets, seed=0)
     trainable = trainable_parameters(layers)
     heaviest = _heaviest(rows, train, rotary_limit(config))
-    supervised, vocabulary = sum(e.supervised for e in heaviest), embedding.weight.shape[0]
+    supervised, vocabulary = sum(e.supervised for e in heaviest), model.get_input_embeddings().weight.shape[0]
+    resident = resident_now() if resident is None else resident
     compiled = bool(train.fused) and kernel == "auto" and is_compiled(model, layers, precision.dtype)
     if compiled:
         tokens = len(collate(heaviest, train.shared_prefix).input_ids)
@@ -163,32 +145,82 @@ def estimate(
             # the meta device supports the products of experts in bfloat16 only; the number of elements is the same
             activations = _saved(model.to(torch.bfloat16), heaviest, recompute, kernel, train.shared_prefix) * wide / 2
         logits = float(supervised * vocabulary * (8 + wide))
+    chat_wide = 4 if how else wide  # over a quantised base, chat computes in fp32 on a CPU
     return Memory(
-        base=stored + wide * others,
-        embedding_and_head=outside,
+        base=weights.base(wide),
+        embedding_and_head=weights.ends(wide),
         adapter=4 * trainable,
         gradients=4 * trainable,
         optimizer=_OPTIMIZER_BYTES[train.optim] * trainable,
         activations=activations,
         logits=logits,
-        workspace=biggest * wide * (1 if how else 0)
-        + (_ALLOCATOR if compiled else 0)
-        + (0 if tied or not how or wide == 2 else 4 * min(PIECE, head.weight.numel())),
-        library=(resident_now() if resident is None else resident) + _RUNTIME,
-        on_disk=narrow * embedding.weight.numel() if how and not tied else 0,
-        largest_on_load=_on_load(biggest, embedding.weight.numel(), wide, how, tied),
-        conversation=float(max(rows.lengths, default=0) * cache_bytes(config, wide)),
+        workspace=weights.workspace(wide) + (_ALLOCATOR if compiled else 0),
+        library=resident + _RUNTIME,
+        on_disk=2 * weights.embedding if weights.narrow else 0,
+        largest_on_load=weights.on_load(wide),
+        chat=resident
+        + _CHAT_RUNTIME
+        + weights.base(chat_wide)
+        + weights.ends(chat_wide)
+        + 2 * 4 * trainable  # the second copy is laid out for decoding
+        + max(rows.lengths, default=0) * cache_bytes(config, chat_wide),
     )
 
 
-def _on_load(linear: int, ends: int, wide: int, how: Quantisation | None, tied: bool) -> float:
-    """Peak bytes of tensors in conversion: as read and as converted, two at a time if quantised.
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """The sizes of a base model. wide: bytes per element that is not quantised.
 
-    ends: elements of the embedding, which is not converted if the head has its own weight.
+    linear: (outputs, inputs) of every linear layer. head: elements of one with its own weight, otherwise 0. embedding,
+    others: elements.
     """
-    if how is None:
-        return 2 * ends * wide if wide == 4 else ends * 2
-    return max(2 * linear * (2 * wide + 1), ends * (2 + wide if tied else 2))
+
+    how: Quantisation | None
+    linear: list[tuple[int, int]]
+    embedding: int
+    head: int
+    others: int
+
+    @classmethod
+    def of(cls, model: CausalLM, how: Quantisation | None) -> _Weights:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        layers = [m for m in model.modules() if is_linear(m) and isinstance(m, nn.Linear) and m is not head]
+        own = 0 if head is None or head.weight is embedding.weight else head.weight.numel()
+        inside, ends = sum(m.weight.numel() for m in layers), embedding.weight.numel() + own
+        others = sum(p.numel() for p in model.parameters()) - inside - ends
+        return cls(how, [(m.out_features, m.in_features) for m in layers], embedding.weight.numel(), own, others)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the head stays in 16 bits and the embedding on disk."""
+        return bool(self.how and self.head)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest linear layer."""
+        return max(n * k for n, k in self.linear)
+
+    def base(self, wide: int) -> float:
+        """Bytes of everything but embedding and head."""
+        how = self.how
+        return sum(how.bytes_of(n, k) if how else wide * n * k for n, k in self.linear) + wide * self.others
+
+    def ends(self, wide: int) -> float:
+        """Bytes of embedding and head."""
+        return 2 * self.head if self.narrow else wide * (self.embedding + self.head)
+
+    def workspace(self, wide: int) -> float:
+        """Bytes of weights that are dequantised for a product."""
+        if not self.how:
+            return 0
+        return self.largest * wide + (4 * min(PIECE, self.head) if wide == 4 else 0)
+
+    def on_load(self, wide: int) -> float:
+        """Peak bytes of tensors in conversion: as read and as converted, two at a time if quantised."""
+        if self.how is None:
+            return 2 * self.embedding * wide if wide == 4 else self.embedding * 2
+        embedding = self.embedding * (2 if self.head else 2 + wide)  # only one without a head of its own is converted
+        return max(2 * self.largest * (2 * wide + 1), embedding)
 
 
 def _heaviest(rows: RowLengths, train: TrainConfig, limit: int | None = None) -> list[Example]:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
@@ -96,16 +96,12 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """What an estimate needs: the run's and the model's configuration, the target modules and the row lengths.
-
-    resident: bytes of a process before it loads a model; None: of this one, when memory is estimated.
-    """
+    """What an estimate needs: the run's and the model's configuration, the target modules and the row lengths."""
 
     config: RunConfig
     native: PretrainedConfig
     targets: Targets
     rows: RowLengths
-    resident: float | None = None
 
     @classmethod
     def of(cls, config: RunConfig, native: PretrainedConfig, targets: Targets, train: ExampleStore) -> Requirements:
@@ -117,15 +113,23 @@ def estimate_run(wanted: Requirements, every_precision: bool = True) -> Estimate
     """Estimate the run as configured and at every precision, and find settings that make it fit."""
     parameters = base_parameters(wanted.native)  # imports what every run with this model imports
     trim_freed_memory()  # left by reading and encoding rows; it would count as part of the libraries
-    # before the speed of the machine is measured, which takes memory that a run does not
-    wanted = replace(wanted, resident=resident_now())
-    config, free = wanted.config, available_memory()
-    chosen = _estimate_at(wanted, _precision(config), config.train, free)
+    # before the speed of the machine is measured: that uses memory that a run does not need
+    config, machine = wanted.config, _Machine(available_memory(), resident_now())
+    chosen = _estimate_at(wanted, _precision(config), config.train, machine)
     precisions = _precisions(config) if every_precision else ()
-    by_precision = tuple(_estimate_at(wanted, precision, config.train, free) for precision in precisions)
+    by_precision = tuple(_estimate_at(wanted, precision, config.train, machine) for precision in precisions)
     trainable = int(chosen.memory.adapter / 4)
-    fixes = () if chosen.fits else tuple(_fixes(wanted, free))
-    return Estimate(parameters + trainable, trainable, free, chosen, by_precision, fixes, wanted.targets.notes)
+    fixes = () if chosen.fits else tuple(_fixes(wanted, machine))
+    notes = wanted.targets.notes
+    return Estimate(parameters + trainable, trainable, machine.available, chosen, by_precision, fixes, notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """Memory in bytes: what a run may use, and what this process holds before it loads a model."""
+
+    available: float
+    resident: float
 
 
 def require_memory(expected: Estimate) -> None:
@@ -155,26 +159,34 @@ def _precisions(config: RunConfig) -> tuple[Precision, ...]:
     )
 
 
-def _memory(wanted: Requirements, precision: Precision, train: TrainConfig, recompute: bool) -> Memory:
+def _memory(
+    wanted: Requirements, precision: Precision, train: TrainConfig, recompute: bool, machine: _Machine
+) -> Memory:
     config = wanted.config
     return estimate(
         wanted.native, wanted.targets, config.lora, train, wanted.rows, precision, recompute,
-        config.model.attn_implementation, wanted.resident,
+        config.model.attn_implementation, machine.resident,
     )  # fmt: skip
 
 
-def _estimate_at(wanted: Requirements, precision: Precision, train: TrainConfig, free: float) -> PrecisionEstimate:
+def _estimate_at(
+    wanted: Requirements, precision: Precision, train: TrainConfig, machine: _Machine
+) -> PrecisionEstimate:
     auto = train.gradient_checkpointing == "auto"
     recompute = not auto and bool(train.gradient_checkpointing)
-    memory = _memory(wanted, precision, train, recompute)
-    if auto and memory.peak > 0.8 * free:
-        recompute, memory = True, _memory(wanted, precision, train, True)
+    memory = _memory(wanted, precision, train, recompute, machine)
+    if auto and memory.peak > 0.8 * machine.available:
+        recompute, memory = True, _memory(wanted, precision, train, True, machine)
     return PrecisionEstimate(
-        precision.name, memory, recompute, _seconds(wanted, precision, train, recompute), memory.peak < free
+        precision.name,
+        memory,
+        recompute,
+        _seconds(wanted, precision, train, recompute),
+        memory.peak < machine.available,
     )
 
 
-def _fixes(wanted: Requirements, free: float) -> Iterator[str]:
+def _fixes(wanted: Requirements, machine: _Machine) -> Iterator[str]:
     """Yield at most two sets of options that make the run fit, the least intrusive first."""
     model, train = wanted.config.model, wanted.config.train
     own = _precision(wanted.config)
@@ -194,7 +206,7 @@ def _fixes(wanted: Requirements, free: float) -> Iterator[str]:
                 choices.append(((*changes, *checkpointing, *smaller), precision, one_row))
     count = 0
     for settings, precision, changed in choices:
-        if count < 2 and settings and _estimate_at(wanted, precision, changed, free).fits:
+        if count < 2 and settings and _estimate_at(wanted, precision, changed, machine).fits:
             count += 1
             yield " ".join(f"--set {setting}" for setting in settings)
 
