@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar, cast
 
@@ -33,6 +34,7 @@ Shape = tuple[int, ...]
 T = TypeVar("T")
 _READERS, _AHEAD_BYTES = 2, 64_000_000
 _BLOCK = 16_000_000  # values read from a pickle file per copy
+_CONVERTED = 1 << 20  # bytes read and converted at once: they stay in the processor's cache
 _READ_ERRORS = (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
 _WEIGHTS = (  # single file, index
     ("model.safetensors", "model.safetensors.index.json"),
@@ -59,23 +61,41 @@ class Place:
 
     def read(self, first: int, count: int) -> Shaped[Tensor, " ..."]:
         """Copy ``count`` rows from row ``first`` on into new memory. Raises EOFError if the file ends before them."""
-        size = count * self.row_bytes
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(count * self.row_bytes, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as f:
             f.seek(self.offset + first * self.row_bytes)
-            view, filled = memoryview(cast("Buffer", buffer.numpy())), 0
-            while filled < size:
-                n = f.readinto(view[filled:])
-                if not n:
-                    raise EOFError(f"{self.path}: unexpected end of file")
-                filled += n
+            _fill(buffer, f)
         shape = (count, *self.shape[1:]) if self.shape else ()
         return buffer.view(self.dtype).reshape(shape)
+
+    def read_as(self, dtype: torch.dtype) -> Shaped[Tensor, " ..."]:
+        """Read the whole tensor and convert it, without memory for all of its stored values. Raises EOFError."""
+        if dtype is self.dtype:
+            return self.read(0, self.rows)
+        converted = torch.empty(self.shape, dtype=dtype)
+        buffer = torch.empty(_CONVERTED, dtype=torch.uint8)
+        with open(self.path, "rb", buffering=0) as f:
+            f.seek(self.offset)
+            for part in torch.split(converted.view(-1), _CONVERTED // self.dtype.itemsize):
+                stored = buffer[: len(part) * self.dtype.itemsize]
+                _fill(stored, f)
+                part.copy_(stored.view(self.dtype))
+        return converted
+
+
+def _fill(buffer: Shaped[Tensor, " bytes"], file: RawIOBase) -> None:
+    """Read as many bytes as the buffer has. Raises EOFError if the file ends before."""
+    view, filled = memoryview(cast("Buffer", buffer.numpy())), 0
+    while filled < len(view):
+        n = file.readinto(view[filled:])
+        if not n:
+            raise EOFError(f"{getattr(file, 'name', 'file')}: unexpected end of file")
+        filled += n
 
 
 class _File(Protocol):
     def shapes(self) -> dict[str, Shape]: ...
-    def read(self, name: str) -> Shaped[Tensor, " ..."]: ...
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Shaped[Tensor, " ..."]: ...
     def rows(self, name: str, rows: Sequence[int]) -> Shaped[Tensor, "rows ..."]: ...
 
 
@@ -105,11 +125,14 @@ class Shards:
             shards._file_of.update(dict.fromkeys(shapes, file))
         return shards
 
-    def read(self, name: str) -> Shaped[Tensor, " ..."]:
-        """Copy a tensor into new CPU memory, in its stored dtype. Raises ModelError if the file is damaged."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Shaped[Tensor, " ..."]:
+        """Copy a tensor into new CPU memory, converted to ``dtype``. Raises ModelError if the file is damaged.
+
+        dtype: None keeps the stored one.
+        """
         file = self._file_of[name]
         try:
-            return self._file(file).read(name)
+            return self._file(file).read(name, dtype)
         except _READ_ERRORS as e:
             raise _damaged(file, e) from None
 
@@ -138,19 +161,15 @@ class Shards:
         except _READ_ERRORS as e:
             raise _damaged(file, e) from None
 
-    def read_ahead(self, names: Iterable[str], convert: Callable[[str, Shaped[Tensor, " ..."]], T]) -> Iterator[T]:
-        """Read and convert tensors in order, the next ones on other threads: new pages of memory take most of the time.
+    def read_ahead(self, names: Iterable[str], read: Callable[[str], T]) -> Iterator[T]:
+        """Call ``read`` for tensors in order, on threads that are ahead: new pages of memory take most of the time.
 
         Raises ModelError if a file is damaged.
         """
-
-        def converted(name: str) -> T:
-            return convert(name, self.read(name))
-
         pending: deque[tuple[int, Future[T]]] = deque()  # size in bytes at most
         with ThreadPoolExecutor(_READERS) as pool:
             for name in names:
-                pending.append((4 * math.prod(self.shapes[name]), pool.submit(converted, name)))
+                pending.append((4 * math.prod(self.shapes[name]), pool.submit(read, name)))
                 while len(pending) > _READERS or sum(size for size, _ in pending) > _AHEAD_BYTES:
                     yield pending.popleft()[1].result()
             while pending:
@@ -240,9 +259,9 @@ class _Safetensors:
     def shapes(self) -> dict[str, Shape]:
         return {name: tuple(entry["shape"]) for name, entry in self._header.items()}
 
-    def read(self, name: str) -> Shaped[Tensor, " ..."]:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Shaped[Tensor, " ..."]:
         place = self.place(name)
-        return place.read(0, place.rows)
+        return place.read_as(dtype or place.dtype)
 
     def mapped(self, name: str) -> Shaped[Tensor, " ..."]:
         place = self.place(name)
@@ -318,10 +337,10 @@ class _Pickle:
     def shapes(self) -> dict[str, Shape]:
         return {str(name): tuple(t.shape) for name, t in self._tensors.items()}
 
-    def read(self, name: str) -> Shaped[Tensor, " ..."]:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Shaped[Tensor, " ..."]:
         mapped = self._tensors[name]
         _advise(mapped, "MADV_SEQUENTIAL")
-        copy = torch.empty(mapped.shape, dtype=mapped.dtype)
+        copy = torch.empty(mapped.shape, dtype=dtype or mapped.dtype)
         rows = max(1, _BLOCK * len(mapped) // max(1, mapped.numel())) if mapped.dim() else 0
         parts = zip(torch.split(mapped, rows), torch.split(copy, rows), strict=True) if rows else [(mapped, copy)]
         for part, target in parts:  # block by block: otherwise all of the file and the copy would be resident at once

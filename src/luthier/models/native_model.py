@@ -226,13 +226,11 @@ def published_tensors(
 def native_tensors(
     shards: Shards, fit: Fit, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Shaped[Tensor, " ..."]]]:
-    """Iterate over every native tensor, converted to ``dtype``; None keeps the stored dtype.
-
-    Raises ModelError if the checkpoint does not fit.
-    """
+    """Iterate over every native tensor in ``dtype``, or as stored. Raises ModelError if the checkpoint does not fit."""
     refuse_unfit(shards, fit)
 
-    def parts(name: str, tensor: Shaped[Tensor, " ..."]) -> list[tuple[str, Shaped[Tensor, " ..."]]]:
+    def parts(name: str) -> list[tuple[str, Shaped[Tensor, " ..."]]]:
+        tensor = shards.read(name, None if fit.rules[name].unit_rows else dtype)  # rows are normalised as stored
         return list(fit.rules[name].split(tensor, dtype or tensor.dtype, own=True))
 
     for converted in shards.read_ahead((n for n in shards.in_file_order() if n in fit.rules), parts):

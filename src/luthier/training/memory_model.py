@@ -33,8 +33,7 @@ from luthier.types import Example, RowRef
 _BATCHES = 20_000  # micro-batches searched for the largest
 _OPTIMIZER_BYTES = {"adamw_torch": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2.1}  # per trainable parameter
 _ALLOCATOR = 70e6  # measured: memory that the allocator retains between calls of the compiled layers, packed operands
-_RUNTIME = 120e6  # allowance for thread pools, packing buffers of torch's kernels and the allocator itself
-_CHAT_RUNTIME = 30e6  # the same for a conversation; measured with SmolLM2 at four precisions
+_RUNTIME = 120e6  # allowance of a training for thread pools, packing buffers of torch's kernels and the allocator
 _NOT_IN_TRAINING = ("on_disk", "largest_on_load", "chat")
 
 
@@ -159,7 +158,6 @@ def estimate(
         on_disk=2 * weights.embedding if weights.narrow else 0,
         largest_on_load=weights.on_load(wide),
         chat=resident
-        + _CHAT_RUNTIME
         + weights.base(chat_wide)
         + weights.ends(chat_wide)
         + 2 * 4 * trainable  # the second copy is laid out for decoding
@@ -218,7 +216,7 @@ class _Weights:
     def on_load(self, wide: int) -> float:
         """Peak bytes of tensors in conversion: as read and as converted, two at a time if quantised."""
         if self.how is None:
-            return 2 * self.embedding * wide if wide == 4 else self.embedding * 2
+            return 2 * self.embedding  # a head whose rows are normalised, as stored
         embedding = self.embedding * (2 if self.head else 2 + wide)  # only one without a head of its own is converted
         return max(2 * self.largest * (2 * wide + 1), embedding)
 
