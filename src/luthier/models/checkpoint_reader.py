@@ -182,9 +182,10 @@ class Shards:
             self._opened.pop(file, None)
 
     def _file(self, file: Path) -> _File:
-        if file not in self._opened:
-            self._opened[file] = _Pickle(file) if file.suffix == ".bin" else _Safetensors(file)
-        return self._opened[file]
+        opened = self._opened.get(file)  # once: another thread may have closed it between two looks
+        if opened is None:
+            opened = self._opened[file] = _Pickle(file) if file.suffix == ".bin" else _Safetensors(file)
+        return opened
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -321,15 +322,17 @@ def write_safetensors(file: Path, tensors: Mapping[str, Shaped[Tensor, " ..."]])
 
 
 class _Pickle:
-    """Read tensors from a memory-mapped ``.bin`` file."""
+    """Read tensors from a memory-mapped ``.bin`` file; one in the format before torch 1.6 is read as a whole."""
 
     def __init__(self, file: Path) -> None:
+        self._mapped = True
         try:
             content: object = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as e:
             if "mmap" not in str(e):
                 raise
-            content = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            self._mapped = False
         if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
             raise ValueError("it contains something other than named tensors")
         self._tensors: dict[str, Tensor] = content
@@ -338,24 +341,28 @@ class _Pickle:
         return {str(name): tuple(t.shape) for name, t in self._tensors.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Shaped[Tensor, " ..."]:
-        mapped = self._tensors[name]
-        _advise(mapped, "MADV_SEQUENTIAL")
-        copy = torch.empty(mapped.shape, dtype=dtype or mapped.dtype)
-        rows = max(1, _BLOCK * len(mapped) // max(1, mapped.numel())) if mapped.dim() else 0
-        parts = zip(torch.split(mapped, rows), torch.split(copy, rows), strict=True) if rows else [(mapped, copy)]
+        stored = self._tensors[name]
+        if not self._mapped:
+            return stored.to(dtype or stored.dtype, copy=True)
+        _advise(stored, "MADV_SEQUENTIAL")
+        copy = torch.empty(stored.shape, dtype=dtype or stored.dtype)
+        rows = max(1, _BLOCK * len(stored) // max(1, stored.numel())) if stored.dim() else 0
+        parts = zip(torch.split(stored, rows), torch.split(copy, rows), strict=True) if rows else [(stored, copy)]
         for part, target in parts:  # block by block: otherwise all of the file and the copy would be resident at once
             target.copy_(part)
             _forget_pages(part)
         return copy
 
     def rows(self, name: str, rows: Sequence[int]) -> Shaped[Tensor, "rows ..."]:
-        _advise(self._tensors[name], "MADV_RANDOM")  # a few rows of a large file: do not read ahead
+        if self._mapped:
+            _advise(self._tensors[name], "MADV_RANDOM")  # a few rows of a large file: do not read ahead
         return torch.cat([self._tensors[name][i : i + 1] for i in rows])
 
 
 def _forget_pages(tensor: Shaped[Tensor, " ..."]) -> None:
-    """Release the pages of a mapped tensor; otherwise every page read so far would stay resident."""
-    _advise(tensor, "MADV_DONTNEED")  # safe on a private file mapping: the next read loads the page from the file again
+    """Release the pages of a tensor in a mapped file; otherwise every page read so far would stay resident."""
+    # the next read loads a page from the file again; memory that belongs to no file would be zero from then on
+    _advise(tensor, "MADV_DONTNEED")
 
 
 def _advise(tensor: Shaped[Tensor, " ..."], advice: str) -> None:

@@ -230,8 +230,9 @@ def native_tensors(
     refuse_unfit(shards, fit)
 
     def parts(name: str) -> list[tuple[str, Shaped[Tensor, " ..."]]]:
-        tensor = shards.read(name, None if fit.rules[name].unit_rows else dtype)  # rows are normalised as stored
-        return list(fit.rules[name].split(tensor, dtype or tensor.dtype, own=True))
+        rule = fit.rules[name]
+        tensor = shards.read(name, rule.dtype_to_read(dtype))
+        return list(rule.split(tensor, dtype or tensor.dtype, own=True))
 
     for converted in shards.read_ahead((n for n in shards.in_file_order() if n in fit.rules), parts):
         yield from converted

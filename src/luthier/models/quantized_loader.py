@@ -76,7 +76,7 @@ def load_quantised(
         log(f"base: loading the quantised copy from {cached}")
         source = Shards.open(cached)
         names = (n for n in source.in_file_order() if n != embedding)
-        tensors = ((n, _mapped(source, n, None if n in as_stored else dtype)) for n in names)
+        tensors = ((n, _mapped_or_read(source, n, None if n in as_stored else dtype)) for n in names)
     else:
         tensors = _quantised(native_tensors(shards, fit), weights, options.how, log)
         tensors = _also_write(tensors, cached, log) if cached else tensors
@@ -96,7 +96,8 @@ def load_quantised(
             model.set_input_embeddings(RowEmbedding(place, dtype, device))
         else:  # a pickle file, and no copy was saved
             rule = next(r for r in fit.rules.values() if embedding in r.parts)
-            put(model, embedding, dict(rule.split(shards.read(rule.source), dtype))[embedding].to(device))
+            tensor = shards.read(rule.source, rule.dtype_to_read(dtype))
+            put(model, embedding, dict(rule.split(tensor, dtype))[embedding].to(device))
     trim_freed_memory()  # 16-bit tensors were allocated in the heap of every worker thread
     return finish(model, path, fit, device)
 
@@ -152,13 +153,13 @@ def cache_dir(path: Path, config: PretrainedConfig, how: Quantisation) -> Path:
     return files.cache_root() / "quantised" / key
 
 
-def _mapped(source: Shards, name: str, dtype: torch.dtype | None) -> Shaped[Tensor, " ..."]:
+def _mapped_or_read(source: Shards, name: str, dtype: torch.dtype | None) -> Shaped[Tensor, " ..."]:
     """Map a tensor that needs no conversion to ``dtype`` (None: any).
 
     Others are read, because mapped pages would stay resident beside the result.
     """
     place = source.place(name)
-    return source.mapped(name) if dtype is None or (place and place.dtype is dtype) else source.read(name)
+    return source.mapped(name) if dtype is None or (place and place.dtype is dtype) else source.read(name, dtype)
 
 
 def _also_write(

@@ -41,7 +41,7 @@ def reader(path: Path, config: PretrainedConfig) -> Read:
         if name in tied or name not in sources:
             name = next(n for n in (partner[name], name) if n in sources)
         source, rule = sources[name]
-        return dict(rule.split(shards.read(source), torch.float32))[name]
+        return dict(rule.split(shards.read(source, rule.dtype_to_read(torch.float32)), torch.float32))[name]
 
     return read
 

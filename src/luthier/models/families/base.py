@@ -46,6 +46,13 @@ class Rule:
 
         return Rule(name(self.source), tuple(map(name, self.parts)), self.rows, self.unit_rows)
 
+    def dtype_to_read(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Return the dtype in which to read the tensor for ``split`` into ``dtype``; None: as it is stored.
+
+        Only a tensor that is one part is converted while it is read: others are copied or computed with in any case.
+        """
+        return None if self.rows or self.unit_rows else dtype
+
     def split(
         self, tensor: Shaped[Tensor, "rows ..."], dtype: torch.dtype, own: bool = False
     ) -> Iterator[tuple[str, Shaped[Tensor, "_rows ..."]]]:
