@@ -63,10 +63,11 @@ def test_rules_split_and_normalise_what_is_stored(rule: Rule, tmp_path: Path) ->
     """A normalised row would differ in bits if it were converted first."""
     weight = torch.randn(64, 32, dtype=torch.float32)
     shards = Shards.open(write(tmp_path / "model", {"w": weight}, pickled=False))
-    expected = dict(rule.split(weight, torch.bfloat16))
-    read = dict(rule.split(shards.read("w", rule.dtype_to_read(torch.bfloat16)), torch.bfloat16, own=True))
-    assert read.keys() == expected.keys()
-    assert all(torch.equal(read[name], part) for name, part in expected.items())
+    for dtype in (torch.bfloat16, torch.float32, None):
+        expected = dict(rule.split(weight, dtype or torch.float32))
+        parts = dict(rule.read(shards, dtype))
+        assert parts.keys() == expected.keys()
+        assert all(torch.equal(parts[name], part) for name, part in expected.items())
 
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_reported_in_every_dtype(tmp_path: Path) -> None:

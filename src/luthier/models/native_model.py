@@ -228,14 +228,9 @@ def native_tensors(
 ) -> Iterator[tuple[str, Shaped[Tensor, " ..."]]]:
     """Iterate over every native tensor in ``dtype``, or as stored. Raises ModelError if the checkpoint does not fit."""
     refuse_unfit(shards, fit)
-
-    def parts(name: str) -> list[tuple[str, Shaped[Tensor, " ..."]]]:
-        rule = fit.rules[name]
-        tensor = shards.read(name, rule.dtype_to_read(dtype))
-        return list(rule.split(tensor, dtype or tensor.dtype, own=True))
-
-    for converted in shards.read_ahead((n for n in shards.in_file_order() if n in fit.rules), parts):
-        yield from converted
+    names = (n for n in shards.in_file_order() if n in fit.rules)
+    for parts in shards.read_ahead(names, lambda name: fit.rules[name].read(shards, dtype)):
+        yield from parts
 
 
 def refuse_unfit(shards: Shards, fit: Fit) -> None:

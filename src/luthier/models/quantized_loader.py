@@ -96,8 +96,7 @@ def load_quantised(
             model.set_input_embeddings(RowEmbedding(place, dtype, device))
         else:  # a pickle file, and no copy was saved
             rule = next(r for r in fit.rules.values() if embedding in r.parts)
-            tensor = shards.read(rule.source, rule.dtype_to_read(dtype))
-            put(model, embedding, dict(rule.split(tensor, dtype))[embedding].to(device))
+            put(model, embedding, dict(rule.read(shards, dtype))[embedding].to(device))
     trim_freed_memory()  # 16-bit tensors were allocated in the heap of every worker thread
     return finish(model, path, fit, device)
 

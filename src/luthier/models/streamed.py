@@ -34,14 +34,13 @@ def reader(path: Path, config: PretrainedConfig) -> Read:
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     fit = match(shards.shapes, family_of(path).rules(config), model)
     refuse_unfit(shards, fit)
-    sources = {part: (name, rule) for name, rule in fit.rules.items() for part in rule.parts}
+    sources = {part: rule for rule in fit.rules.values() for part in rule.parts}
     partner = {**{b: a for a, b in tied.items()}, **tied}  # a tied pair may be stored once, under either name
 
     def read(name: str) -> Tensor:
         if name in tied or name not in sources:
             name = next(n for n in (partner[name], name) if n in sources)
-        source, rule = sources[name]
-        return dict(rule.split(shards.read(source, rule.dtype_to_read(torch.float32)), torch.float32))[name]
+        return dict(sources[name].read(shards, torch.float32))[name]
 
     return read
 

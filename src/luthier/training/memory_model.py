@@ -216,7 +216,7 @@ class _Weights:
     def on_load(self, wide: int) -> float:
         """Peak bytes of tensors in conversion: as read and as converted, two at a time if quantised."""
         if self.how is None:
-            return 2 * self.embedding  # a head whose rows are normalised, as stored
+            return 2 * self.embedding  # at most: tensors that are split or normalised are first read as stored
         embedding = self.embedding * (2 if self.head else 2 + wide)  # only one without a head of its own is converted
         return max(2 * self.largest * (2 * wide + 1), embedding)
 

@@ -1,6 +1,6 @@
 """Define a family: how a published checkpoint is converted to a native transformers model, and back.
 
-This module handles names, row splits and configuration keys; it does not handle files, tokenizers or templates.
+This module handles names, row splits and configuration keys; it opens no files and handles no tokenizers or templates.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from transformers import PretrainedConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
+
+    from luthier.models.checkpoint_reader import Shards
 
 Modules = Mapping[str, tuple[tuple[str, int], ...]]
 """Published linear module -> its native modules, with the number of rows of each (0: all)."""
@@ -46,12 +48,11 @@ class Rule:
 
         return Rule(name(self.source), tuple(map(name, self.parts)), self.rows, self.unit_rows)
 
-    def dtype_to_read(self, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Return the dtype in which to read the tensor for ``split`` into ``dtype``; None: as it is stored.
-
-        Only a tensor that is one part is converted while it is read: others are copied or computed with in any case.
-        """
-        return None if self.rows or self.unit_rows else dtype
+    def read(self, shards: Shards, dtype: torch.dtype | None = None) -> list[tuple[str, Shaped[Tensor, " ..."]]]:
+        """Read the published tensor; returns its parts in ``dtype``, or as stored. Raises ModelError."""
+        # only a tensor that is one part is converted while it is read: others are copied or computed with in any case
+        tensor = shards.read(self.source, None if self.rows or self.unit_rows else dtype)
+        return list(self.split(tensor, dtype or tensor.dtype, own=True))
 
     def split(
         self, tensor: Shaped[Tensor, "rows ..."], dtype: torch.dtype, own: bool = False
