@@ -1,5 +1,5 @@
 # make demo   installs luthier, then fine-tunes the embedded model and compares it with its base
-# make test   installs luthier and its test dependencies, then runs the quick tests
+# make test   installs luthier and its test dependencies, then runs the quick tests in two processes
 # make docs   builds the documentation site in build/site; it opens without a network
 # make verify-gpu  verifies luthier on a GPU (benchmarks/verify_gpu.py)
 # make bench  compares luthier with the tutorials' recipe on the same rows; options: BENCH="--data FILE --rows 80"
@@ -29,7 +29,7 @@ demo: $(VENV)/.core
 	$(BIN)/luthier demo --output-dir runs/demo
 
 test: $(VENV)/.dev model
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: $(VENV)/.dev model
 	$(BIN)/python -m pytest -m slow

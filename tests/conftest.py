@@ -6,6 +6,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if os.environ.get("LUTHIER_TEST_SHAPES") != "0":
     from tests.helpers import shapes
@@ -35,12 +38,15 @@ from luthier.hub.embedded import state_of
 from luthier.models import native_model
 from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from luthier.verbs.train import train
-from tests.helpers.error_sites import recorder
+from tests.helpers.error_sites import SharedRecord, recorder
 from tests.helpers.hub_server import HubServer, repository, serving
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 TOKENIZER = Path(__file__).parent / "fixtures" / "tokenizer"
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # the name of this process in a parallel run
+SHARED_RECORD = pytest.StashKey[SharedRecord]()
 
 _SIZE: dict[str, Any] = {
     "vocab_size": 640,
@@ -68,6 +74,17 @@ for owner, method in ((UserError, "__init__"), (RowProblem, "__init__"), (BadRow
     recorder.watch(owner, method)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if WORKER:
+        config.stash[SHARED_RECORD] = SharedRecord(Path(config.getoption("basetemp")).parent, WORKER)
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Share what a test recorded, also that of one that was skipped."""
+    if WORKER and not item.get_closest_marker("last"):
+        item.config.stash[SHARED_RECORD].finished()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run tests that evaluate the whole suite last."""
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
@@ -87,6 +104,16 @@ def _loopback_only() -> Iterator[None]:
     socket.socket.connect = guarded  # type: ignore[method-assign]
     yield
     socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def _several_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Use two threads where the kernels are tested, also in a parallel run."""
+    threads = torch.get_num_threads()
+    if WORKER and request.path.name in ("test_native.py", "test_compiled.py", "test_decode.py"):
+        torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True, scope="session")

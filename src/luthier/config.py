@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from luthier._util.files import user_path
 from luthier._util.validation import Mistake, mistakes, parse_yaml, read_yaml
 from luthier.errors import ConfigError, UserError
-from luthier.types import SystemRole, TooLong, TrainOn
+from luthier.types import SystemRole, Thinking, TooLong, TrainOn
 
 
 def _one_or_many(value: object) -> object:
@@ -111,7 +111,23 @@ class DataConfig(Section):
     )
     max_length: int = Field(1024, ge=8, description="maximum length of a row in tokens")
     too_long: TooLong = Field("truncate", description="what happens to longer rows; truncate keeps the stop token")
-    train_on: TrainOn = Field("all_replies", description="which replies of a conversation are targets of the loss")
+    train_on: TrainOn = Field(
+        "all_replies",
+        description="which replies of a conversation are targets of the loss; each_reply: all, each in an example of "
+        "its own with the turns before it as chat sends them, which all_replies does only where a template needs it",
+    )
+    thinking: Thinking = Field(
+        "keep",
+        description="thoughts of replies; drop: they are not trained, and the template decides what stands in their "
+        "place; empty: every reply begins with an empty one",
+    )
+    max_unrendered: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="the run ends if more than this fraction of the rows is dropped because the chat template cannot "
+        "write them",
+    )
     cache: bool = Field(True, description="cache the encoded rows on disk for the next start")
 
 

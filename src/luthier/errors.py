@@ -37,6 +37,10 @@ class TemplateError(UserError):
     """A chat template that cannot be trained on safely."""
 
 
+class HistoryError(TemplateError):
+    """A chat template that writes a reply in another form once the conversation continues than when it is written."""
+
+
 class ModelError(UserError):
     """A model directory that cannot be used."""
 

@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
 Log = Callable[[str], None]  # called with a line of text for the user
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # of data files
-TrainOn = Literal["all_replies", "last_reply"]
+TrainOn = Literal["all_replies", "last_reply", "each_reply"]
+Thinking = Literal["keep", "drop", "empty"]
 SystemRole = Literal["template", "merge"]
 TooLong = Literal["truncate", "drop", "error"]
 Ids = NDArray[np.int64]
@@ -65,19 +66,63 @@ class RowRef:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool that a reply asks for. arguments: JSON values by parameter name."""
+
+    name: str
+    arguments: Mapping[str, object]
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    trained:      of a reply: whether it is a target of the loss, and not only context.
+    thought:      of a reply: the reasoning before it, as a field of its own; a thought may also be part of ``content``.
+    tool_calls:   of a reply.
+    name:         of a tool's result: the tool that it comes from. call_id: the ``id`` of the call that it answers.
+    """
 
     role: Role
     content: str
+    trained: bool = True
+    thought: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    call_id: str = ""
+
+
+def as_dict(message: Message) -> dict[str, object]:
+    """Return a message in OpenAI's form, as chat templates and data files know it; ``arguments`` is an object."""
+    row: dict[str, object] = {"role": message.role, "content": message.content}
+    if message.thought:
+        row["reasoning_content"] = message.thought
+    if message.tool_calls:
+        row["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in message.tool_calls
+        ]
+    if message.name:
+        row["name"] = message.name
+    if message.call_id:
+        row["tool_call_id"] = message.call_id
+    return row
+
+
+Tools = tuple[Mapping[str, object], ...]  # descriptions of tools, each {"type": "function", "function": {...}}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """An optional system message, then alternating user and assistant messages; the last one is an assistant's."""
+    """An optional system message, then turns of user, assistant and tools; the last one is a trained reply.
+
+    tools: the tools that the model may call.
+    """
 
     messages: tuple[Message, ...]
     source: RowRef
+    tools: Tools = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +135,18 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One encoded row.
+    """One encoded row, or one reply of it with the turns before.
 
     ids:     [n] token ids; the last one is a supervised stop token.
     trained: [n] the loss mask: true for tokens that are targets of the loss. ``trained[0]`` is always false.
+    shared:  number of first tokens that the example shares with the one before it, if both come from the same row;
+             -1 for the first example of a row.
     """
 
     ids: Int[Ids, " tokens"]
     trained: Bool[Mask, " tokens"]
     source: RowRef
+    shared: int = -1
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -144,6 +192,14 @@ class Batch:
         return int(self.target_ids.shape[0])
 
 
+def as_row(conversation: Conversation) -> dict[str, object]:
+    """Return a conversation as a row of a data file, from which it can be read again."""
+    messages = [
+        {**as_dict(m), **({} if m.trained or m.role != "assistant" else {"weight": 0})} for m in conversation.messages
+    ]
+    return {"messages": messages, **({"tools": list(conversation.tools)} if conversation.tools else {})}
+
+
 class Template(Protocol):
     """A chat template: renders conversations as text. Training, chat and serving use the same one."""
 
@@ -165,15 +221,16 @@ class Template(Protocol):
         """Text that the model writes before its answer. It is hidden from the user and present in the history."""
         ...
 
-    def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
-        """Render a conversation that ends with a reply; written spans include their stop token.
+    def spans(self, messages: Sequence[Message], tools: Tools = ()) -> list[Span]:
+        """Render a conversation that ends with a trained reply.
 
-        train_on: with "last_reply" only the last reply is a written span, so fewer conversations have to be refused.
+        Each trained reply is a written span, with its stop token. Raises HistoryError if the template writes a trained
+        reply, or the turns before it, in another form than chat does; TemplateError or RefusedConversation.
         """
         ...
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """Render what the model reads before its next reply; the last of ``messages`` is the user's."""
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> str:
+        """Render what the model reads before its next reply; the last of ``messages`` is not a reply."""
         ...
 
     def describe(self) -> Mapping[str, object]:
@@ -209,6 +266,10 @@ class ChatTokenizer(Protocol):
     @property
     def control_tokens(self) -> tuple[str, ...]:
         """Texts that become control tokens wherever they occur."""
+        ...
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, control tokens included."""
         ...
 
     def token_id(self, text: str) -> int | None:

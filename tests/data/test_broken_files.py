@@ -116,7 +116,8 @@ CASES: dict[str, tuple[str, bytes | str, Outcome]] = {
     "chosen and rejected replies": ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "preferences are not trained"),
     "one row of chosen and rejected conversations": ("a.json", json.dumps({"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}), "preferences are not trained"),
     "not to be trained": ("a.jsonl", with_(label=False) + NL + with_(weight=0.5) + NL + with_(train=True, weight=1), (3, 1, 2, 0)),
-    "reasoning, tools, pictures": ("a.jsonl", NL.join([with_(thinking="x"), with_(tools=[1]), with_(images=["x"]), with_(tools=[], image=None)]), (4, 1, 3, 0)),
+    "thoughts that the template has no form for": ("a.jsonl", with_(thinking="x") + NL + A, "the chatml template has no form for thoughts"),
+    "tools, calls, pictures": ("a.jsonl", NL.join([with_(tools=[1]), with_(tool_calls=[1]), with_(images=["x"]), with_(tools=[], image=None)]), (4, 1, 3, 0)),
     "a placeholder of a picture": ("a.jsonl", with_(instruction="<image>\na") + NL + A, (2, 1, 1, 0)),
     "lists of rows in the list of rows": ("a.json", f"[[{A}, {A}], {A}]", (2, 1, 1, 0)),
     # conversations

@@ -152,7 +152,7 @@ def test_lines_that_are_not_json_count_as_dropped_rows(tmp_path: Path) -> None:
 def test_a_misspelt_key_refuses_the_file_with_the_correct_name_and_the_number_of_rows(tmp_path: Path) -> None:
     loaded = load(tmp_path, [GOOD, *[{"instrution": "a", "output": "b"}] * 3])
     with pytest.raises(DataError) as e:
-        loader.refuse(loaded.report)
+        loader.refuse(loaded.report, 1)
     assert e.value.message.endswith(
         "rows.json:2: key 'instrution' is unknown; did you mean 'instruction'? (2 more rows)"
     )
@@ -162,7 +162,7 @@ def test_a_misspelt_key_refuses_the_file_with_the_correct_name_and_the_number_of
 def test_the_correct_names_are_suggested_if_all_required_keys_are_misspelt(tmp_path: Path) -> None:
     loaded = load(tmp_path, [{"instrution": "a", "ouput": "b"}])
     with pytest.raises(DataError, match="did you mean 'instruction'"):
-        loader.refuse(loaded.report)
+        loader.refuse(loaded.report, 1)
 
 
 def test_unknown_keys_are_noted(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_missing_file_is_refused_with_a_similar_file_name(tmp_path: Path) -> N
 
 def test_an_empty_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no row can be used \(0 read\)"):
-        loader.refuse(load(tmp_path, []).report)
+        loader.refuse(load(tmp_path, []).report, 1)
 
 
 def test_byte_order_marks_crlf_and_a_single_object_are_read(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_roles_have_several_names_in_any_letter_case(key: str, names: tuple[str,
                 assert turns(rows) == [("system", "S"), *TURNS]
                 assert rows.report.notes == {}
     narrated = read(tmp_path, {key: [dict(zip(names, ("narrator", "a"), strict=True))]})
-    assert "role 'narrator' is not system, user or assistant" in narrated.report.problems[0].reason
+    assert "role 'narrator' is not system, user, assistant or tool" in narrated.report.problems[0].reason
 
 
 def test_a_message_may_have_null_under_the_other_names(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_question_and_reply_have_several_names(question: str, reply: str, tmp_pa
 def test_a_misspelt_instruction_is_not_replaced_by_the_input(tmp_path: Path) -> None:
     rows = read(tmp_path, {"instrution": "a", "input": "c", "output": "b"})
     with pytest.raises(DataError, match="did you mean 'instruction'"):
-        refuse(rows.report)
+        refuse(rows.report, 1)
 
 
 MISNAMED: list[tuple[dict[str, Any], str]] = [
@@ -118,11 +118,9 @@ MISNAMED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER, REPLY], "rejected_response": "c"}, "rejected_response is not empty"),
     ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, "preferences are not trained"),
     ({"instruction": "a", "output": "b", "label": 0}, "label is 0"),
-    ({"instruction": "a", "output": "b", "tools": [1]}, "tools is not empty"),
+    ({"instruction": "a", "output": "b", "tool_calls": [1]}, "tool_calls is not empty"),
     ({"messages": TALK, "system": "T"}, "different system prompts"),
     ({"messages": [USER, REPLY], "system": "S", "system_prompt": "T"}, "different system prompts"),
-    ({"messages": [USER, {**REPLY, "weight": 0}, USER, REPLY]}, "messages[2].weight is 0"),
-    ({"prompt": [USER, REPLY, USER], "completion": [REPLY]}, "prompt contains a reply"),
 ]
 
 
@@ -147,7 +145,7 @@ def test_preferences_without_a_question_are_refused_with_what_to_write(tmp_path:
     plain = {"chosen": "Human: a Assistant: b", "rejected": "Human: a Assistant: c"}
     for row in (plain, {"conversations": [USER, REPLY, USER], "chosen": REPLY, "rejected": REPLY}):
         with pytest.raises(DataError) as e:
-            refuse(read(tmp_path, row).report)
+            refuse(read(tmp_path, row).report, 1)
         assert "has the keys chosen and rejected" in e.value.message
         assert e.value.fix == "write the chosen replies into the conversations"
     talk = {"messages": [USER, REPLY], "chosen": [USER, REPLY], "rejected": [USER, REPLY]}
@@ -175,11 +173,8 @@ def test_prompt_and_completion_may_be_conversations(tmp_path: Path, tokenizer: T
 def test_only_the_completion_of_a_conversation_is_trained(tmp_path: Path, tokenizer: Tokenizer) -> None:
     row = {"prompt": [USER, REPLY, USER], "completion": [{**REPLY, "content": "d"}]}
     rows = read(tmp_path, row)
-    (problem,) = rows.report.problems
-    assert problem.reason == "prompt contains a reply, but this reply would be trained"
-    assert problem.fix.startswith("--set data.train_on=last_reply ")
-    last = read(tmp_path, row, last_reply_only=True)
-    (example,) = encode(encoder(tokenizer, train_on="last_reply"), last.conversations)
+    assert not rows.report.problems
+    (example,) = encode(encoder(tokenizer), rows.conversations)
     trained = [p for p, t in zip(tokenizer.pieces(example.ids.tolist()), example.trained, strict=True) if t]
     assert trained == ["d", "<|im_end|>"]
     asked = read(tmp_path, {"prompt": [USER], "completion": [REPLY, USER, REPLY]})
@@ -191,14 +186,14 @@ def test_lists_inside_the_list_of_rows_are_named(tmp_path: Path) -> None:
     rows = read(tmp_path, good, [good, good], [USER, REPLY])
     assert [(p.reason, p.fix) for p in rows.report.problems] == [
         ("must be an object with keys, got list of rows", "write one list of rows, without lists inside it"),
-        ("must be an object with keys, got list of messages", 'write it as {"messages": [...]}'),
     ]
+    assert [turns(rows, i) for i in range(2)] == [TURNS] * 2  # a list of messages is a row
 
 
 def test_rows_without_known_keys_name_the_option(tmp_path: Path) -> None:
     rows = read(tmp_path, {"q": "a", "a": "b"})
     with pytest.raises(DataError, match="has none of the keys") as e:
-        refuse(rows.report)
+        refuse(rows.report, 1)
     assert "--rename OLD=instruction --rename OLD=output" in e.value.fix
 
 

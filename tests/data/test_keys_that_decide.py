@@ -52,9 +52,6 @@ FORMATS: dict[str, Callable[..., Row]] = {
 CONVERSATIONS = ("messages", "sharegpt")
 MARKS = ("label", "loss", "loss_scale", "loss_weight", "train", "trainable", "training", "weight")
 CONTENTS: list[tuple[str, Any]] = [
-    ("reasoning_content", "hm"), ("thinking", "hm"), ("thinking", True),
-    ("tool_calls", CALL), ("tool_calls", json.dumps(CALL)), ("tools", CALL), ("tools", json.dumps(CALL)),
-    ("functions", CALL), ("function_call", {"name": "lamp"}),
     ("image", "a.png"), ("images", ["a.png"]), ("video", "a.mp4"), ("videos", ["a.mp4"]), ("audio", {"bytes": "x"}),
     ("audios", ["a.wav"]), ("rejected_response", "no"), ("chat_template_kwargs", {"enable_thinking": False}),
 ]  # fmt: skip
@@ -124,7 +121,8 @@ def test_a_mark_on_a_turn_is_followed_or_drops_its_row(
 ) -> None:
     make, name = FORMATS[fmt], "conversations" if fmt == "sharegpt" else "messages"
     for value in (False, 0, "false"):
-        assert_dropped(tmp_path, tokenizer, make(), make(reply={key: value}), f"{name}[2].{key} is ")
+        reasons = (f"{name}[2].{key} is ", "no reply of the row is to be trained")
+        assert_dropped(tmp_path, tokenizer, make(), make(reply={key: value}), *reasons)
     assert_dropped(tmp_path, tokenizer, make(), make(reply={key: 0.5}), f"{name}[2].{key} is 0.5")
     assert_dropped(tmp_path, tokenizer, make(), make(user={key: True}), f"{name}[1].{key} is true", "only replies")
     assert_dropped(tmp_path, tokenizer, make(), make(opening={key: 1}), f"{name}[1].{key} is 1", "only replies")
@@ -137,24 +135,43 @@ def test_a_mark_on_a_turn_is_followed_or_drops_its_row(
     assert learnt(tokenizer, same) == learnt(tokenizer, read(tmp_path, make(opening={}))) * 4
 
 
-def test_replies_that_are_marked_as_not_trained_agree_with_training_only_the_last(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_a_reply_that_is_marked_as_not_trained_is_context(tmp_path: Path, tokenizer: Tokenizer) -> None:
     def talk(first: int, last: int) -> Row:
         turns = chat(reply={"weight": first})["messages"] + chat(reply={"content": "d", "weight": last})["messages"]
         return {"messages": turns}
 
-    rows = [talk(0, 1), talk(1, 0), talk(0, 0), talk(1, 1)]
-    all_replies = read(tmp_path, *rows)
-    assert texts(tokenizer, all_replies) == [f"b{END}d{END}"]
-    assert [p.reason for p in all_replies.report.problems] == [
-        f"messages[{i}].weight is 0, but this reply would be trained" for i in (2, 4, 2)
+    rows = read(tmp_path, talk(0, 1), talk(1, 0), talk(0, 0), talk(1, 1))
+    assert [(p.source.row, p.outcome, p.reason) for p in rows.report.problems] == [
+        (2, "changed", "turns after the last reply were cut"),
+        (3, "dropped", "no reply of the row is to be trained (messages[4].weight is 0)"),
     ]
-    offered = "--set data.train_on=last_reply trains only the last reply of every row"
-    assert [p.fix == offered for p in all_replies.report.problems] == [True, False, False]
-    last = read(tmp_path, *rows, last_reply_only=True)
-    assert [p.source.row for p in last.report.problems] == [2, 3]
-    assert texts(tokenizer, last, train_on="last_reply") == [f"d{END}"] * 2
+    assert texts(tokenizer, rows) == [f"d{END}", f"b{END}", f"b{END}d{END}"]
+    assert texts(tokenizer, rows, train_on="last_reply") == [f"d{END}", f"b{END}", f"d{END}"]
+    every = learnt(tokenizer, rows)
+    assert every[0][0] == every[2][0]  # the same tokens, with another loss mask
+
+
+MISPLACED = [
+    ("reasoning_content", "hm", CONVERSATIONS, "a thought belongs to a reply"),
+    ("thinking", "hm", CONVERSATIONS, "a thought belongs to a reply"),
+    *((key, CALL, tuple(FORMATS), "only replies call tools") for key in ("tool_calls", "function_call")),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "formats", "why"), MISPLACED)
+def test_a_part_of_a_reply_in_another_place_drops_the_row(
+    key: str, value: Any, formats: Sequence[str], why: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    for fmt in formats:
+        make = FORMATS[fmt]
+        assert_dropped(tmp_path, tokenizer, make(), make(**{key: value}), f"{key} is not empty", why)
+        if fmt in CONVERSATIONS:
+            assert_dropped(tmp_path, tokenizer, make(), make(user={key: value}), f"[1].{key} is not empty", why)
+            assert_dropped(
+                tmp_path, tokenizer, make(), make(user={"tools": CALL}), "[1].tools is not empty", "whole row"
+            )
+    for empty in EMPTY:
+        assert read(tmp_path, *(FORMATS[fmt](**{key: empty}) for fmt in formats)).report.problems == []
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -174,14 +191,6 @@ def test_a_row_with_something_besides_text_is_dropped(
         assert read(tmp_path, *(make(reply={key: empty}) for empty in EMPTY)).report.problems == []
 
 
-def test_a_call_without_text_and_its_result_name_the_key_or_role(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    call = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": CALL}]}
-    assert_dropped(tmp_path, tokenizer, chat(), call, "messages[2].tool_calls is not empty")
-    for role in ("tool", "function", "observation"):
-        turns = [*chat()["messages"], {"role": role, "content": "42"}, {"role": "assistant", "content": "b"}]
-        assert_dropped(tmp_path, tokenizer, chat(), {"messages": turns}, f"the role '{role}'", "tool calls")
-
-
 @pytest.mark.parametrize("make", [chat, sharegpt])
 def test_parts_of_a_message_that_are_not_text_drop_the_row(
     make: Callable[..., Row], tmp_path: Path, tokenizer: Tokenizer
@@ -194,7 +203,7 @@ def test_parts_of_a_message_that_are_not_text_drop_the_row(
     row = make(user={"content": [{**word, "image": "x.png"}]})
     assert_dropped(tmp_path, tokenizer, make(), row, f"[1].{key}[1].image is not empty")
     row = make(reply={"content": [{**word, "train": False}, word]})
-    assert_dropped(tmp_path, tokenizer, make(), row, f"[2].{key}[1].train is false")
+    assert_dropped(tmp_path, tokenizer, make(), row, f"[2].{key}[1].train is false", "part of a text")
     parts = [{**word, "image": None}, {"type": "text", "text": None}, {"type": "text", "text": "c"}]
     rows = read(tmp_path, make(reply={"content": parts}))
     assert texts(tokenizer, rows) == [f"ac{END}"]
@@ -255,7 +264,8 @@ ROWS = [
 ]
 LINES = (
     "dropped 3 rows, first {path}:7: label is false: the row is not to be trained",
-    "dropped 2 rows, first {path}:10: messages[2].weight is 0, but this reply would be trained",
+    "dropped {path}:10: no reply of the row is to be trained (messages[2].weight is 0)",
+    "changed {path}:12: turns after the last reply were cut",
     "changed {path}:11: output was a int and was converted to text",
     "note: key 'id' is not used (6 rows)",
 )
@@ -275,16 +285,16 @@ def test_train_and_check_print_what_became_of_the_rows(
     settings = ("--output-dir", tmp_path / "run", "--set", "train.max_steps=1", "--set", "train.eval_time_ratio=0")
     trained = luthier("train", *argv, *settings)
     assert trained.code == 0, trained.err
-    assert "data: 12 rows read, 7 kept, 5 dropped, 1 changed" in trained.err
-    assert "data.eval: 12 rows read, 7 kept, 5 dropped, 1 changed" in trained.err
+    assert "data: 12 rows read, 8 kept, 4 dropped, 2 changed" in trained.err
+    assert "data.eval: 12 rows read, 8 kept, 4 dropped, 2 changed" in trained.err
     checked = luthier("check", *argv)
-    assert "data.eval: 12 rows read, 7 kept, 5 dropped, 1 changed" in checked.out
+    assert "data.eval: 12 rows read, 8 kept, 4 dropped, 2 changed" in checked.out
     for text in (trained.err, checked.out):
         assert_printed(text, path)
         assert_printed(text, other)
-    assert f"  {path}:12: dropped: messages[4].weight is 0, but this reply would be trained" in checked.out
+    assert f"  {path}:10: dropped: no reply of the row is to be trained (messages[2].weight is 0)" in checked.out
     renamed = luthier("check", *argv, "--rename", "label=unused_label")
-    assert "rows     12 read, 10 kept, 2 dropped" in renamed.out
+    assert "rows     12 read, 11 kept, 1 dropped" in renamed.out
     assert "note: key 'unused_label' is not used (3 rows)" in renamed.out
 
 

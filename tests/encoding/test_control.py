@@ -11,7 +11,7 @@ import pytest
 
 import luthier as library
 from luthier.data.loader import DataReport
-from luthier.encoding.encoder import ControlTokens
+from luthier.encoding.control import ControlTokens
 from luthier.errors import DataError
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.types import Conversation, Example, Message, RowRef

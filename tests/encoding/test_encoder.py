@@ -63,7 +63,7 @@ def test_rows_that_are_too_long_can_be_dropped_or_refused(tokenizer: Tokenizer) 
     assert report.dropped == 1
     rows, report = encoded(tokenizer, LONG, 40, too_long="error")
     with pytest.raises(DataError, match="more than max_length 40") as e:
-        refuse(report)
+        refuse(report, 1)
     assert "--set data.max_length=" in e.value.fix
 
 

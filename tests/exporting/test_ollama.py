@@ -15,7 +15,7 @@ from luthier.adapters.locate import locate_tuned
 from luthier.config import GenerationSettings
 from luthier.errors import TemplateError
 from luthier.exporting import ollama
-from luthier.templates import ChatML, Jinja, SystemAsUser
+from luthier.templates import ChatML, Jinja, OwnTemplate, SystemAsUser
 from luthier.types import Message, Template
 from tests.conftest import Result
 from tests.helpers import published
@@ -146,7 +146,7 @@ def test_the_modelfile_has_the_run_s_sampling_settings() -> None:
 def test_what_ollama_s_language_cannot_express_is_refused() -> None:
     with pytest.raises(TemplateError, match="which ends it in a Modelfile"):
         ollama.modelfile("a.gguf", ChatML(), 'write """', None)
-    own = Jinja(lambda *_: "", "{{ messages }}", ("</s>",))
+    own = Jinja(OwnTemplate(lambda *_: "", "{{ messages }}"), ("</s>",))
     with pytest.raises(TemplateError, match="own chat template cannot be translated to Ollama's language") as e:
         ollama.modelfile("a.gguf", own, None, None)
     assert e.value.fix == "use --to gguf, whose template llama.cpp runs"

@@ -8,7 +8,9 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
+import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,3 +100,39 @@ class Recorder:
 
 
 recorder = Recorder()
+
+
+class SharedRecord:
+    """What the processes of a parallel run (pytest-xdist) recorded: a file per process, a line per finished test."""
+
+    def __init__(self, directory: Path, process: str) -> None:
+        self._directory = directory
+        self._file = directory / f"recorded-{process}.jsonl"
+        self._written: tuple[set[tuple[str, int]], set[str]] = (set(), set())
+
+    def finished(self) -> None:
+        """Append what this process recorded since its last finished test."""
+        places, fixes = recorder.places - self._written[0], recorder.fixes.keys() - self._written[1]
+        line = json.dumps({"places": sorted(places), "fixes": {fix: recorder.fixes[fix] for fix in fixes}})
+        with open(self._file, "a", encoding="utf-8") as f:
+            f.write(line + "\n")
+        self._written[0].update(places)
+        self._written[1].update(fixes)
+
+    def merge(self, tests: int, limit: float) -> None:
+        """Wait until that many tests have finished in all processes, and add their records to ``recorder``.
+
+        Raises TimeoutError after ``limit`` seconds.
+        """
+        end = time.monotonic() + limit
+        while len(lines := self._lines()) < tests:
+            if time.monotonic() > end:
+                raise TimeoutError(f"{len(lines)} of {tests} tests have finished")
+            time.sleep(0.5)
+        for line in map(json.loads, lines):
+            recorder.places.update((file, number) for file, number in line["places"])
+            recorder.fixes.update(line["fixes"])
+
+    def _lines(self) -> list[str]:
+        texts = [p.read_text(encoding="utf-8") for p in self._directory.glob("recorded-*.jsonl")]
+        return [line for text in texts for line in text.split("\n")[:-1]]  # without a line that is being written

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,13 @@ def encoder(tokenizer: Tokenizer, **kwargs: Any) -> Encoder:
     return Encoder(**{"template": ChatML(), "tokenizer": tokenizer, "stop_ids": (2,), "max_length": 512, **kwargs})
 
 
+def last_only(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return a conversation in which only the last reply is trained."""
+    return (*(replace(m, trained=m.role != "assistant") for m in messages[:-1]), messages[-1])
+
+
 def encode(encoder: Encoder, conversations: Iterable[Conversation], report: DataReport | None = None) -> list[Example]:
-    return [example for _, example in encoder.stream(conversations, report or DataReport())]
+    return [e for _, examples in encoder.stream(conversations, report or DataReport()) for e in examples]
 
 
 def examples(tokenizer: Tokenizer, count: int = 7) -> list[Example]:

@@ -21,14 +21,13 @@ from luthier import personas
 from luthier.config import DataConfig
 from luthier.data.loader import DataReport
 from luthier.encoding.encoder import Encoder
-from luthier.errors import TemplateError
 from luthier.inference.generation import Generator, Reply
 from luthier.models.chat_format import ChatFormat, load_chat_format
 from luthier.models.tokenizer.tokenizer import Tokenizer
 from luthier.serving import app
 from luthier.serving.models import Served
 from luthier.serving.protocol import ChatRequest
-from luthier.templates import ChatML, Jinja, stop_ids
+from luthier.templates import ChatML, Jinja, OwnTemplate, stop_ids
 from luthier.types import Conversation, Example, Message, RowRef
 from tests.helpers.families import FORMS, gguf, speaks_to_all, tiny
 from tests.helpers.rows import encode, encoder, fails, load
@@ -71,7 +70,9 @@ def chats(draw: st.DrawFn) -> Conversation:
 def test_every_prompt_is_a_prefix_and_every_reply_ends_in_a_stop_id(
     chat: Conversation, native: bool, tokenizer: Tokenizer
 ) -> None:
-    template = ChatML() if native else Jinja(tokenizer.render, tokenizer.chat_template or "", ("<|im_end|>",))
+    template = (
+        ChatML() if native else Jinja(OwnTemplate(tokenizer.render, tokenizer.chat_template or ""), ("<|im_end|>",))
+    )
     e = encoder(tokenizer, template=template, max_length=4096)
     report = DataReport()
     encoded = encode(e, [chat], report)
@@ -177,8 +178,8 @@ def _all(e: Encoder, file: Path) -> int:
 class SpacedPrompt(ChatML):
     """The bug of the tutorials: chat sends a prompt that differs from the trained one."""
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        return super().prompt(messages) + " "
+    def prompt(self, messages: Sequence[Message], tools: Any = ()) -> str:
+        return super().prompt(messages, tools) + " "
 
 
 def test_the_law_detects_an_additional_space_in_the_prompt(tokenizer: Tokenizer) -> None:
@@ -187,8 +188,9 @@ def test_the_law_detects_an_additional_space_in_the_prompt(tokenizer: Tokenizer)
     example = encode(right, [chat], DataReport())[0]
     wrong = encoder(tokenizer, template=SpacedPrompt())
     assert fails(lambda: law(wrong, chat, example))
-    with pytest.raises(TemplateError, match="differently from the prompt"):
-        encode(wrong, [chat], DataReport())
+    report = DataReport(read=1)
+    assert encode(wrong, [chat], report) == []
+    assert "differently from the prompt" in report.unrendered[0].reason
 
 
 def test_the_law_detects_an_unknown_stop_id(tokenizer: Tokenizer) -> None:
@@ -196,8 +198,9 @@ def test_the_law_detects_an_unknown_stop_id(tokenizer: Tokenizer) -> None:
     example = encode(encoder(tokenizer), [chat], DataReport())[0]
     wrong = encoder(tokenizer, stop_ids=(0,))
     assert fails(lambda: law(wrong, chat, example))
-    with pytest.raises(TemplateError, match="does not stop on"):
-        encode(wrong, [chat], DataReport())
+    report = DataReport(read=1)
+    assert encode(wrong, [chat], report) == []
+    assert "does not stop on" in report.unrendered[0].reason
 
 
 def sent_by_chat(base: Path, turns: Sequence[Message], monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as Fast
 from luthier.data.loader import DataReport
 from luthier.encoding.encoder import Encoder
 from luthier.models.chat_format import load_chat_format
-from luthier.models.tokenizer import tokenizer
+from luthier.models.tokenizer import tokenizer as tokenizer_module
 from luthier.models.tokenizer.tokenizer import Cuts, Tokenizer, load_tokenizer
 from luthier.templates import stop_ids
 from luthier.types import ChatTokenizer, Conversation, Example
@@ -135,7 +135,7 @@ def test_a_wrong_split_changes_the_ids(case: str, monkeypatch: pytest.MonkeyPatc
     tokens, text, _ = OVERLAPS[case]
     fast = Fast.from_file(str(TOKENIZER / "tokenizer.json"))
     fast.add_tokens(tokens)
-    monkeypatch.setattr(tokenizer, "_is_cut", lambda *_: True)
+    monkeypatch.setattr(tokenizer_module, "_is_cut", lambda *_: True)
     assert Cuts(fast).encode([text]) != plain_ids(fast, [text])
 
 
@@ -162,7 +162,7 @@ def test_text_is_not_split_at_markers_that_are_read_as_text() -> None:
 
 
 def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "_MAX_CACHED_CHARACTERS", 40)
+    monkeypatch.setattr(tokenizer_module, "_MAX_CACHED_CHARACTERS", 40)
     fast = Fast.from_file(str(TOKENIZER / "tokenizer.json"))
     cuts = Cuts(fast)
     for i in range(20):

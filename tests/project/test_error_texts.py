@@ -13,7 +13,7 @@ import typer.main
 
 from luthier import config as configs
 from luthier.cli.main import app
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHARED_RECORD, WORKER
 from tests.helpers.error_sites import recorder, sites
 
 pytestmark = pytest.mark.last
@@ -30,6 +30,9 @@ def whole_suite(request: pytest.FixtureRequest) -> None:
     files = {p.name for p in (ROOT / "tests").rglob("test_*.py") if "_slow" not in p.name}
     if files - run or request.config.getoption("-k"):
         pytest.skip("evaluates the whole suite, and only some tests were selected")
+    if WORKER:
+        others = [item for item in request.session.items if not item.get_closest_marker("last")]
+        request.config.stash[SHARED_RECORD].merge(len(others), limit=900)
 
 
 def test_every_error_text_was_raised(whole_suite: None) -> None:

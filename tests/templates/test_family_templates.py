@@ -20,10 +20,11 @@ from luthier.inference.chat import Chat
 from luthier.inference.generation import Generator
 from luthier.models.chat_format import ChatFormat
 from luthier.models.tokenizer.tokenizer import Tokenizer
-from luthier.templates import NATIVE, ChatML, Jinja, SystemAsUser, Turns
+from luthier.templates import NATIVE, ChatML, Jinja, OwnTemplate, SystemAsUser, Turns
 from luthier.types import Conversation, Message, Template
 from tests.conftest import Result
 from tests.helpers.families import FORMS, NO_SYSTEM, published, speaks_to_all, tiny
+from tests.helpers.rows import last_only
 from tests.laws.test_prompt_prefix import chats
 
 TURNS = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d e"))
@@ -34,8 +35,7 @@ def pick(name: str, source: str | None, choice: str = "auto", **kwargs: Any) -> 
     tokenizer = tiny(name)
     tokenizer.hf.chat_template = source
     try:
-        render = Tokenizer(tokenizer.hf).render if source else None
-        template = templates.pick(choice, render, source, ("<|endoftext|>",), **kwargs)
+        template = templates.pick(choice, Tokenizer(tokenizer.hf).own_template, ("<|endoftext|>",), **kwargs)
         if isinstance(template, Jinja):
             template.prompt(TURNS[:1])
     finally:
@@ -68,7 +68,7 @@ def test_a_conversation_is_rendered_in_the_format_that_the_model_was_trained_wit
     """The text in [] is trained."""
     spans = FORMS[name].spans(TURNS if name in NO_SYSTEM else SYSTEM)
     assert "".join(f"[{s.text}]" if s.written else s.text for s in spans) == EXPECTED[name]
-    last = FORMS[name].spans(TURNS, "last_reply")
+    last = FORMS[name].spans(last_only(TURNS))
     assert "".join(s.text for s in last) == rendered(FORMS[name], TURNS)
     assert [s.text for s in last if s.written] == [s.text for s in spans if s.written][-1:]
 
@@ -135,7 +135,7 @@ def test_a_model_without_a_template_uses_that_of_its_family() -> None:
 def test_a_template_is_rebuilt_from_its_record(name: str) -> None:
     for template in (FORMS[name], SystemAsUser(FORMS[name])):
         described = json.loads(json.dumps(template.describe()))
-        again = templates.from_description(described, None, None, ())
+        again = templates.from_description(described, None, ())
         assert again == template
         assert templates.digest(again) == templates.digest(template)
     assert templates.digest(FORMS[name]) != templates.digest(SystemAsUser(FORMS[name]))
@@ -143,9 +143,9 @@ def test_a_template_is_rebuilt_from_its_record(name: str) -> None:
 
 def test_a_record_from_another_version_is_refused() -> None:
     with pytest.raises(TemplateError, match="which this version does not know"):
-        templates.from_description({"name": "glm9"}, None, None, ())
+        templates.from_description({"name": "glm9"}, None, ())
     with pytest.raises(TemplateError, match="record of its glm4 template cannot be read"):
-        templates.from_description({**NATIVE["glm4"][0].describe(), "colour": 1}, None, None, ())
+        templates.from_description({**NATIVE["glm4"][0].describe(), "colour": 1}, None, ())
 
 
 @pytest.mark.parametrize("name", NO_SYSTEM)
@@ -248,19 +248,19 @@ def test_a_reply_without_the_prefix_is_returned_unchanged() -> None:
 def test_the_reply_prefix_of_a_jinja_template_is_detected() -> None:
     tokenizer = tiny("deepseek")
     tokenizer.hf.chat_template = published("deepseek")
-    jinja = Jinja(tokenizer.render, published("deepseek"), FORMS["deepseek"].stop)
+    jinja = Jinja(OwnTemplate(tokenizer.render, published("deepseek")), FORMS["deepseek"].stop)
     assert jinja.reply_prefix == " "
     assert [s for s in jinja.spans(TURNS) if s.text] == [s for s in FORMS["deepseek"].spans(TURNS) if s.text]
     refusing = "{{ raise_exception('no') }}"
     tokenizer.hf.chat_template = refusing
-    assert Jinja(tokenizer.render, refusing, ()).reply_prefix == ""
+    assert Jinja(OwnTemplate(tokenizer.render, refusing), ()).reply_prefix == ""
 
 
 def test_a_conversation_refused_in_chat_is_a_user_error() -> None:
     tokenizer = tiny("deepseek")
     source = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}" + published("deepseek")
     tokenizer.hf.chat_template = source
-    chat, _ = talk(Jinja(tokenizer.render, source, FORMS["deepseek"].stop), tokenizer, [])
+    chat, _ = talk(Jinja(OwnTemplate(tokenizer.render, source), FORMS["deepseek"].stop), tokenizer, [])
     chat.system = "Be brief."
     with pytest.raises(TemplateError, match="chat template refuses this conversation: no system role"):
         chat.send("a")

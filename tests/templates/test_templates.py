@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from tokenizers import AddedToken
 
 from luthier import templates
 from luthier.data.loader import DataReport
-from luthier.errors import TemplateError
+from luthier.errors import ModelError, TemplateError
 from luthier.models.chat_format import load_chat_format
+from luthier.models.tokenizer.chat_template import read_templates
 from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from luthier.templates import ChatML, Jinja
-from luthier.templates.exported import OwnTemplate, chat_template
-from luthier.types import Conversation, Message, RowRef, Span
+from luthier.templates import ChatML, Jinja, OwnForTools, OwnTemplate, SystemAsUser
+from luthier.templates.exported import chat_template
+from luthier.types import Conversation, Message, RowRef, Span, ToolCall
 from tests.conftest import TOKENIZER
-from tests.helpers.rows import encode, encoder
+from tests.helpers.rows import encode, encoder, last_only
 
 TWO = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
 
@@ -33,7 +35,7 @@ def with_template(source: str | None) -> Tokenizer:
 
 
 def pick(source: str, choice: Any = "auto") -> Any:
-    return templates.pick(choice, with_template(source).render, source, ("<|im_end|>",))
+    return templates.pick(choice, with_template(source).own_template, ("<|im_end|>",))
 
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -63,9 +65,9 @@ def test_auto_runs_a_template_that_differs_in_any_text() -> None:
 
 def test_a_model_without_a_template_is_refused_with_a_template_to_choose() -> None:
     with pytest.raises(TemplateError) as e:
-        templates.pick("auto", None, None, ())
+        templates.pick("auto", None, ())
     assert e.value.fix.endswith("--set data.template=chatml")
-    assert templates.pick("chatml", None, None, ()) == ChatML()
+    assert templates.pick("chatml", None, ()) == ChatML()
 
 
 def test_a_template_that_rewrites_history_is_refused_unless_only_the_last_reply_is_trained() -> None:
@@ -79,7 +81,7 @@ def test_a_template_that_rewrites_history_is_refused_unless_only_the_last_reply_
     with pytest.raises(TemplateError, match="changes the text of reply|differently from the prompt") as e:
         template.spans(TWO)
     assert e.value.fix
-    last = template.spans(TWO, "last_reply")
+    last = template.spans(last_only(TWO))
     assert [s.text for s in last if s.written] == ["d<|im_end|>"]
 
 
@@ -95,8 +97,8 @@ def test_a_template_that_writes_only_the_last_reply_with_a_thought_is_refused_fo
     template = pick(THOUGHTS + HEAD)
     with pytest.raises(TemplateError, match="writes reply 1 in another form once the conversation continues") as e:
         template.spans(TWO)
-    assert "--set data.train_on=last_reply" in e.value.fix
-    spans = template.spans(TWO, "last_reply")
+    assert "--set data.train_on=each_reply" in e.value.fix
+    spans = template.spans(last_only(TWO))
     assert [s.text for s in spans if s.written] == ["<think>\n\n</think>\n\nd<|im_end|>"]
     assert "".join(s.text for s in spans if not s.written).endswith("<|im_start|>assistant\n\n")
     assert template.spans(TWO[:2])[1].text == "<think>\n\n</think>\n\nb<|im_end|>"
@@ -128,8 +130,8 @@ def test_a_reply_goes_on_after_the_thought_that_the_prompt_opens(content: str, w
     assert with_template(OPENED).hf.decode(row.ids[row.trained]) == written
     with pytest.raises(TemplateError, match="differently from the prompt") as e:  # the first reply has no thought
         template.spans((*messages, *TWO))
-    assert "last_reply" in e.value.fix
-    last = template.spans((*messages, Message("user", "c"), Message("assistant", "d")), "last_reply")
+    assert "each_reply" in e.value.fix
+    last = template.spans(last_only((*messages, Message("user", "c"), Message("assistant", "d"))))
     assert [s.text for s in last if s.written] == ["\n</think>\n\nd<|im_end|>"]
 
 
@@ -158,7 +160,7 @@ def test_a_prompt_that_is_not_a_prefix_is_refused() -> None:
     with pytest.raises(TemplateError, match="differently from the prompt") as e:
         template.spans(TWO)
     assert "they differ from character" in e.value.message
-    assert "last_reply" in e.value.fix
+    assert "each_reply" in e.value.fix
 
 
 def test_a_template_without_stop_tokens_is_refused() -> None:
@@ -168,7 +170,29 @@ def test_a_template_without_stop_tokens_is_refused() -> None:
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     plain += "{% if add_generation_prompt %}assistant:{% endif %}"
     with pytest.raises(TemplateError, match="would never stop"):
-        pick(plain).spans(TWO)
+        Jinja(OwnTemplate(with_template(plain).render, plain), ()).spans(TWO[:2])
+
+
+def test_a_reply_ends_with_a_known_stop_token_if_the_template_writes_none() -> None:
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template = pick(plain + "{% if add_generation_prompt %}assistant:{% endif %}")
+    assert template.spans(TWO[:2])[1:] == [Span(" b<|im_end|>", True), Span("", False)]
+    assert template.added_stop == "<|im_end|>"
+    assert pick(LOOP.replace("m.content", "m.content | trim") + HEAD).added_stop is None
+
+
+def test_a_reply_ends_with_the_token_that_ends_one_in_the_middle_of_a_conversation() -> None:
+    """As in GLM-4.5's template, where the marker of the next turn ends a reply."""
+    source = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    source += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    tokenizer = with_template(source)
+    template = Jinja(OwnTemplate(tokenizer.render, source), ("<|endoftext|>", "<|user|>", "<|tool|>"))
+    assert template.added_stop == "<|user|>"
+    assert [s.text for s in template.spans(TWO) if s.written] == ["b<|user|>", "d<|user|>"]
+    assert "".join(s.text for s in template.spans(TWO)[:2]) == "<|user|>\na<|assistant|>\nb<|user|>"
+    call = Message("assistant", "", tool_calls=(ToolCall("lamp", {}),))
+    with pytest.raises(TemplateError, match="leaves out a tool call"):
+        template.spans((TWO[0], call))
 
 
 def test_a_row_that_the_template_refuses_is_dropped(tokenizer: Tokenizer) -> None:
@@ -187,7 +211,7 @@ def test_a_row_that_the_template_refuses_is_dropped(tokenizer: Tokenizer) -> Non
 
 def test_a_stop_token_that_is_not_one_token_is_refused(tokenizer: Tokenizer) -> None:
     class Odd(ChatML):
-        def spans(self, messages: Sequence[Message], train_on: Any = "all_replies") -> list[Span]:
+        def spans(self, messages: Sequence[Message], tools: Any = ()) -> list[Span]:
             raise AssertionError
 
     assert templates.stop_ids(ChatML(), tokenizer) == (2,)
@@ -197,18 +221,24 @@ def test_a_stop_token_that_is_not_one_token_is_refused(tokenizer: Tokenizer) -> 
 
 def test_an_adapters_template_is_rebuilt_from_its_record() -> None:
     tokenizer = with_template(LOOP + HEAD)
-    for template in (ChatML(), ChatML("x"), Jinja(tokenizer.render, LOOP + HEAD, ("<|im_end|>",))):
-        again = templates.from_description(dict(template.describe()), tokenizer.render, LOOP + HEAD, template.stop)
+    own = tokenizer.own_template
+    assert own
+    jinja = Jinja(own, ("<|im_end|>",))
+    for template in (ChatML(), ChatML("x"), jinja, OwnForTools(ChatML(), jinja), SystemAsUser(jinja)):
+        again = templates.from_description(dict(template.describe()), own, template.stop)
+        assert again == template
         assert templates.digest(again) == templates.digest(template)
         assert again.prompt(TWO[:1]) == template.prompt(TWO[:1])
 
 
 def test_an_adapters_template_that_has_changed_is_refused() -> None:
-    tokenizer = with_template(LOOP + HEAD)
-    described = dict(Jinja(tokenizer.render, LOOP + HEAD, ("<|im_end|>",)).describe())
-    for source in (LOOP, None):
+    plain = with_template(LOOP + HEAD).own_template
+    assert plain
+    own = replace(plain, for_tools=HEAD)
+    described = dict(Jinja(own, ("<|im_end|>",)).describe())
+    for other in (replace(own, source=LOOP), replace(own, for_tools=LOOP), None):
         with pytest.raises(TemplateError, match="base model's chat template|base model has none"):
-            templates.from_description(described, tokenizer.render if source else None, source, ("<|im_end|>",))
+            templates.from_description(described, other, ("<|im_end|>",))
 
 
 def test_a_short_reply_is_not_confused_with_a_later_turn() -> None:
@@ -238,31 +268,43 @@ def test_todays_date_never_occurs_in_a_prompt() -> None:
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}\n"
     )
     assert pick(dated + LOOP + HEAD).prompt(TWO[:1]).startswith("26 Jul 2024\n")
-    with pytest.raises(TemplateError, match="today's date"):
-        pick("{{ strftime_now('%d %b %Y') }}" + LOOP + HEAD)
 
 
 @pytest.mark.parametrize(
-    "dated",
+    ("dated", "day"),
     [
-        "{% set date_string = strftime_now('%d') %}{{ date_string }}",
-        "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}{{ date_string }}{% endif %}",
-        "{{ strftime_now('%d') }}{# not date_string #}",
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+        ('{{ strftime_now( "%Y-%m-%d" ) }}', "2024-07-26"),
+        ("{% set date_string = strftime_now('%d') %}{{ date_string }}", "26"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}{{ date_string }}{% endif %}", "26"),
+        ("{{ strftime_now('%d') }}{# not date_string #}", "26"),
     ],
 )
-def test_todays_date_is_refused_however_the_template_asks_for_it(dated: str) -> None:
-    with pytest.raises(TemplateError, match="today's date"):
-        pick(dated + LOOP + HEAD)
+def test_todays_date_is_fixed_however_the_template_asks_for_it(dated: str, day: str) -> None:
+    """In training, chat and export; it is recorded with the adapter."""
+    tokenizer = with_template(dated + "\n" + LOOP + HEAD)
+    template = templates.pick("auto", tokenizer.own_template, ("<|im_end|>",))
+    assert template.prompt(TWO[:1]).startswith(day)
+    assert template.describe()["date"] == "2024-07-26"
+    exported = with_template(chat_template(template, tokenizer.own_template, None))
+    plain = [{"role": "user", "content": "a"}]
+    assert exported.hf.apply_chat_template(plain, tokenize=False, add_generation_prompt=True) == template.prompt(
+        TWO[:1]
+    )
+
+
+def test_a_date_in_an_unknown_form_is_refused() -> None:
+    with pytest.raises(TemplateError, match="today's date in a form that cannot be fixed"):
+        pick("{% set form = '%d' %}{{ strftime_now(form) }}" + LOOP + HEAD)
 
 
 @pytest.mark.parametrize("choice", ["chatml", "llama3"])
 def test_another_template_can_be_chosen_if_the_model_s_own_writes_todays_date(choice: str) -> None:
     """As the message about the date proposes."""
-    tokenizer = with_template("{{ strftime_now('%d %b %Y') }}" + LOOP + HEAD)
-    template = templates.pick(choice, tokenizer.render, tokenizer.chat_template, ("<|im_end|>",))
+    tokenizer = with_template("{% set form = '%d' %}{{ strftime_now(form) }}" + LOOP + HEAD)
+    template = templates.pick(choice, tokenizer.own_template, ("<|im_end|>",))
     assert template.name == choice
-    own = OwnTemplate(tokenizer.render, tokenizer.chat_template or "")
-    assert "strftime_now" not in chat_template(template, own, None)
+    assert "strftime_now" not in chat_template(template, tokenizer.own_template, None)
 
 
 def test_the_default_of_several_named_templates_is_the_model_s_own(model_dir: Any, tmp_path: Path) -> None:
@@ -291,3 +333,59 @@ def test_thoughts_are_text_and_not_control_tokens() -> None:
     hf.add_tokens([AddedToken(t, special=False) for t in [*markup, "<start_of_turn>", "<|eot|>"]])
     control = Tokenizer(hf).control_tokens
     assert not {*markup} & {*control} and {"<start_of_turn>", "<|eot|>", "<|im_end|>"} <= {*control}
+
+
+def model_with(path: Path, source: Path, **files: str) -> Path:
+    """Copy a model directory, without its chat template, and write files into it. It stops at <|endoftext|> only."""
+    shutil.copytree(source, path)
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    for name, key in (("config.json", "eos_token_id"), ("generation_config.json", "eos_token_id")):
+        file = path / name
+        if file.is_file():
+            file.write_text(json.dumps({**json.loads(file.read_text()), key: 0}))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|endoftext|>"}))
+    for name, text in files.items():
+        (path / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_stop_token_that_the_configuration_lacks_is_added_and_reported(model_dir: Any, tmp_path: Path) -> None:
+    trimmed = LOOP.replace("m.content", "m.content | trim") + HEAD
+    chat_format = load_chat_format(model_with(tmp_path / "a", model_dir("llama"), chat_template__jinja=trimmed))
+    assert chat_format.stop_ids == (2, 0)
+    assert any("<|im_end|> ends a reply in the chat template, but" in note for note in chat_format.notes())
+    listed = load_chat_format(model_dir("llama"))
+    assert not any("ends a reply" in note for note in listed.notes())
+
+
+def test_a_stop_token_that_the_template_does_not_write_is_reported(model_dir: Any, tmp_path: Path) -> None:
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant:{% endif %}"
+    chat_format = load_chat_format(model_with(tmp_path / "a", model_dir("llama"), chat_template__jinja=plain))
+    assert "the chat template writes nothing after the last reply; a trained reply ends with <|endoftext|>" in (
+        chat_format.notes()
+    )
+
+
+def test_the_files_of_templates_have_transformers_order_of_precedence(model_dir: Any, tmp_path: Path) -> None:
+    """chat_template.jinja, then tokenizer_config.json, then chat_template.json; a difference is reported."""
+    first, third = LOOP + HEAD, ("X" + LOOP + HEAD)
+    processor = json.dumps({"chat_template": third})
+    only = model_with(tmp_path / "only", model_dir("llama"), chat_template__json=processor)
+    assert load_chat_format(only).prompt_text(TWO[:1]).startswith("X<|im_start|>")
+    both = model_with(tmp_path / "both", model_dir("llama"), chat_template__json=processor, chat_template__jinja=first)
+    chat_format = load_chat_format(both)
+    assert chat_format.prompt_text(TWO[:1]).startswith("<|im_start|>")
+    assert any("contain different chat templates; chat_template.jinja is used" in note for note in chat_format.notes())
+    (both / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match="a chat template cannot be read"):
+        read_templates(both)
+
+
+def test_a_native_template_has_no_form_for_tools() -> None:
+    tool = {"type": "function", "function": {"name": "lamp"}}
+    for call in (ChatML().spans, ChatML().prompt, templates.NATIVE["llama3"][0].prompt):
+        with pytest.raises(TemplateError, match="has no form for tools"):
+            call(TWO[:2], (tool,))

@@ -13,7 +13,7 @@ from luthier.config import ModelConfig, RunConfig
 from luthier.errors import AdapterError, ConfigError, ModelError
 from luthier.models.chat_format import ChatFormat, load_chat_format
 from luthier.models.directory import fingerprint, refuse_run
-from luthier.models.tokenizer.tokenizer import read_template
+from luthier.models.tokenizer.chat_template import read_templates
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class TunedModel:
         """
         facts = self.adapter.facts
         if facts is None:
-            return load_chat_format(self.base, own_template=read_template(self.adapter.path))
+            return load_chat_format(self.base, own_template=read_templates(self.adapter.path).get("default"))
         chat_format = load_chat_format(self.base, described=facts.template, rope_theta=facts.rope_theta)
         base = fingerprint(self.base, chat_format.config)
         adapters.check_base(self.adapter, self.base, base, chat_format.tokenizer.digest())

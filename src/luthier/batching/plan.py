@@ -1,6 +1,8 @@
 """Plan which rows each optimizer step sees, and group them into micro-batches.
 
-The rows of a step depend only on (seed, step), so a run can resume at any step without replaying earlier ones.
+The rows of a step depend only on (seed, step), so a run can resume at any step without replaying earlier ones. A row
+that was encoded as several examples (one per reply) counts as one, so that all of them belong to the same micro-batch
+of the plan and their shared prefix is computed once.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import numpy as np
 
 from luthier.batching.collate import SHORTEST_SHARED, collate, in_order
 from luthier.config import TrainConfig
-from luthier.encoding.store import common_prefix
+from luthier.encoding.store import common_prefix, row_starts
 from luthier.types import Batch, Example, Ids
 
 AUTO_TOKENS = 2048  # enough for full GEMM throughput, few enough for the memory of a small machine
@@ -65,7 +67,7 @@ class Plan:
 
     @classmethod
     def of(cls, rows: int, config: TrainConfig) -> Plan:
-        """Return the plan for ``rows`` rows that the settings ask for."""
+        """Return the plan for ``rows`` rows (see ``row_starts``) that the settings ask for."""
         return cls(
             rows=rows,
             micro_rows=config.per_device_train_batch_size,
@@ -99,8 +101,11 @@ class Plan:
         self, examples: Sequence[Example], first: int = 0, packing: Packing = Packing()
     ) -> Iterator[tuple[int, list[Batch]]]:
         """Yield every step from ``first`` on, with its micro-batches."""
+        starts = row_starts(examples)
         for index in range(first, self.steps):
-            micro_batches = packing.group([[examples[i] for i in rows] for rows in self.step(index)])
+            micro_batches = packing.group(
+                [[e for i in rows for e in examples[starts[i] : starts[i + 1]]] for rows in self.step(index)]
+            )
             yield index, [collate(rows, packing.share) for rows in micro_batches]
 
 
@@ -131,8 +136,9 @@ def by_tokens(examples: Sequence[Example], budget: int, share: bool) -> list[lis
     """Group rows into evenly filled micro-batches of at most ``budget`` computed tokens; return row indices.
 
     A row longer than the budget gets a micro-batch of its own. With ``share``, rows with long shared prefixes are
-    grouped, otherwise rows of similar length. The shared prefix of two neighbours is counted once, but ``prefix_tree``
-    may compute up to SHORTEST_SHARED - 1 of its tokens again per row: a micro-batch may exceed the budget by that much.
+    grouped, otherwise rows of similar length. Examples of one row stay together if they fit. The shared prefix of two
+    neighbours is counted once, but ``prefix_tree`` may compute up to SHORTEST_SHARED - 1 of its tokens again per row: a
+    micro-batch may exceed the budget by that much.
     """
     rows = [e.ids[:-1] for e in examples]
     order = in_order(rows) if share else sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
@@ -142,13 +148,30 @@ def by_tokens(examples: Sequence[Example], budget: int, share: bool) -> list[lis
         costs[at] -= common if common >= SHORTEST_SHARED else 0
     fill = sum(costs) / -(-sum(costs) // budget)  # tokens per micro-batch, if all are equally full
     batches: list[list[int]] = []
-    in_batch, in_total = 0.0, 0
-    for i, cost in zip(order, costs, strict=True):
-        size = cost if batches and batches[-1] else len(rows[i])
+    in_batch, in_total = 0, 0
+    for part in _parts(examples, order, costs, budget if share else 0):
+        size = sum(costs[at] for at in part)
         if not batches or in_batch + size > budget or in_total >= fill * len(batches):
             batches.append([])
-            in_batch, size = 0.0, len(rows[i])
-        batches[-1].append(i)
+            in_batch = len(rows[order[part[0]]]) - costs[part[0]]  # no neighbour shares its prefix there
+        batches[-1] += [order[at] for at in part]
         in_batch += size
-        in_total += cost
+        in_total += size
     return batches
+
+
+def _parts(examples: Sequence[Example], order: Sequence[int], costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Return the positions in ``order`` that belong together: the examples of a row, unless they exceed the budget.
+
+    costs: computed tokens of each position, without the prefix that it shares with the one before.
+    """
+    row_of = np.cumsum([e.shared < 0 for e in examples])
+    parts: list[list[int]] = []
+    for at, i in enumerate(order):
+        if at and row_of[i] == row_of[order[at - 1]]:
+            whole = len(examples[order[parts[-1][0]]]) + sum(costs[k] for k in parts[-1][1:]) + costs[at]
+            if whole <= budget:
+                parts[-1].append(at)
+                continue
+        parts.append([at])
+    return parts

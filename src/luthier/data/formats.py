@@ -6,26 +6,16 @@ To add a format, extend the table ``FORMATS`` at the end: the keys that identify
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from luthier.data.turns import (
-    SYSTEM_KEYS,
-    Keys,
-    ParsedRow,
-    RowProblem,
-    add_turns,
-    decoded,
-    finish,
-    open_row,
-    similar_key,
-    text,
-)
+from luthier.data.keys import THOUGHTS, Keys, ParsedRow, RowProblem, similar_key
+from luthier.data.turns import add_turns, decoded, finish, open_row, read_thought, text
 from luthier.types import Message, Role
 
 # --- messages ---------------------------------------------------------------------------------------------------------
 
-_MESSAGES = Keys(known=("messages", *SYSTEM_KEYS), required=("messages",))
+_MESSAGES = Keys(known=("messages",), required=("messages",))
 
 
 def parse_messages(value: Mapping[str, object]) -> ParsedRow:
@@ -37,7 +27,7 @@ def parse_messages(value: Mapping[str, object]) -> ParsedRow:
 
 # --- sharegpt ---------------------------------------------------------------------------------------------------------
 
-_SHAREGPT = Keys(known=("conversations", *SYSTEM_KEYS), required=("conversations",))
+_SHAREGPT = Keys(known=("conversations",), required=("conversations",))
 
 
 def parse_sharegpt(value: Mapping[str, object]) -> ParsedRow:
@@ -51,7 +41,7 @@ def parse_sharegpt(value: Mapping[str, object]) -> ParsedRow:
 
 _QUESTIONS = ("instruction", "question", "query", "prompt")  # or input, in a row without any of these
 _REPLIES = ("output", "answer", "response", "completion")
-_ALPACA = Keys(known=("instruction", "input", "output", "history", *SYSTEM_KEYS), required=("instruction", "output"))
+_ALPACA = Keys(known=("instruction", "input", "output", "history", *THOUGHTS), required=("instruction", "output"))
 
 
 def parse_alpaca(value: Mapping[str, object]) -> ParsedRow:
@@ -61,6 +51,8 @@ def parse_alpaca(value: Mapping[str, object]) -> ParsedRow:
     """
     pair = None if _is_complete(value, _ALPACA) else _question_and_reply(value)
     names = {old: new for old, new in zip(pair or (), _ALPACA.required, strict=False) if old != new}
+    if value.get("context") is not None and value.get("input") is None:
+        names["context"] = "input"
     if names:
         value = {names.get(key, key): content for key, content in value.items() if key not in names.values()}
     row = open_row(value, _ALPACA)
@@ -76,7 +68,7 @@ def parse_alpaca(value: Mapping[str, object]) -> ParsedRow:
         raise RowProblem("instruction is empty")
     if not output.strip():
         raise RowProblem("output is empty")
-    row.messages += [Message("user", question), Message("assistant", output)]
+    row.messages += [Message("user", question), Message("assistant", output, thought=read_thought(value, row))]
     return finish(row)
 
 
@@ -125,7 +117,7 @@ def _pairs(history: object) -> list[tuple[object, object]]:
 
 # --- prompt_completion ------------------------------------------------------------------------------------------------
 
-_PROMPT_COMPLETION = Keys(known=("prompt", "completion", *SYSTEM_KEYS), required=("prompt", "completion"))
+_PROMPT_COMPLETION = Keys(known=("prompt", "completion", *THOUGHTS), required=("prompt", "completion"))
 
 
 def parse_prompt_completion(value: Mapping[str, object]) -> ParsedRow:
@@ -141,6 +133,10 @@ def parse_prompt_completion(value: Mapping[str, object]) -> ParsedRow:
         if not content.strip():
             raise RowProblem(f"{key} is empty")
         row.messages.append(Message(role, content))
+    if thought := read_thought(value, row):
+        if row.messages[-1].thought.strip() not in ("", thought.strip()):
+            raise RowProblem("the row and its completion have different thoughts", fix="keep one of them")
+        row.messages[-1] = replace(row.messages[-1], thought=thought)
     return finish(row)
 
 
@@ -152,10 +148,8 @@ def _are_messages(turns: object) -> bool:
 def _add_part(turns: object, key: str, row: ParsedRow) -> None:
     """Add the messages of a prompt, which are not trained, or of a completion. Raises RowProblem."""
     start = len(row.messages)
-    add_turns(turns, key, row)
-    for i, message in enumerate(row.messages[start:], start):
-        if key == "prompt" and message.role == "assistant":
-            row.untrained.setdefault(i, "prompt contains a reply")
+    add_turns(turns, key, row, trained=key == "completion")
+    for message in row.messages[start:]:
         if key == "completion" and message.role != "assistant":
             raise RowProblem(
                 f"completion has a message of the role {message.role}, but only replies are trained",
@@ -189,6 +183,8 @@ def recognise(row: Mapping[str, object]) -> str | None:
     """
     if isinstance(row.get("chosen"), Mapping) and isinstance(row.get("rejected"), Mapping):
         raise _preference(row)
+    if row.get("preferred_output") is not None:
+        raise RowProblem("has the key preferred_output: preferences are not trained", refused=True, fix=_WRITE_CHOSEN)
     for name, fmt in FORMATS.items():
         if _is_complete(row, fmt.keys):
             return name
@@ -211,6 +207,9 @@ def _is_complete(row: Mapping[str, object], keys: Keys) -> bool:
     return None not in map(row.get, keys.required)
 
 
+_WRITE_CHOSEN = "write the chosen replies into the conversations"
+
+
 def _preference(row: Mapping[str, object]) -> RowProblem:
     """Return the reason why a preference row is refused, and how to train on its chosen reply."""
     chosen, prompt = decoded(row["chosen"]), decoded(row.get("prompt"))
@@ -222,7 +221,5 @@ def _preference(row: Mapping[str, object]) -> RowProblem:
     return RowProblem(
         "has the keys chosen and rejected: preferences are not trained",
         refused=True,
-        fix=f"--rename chosen={name} trains the chosen replies only"
-        if name
-        else "write the chosen replies into the conversations",
+        fix=f"--rename chosen={name} trains the chosen replies only" if name else _WRITE_CHOSEN,
     )

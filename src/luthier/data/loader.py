@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from luthier.data.formats import FORMATS, recognise
+from luthier.data.keys import ParsedRow, RowProblem
 from luthier.data.source import BadRow, expand, read_rows
-from luthier.data.turns import ParsedRow, RowProblem, check_trained, mapping
+from luthier.data.turns import keyed
 from luthier.errors import DataError
 from luthier.types import Conversation, Message, RowRef
 
 Outcome = Literal["dropped", "changed", "refused"]
+_TRAIN_OTHERS = ", or train the other rows: --set data.max_unrendered=1"
 _DETAIL = re.compile(r"\(.*\)|\d+")  # of a reason that differs from row to row
 
 
@@ -39,12 +42,14 @@ class DataReport:
     """Row counts and problems of some data files. A row counts once, even if several things were changed in it.
 
     notes: remarks that changed no row, and the number of rows that each applies to. formats: the row format per file.
+    unrendered: the rows that were dropped because the chat template cannot write them.
     """
 
     read: int = 0
     problems: list[Problem] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     formats: dict[str, str] = field(default_factory=dict)
+    unrendered: list[Problem] = field(default_factory=list)
     _dropped: set[RowRef] = field(default_factory=set)
     _changed: set[RowRef] = field(default_factory=set)
     _texts: dict[str, str] = field(default_factory=dict)  # rows with the same reason share one string
@@ -70,6 +75,11 @@ class DataReport:
         reason, fix = (self._texts.setdefault(text, text) for text in (reason, fix))
         self.problems.append(Problem(source, reason, outcome, fix))
         (self._changed if outcome == "changed" else self._dropped).add(source)
+
+    def drop_unrendered(self, source: RowRef, reason: str, fix: str) -> None:
+        """Record that a row was dropped because the chat template cannot write it."""
+        self.add(source, reason, "dropped", fix)
+        self.unrendered.append(self.problems[-1])
 
     def rows(self) -> dict[str, int]:
         """Return the counts as they appear in ``--json`` output and reports."""
@@ -121,7 +131,6 @@ class Loader:
     system: system prompt for rows that have none.
     rename: ``{"old": "new"}`` for keys of rows.
     dedupe: drop rows that are identical to an earlier one.
-    last_reply_only: whether only the last reply of a row is trained; then rows may mark the others as not trained.
 
     After the last row ``report`` and ``fingerprint`` are complete, and ``unused`` holds the keys of ``rename`` that no
     row had.
@@ -134,7 +143,6 @@ class Loader:
         system: str = "",
         rename: Mapping[str, str] | None = None,
         dedupe: bool = False,
-        last_reply_only: bool = False,
     ) -> None:
         self.paths = paths
         self.report = DataReport()
@@ -143,7 +151,6 @@ class Loader:
         self._rename = dict(rename or {})
         self.unused = set(self._rename)
         self._first: dict[bytes, RowRef] | None = {} if dedupe else None
-        self._last_reply_only = last_reply_only
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Conversation]:
@@ -176,7 +183,7 @@ class Loader:
         """Return the conversation of a row, and count its format in ``formats``. Raises RowProblem."""
         if isinstance(value, BadRow):
             raise RowProblem(value.reason)
-        fields = mapping(value)
+        fields = keyed(value)
         if self._rename:
             fields = self._renamed(fields)
         name = self._format or recognise(fields)
@@ -187,7 +194,6 @@ class Loader:
                 fix="name the keys of question and reply: --rename OLD=instruction --rename OLD=output",
             )
         row = FORMATS[name].parse(fields)
-        check_trained(row, self._last_reply_only)
         formats[name] += 1
         conversation = self._conversation(row, source)
         if self._first is not None:
@@ -214,21 +220,29 @@ class Loader:
         messages = tuple(row.messages)
         if self._system and messages[0].role != "system":
             messages = (Message("system", self._system), *messages)
-        return Conversation(messages, source)
+        return Conversation(messages, source, row.tools)
 
 
 def digest(conversation: Conversation) -> bytes:
-    """Return the SHA-256 of a conversation's roles and texts, independent of the file it was read from."""
+    """Return the SHA-256 of a conversation's roles, texts and tools, independent of the file it was read from."""
     parts: list[bytes] = []
     for m in conversation.messages:
-        for part in (m.role, m.content):
+        texts = [m.role, m.content]
+        if (m.role == "assistant" and not m.trained) or m.thought or m.tool_calls or m.name or m.call_id:
+            texts.append(json.dumps(asdict(m), sort_keys=True))
+        for part in texts:
             raw = part.encode("utf-8")
             parts += (len(raw).to_bytes(8, "little"), raw)
+    if conversation.tools:
+        parts.append(json.dumps(conversation.tools, sort_keys=True).encode())
     return hashlib.sha256(b"".join(parts)).digest()
 
 
-def refuse(report: DataReport) -> None:
-    """Raise DataError if rows were refused or no row can be used; it names the first one and counts the others."""
+def refuse(report: DataReport, max_unrendered: float) -> None:
+    """Raise DataError if rows were refused, or no row can be used, or the chat template cannot write too many of them.
+
+    It names the first row and counts the others. max_unrendered: as a fraction of all rows.
+    """
     if report.refused:
         first = report.refused[0]
         more = sum(p.reason == first.reason for p in report.refused) - 1
@@ -236,6 +250,13 @@ def refuse(report: DataReport) -> None:
         tail = f" ({more} more rows)" if more else ""
         tail += f"; {others} rows with other problems" if others else ""
         raise DataError(f"{first.source}: {first.reason}{tail}", first.fix or "correct the rows")
+    if len(report.unrendered) > max_unrendered * report.read:
+        first = report.unrendered[0]
+        count = len(report.unrendered)
+        raise DataError(
+            f"{first.source}: {first.reason}; the chat template cannot write {count} of {report.read} rows",
+            (first.fix or "correct the rows") + (_TRAIN_OTHERS if report.kept else ""),
+        )
     if report.kept == 0:
         why = "".join(f"; the first problem: {p.source}: {p.reason}" for p in report.problems[:1])
         fix = next((p.fix for p in report.problems[:1] if p.fix), "correct the rows; luthier check lists them")

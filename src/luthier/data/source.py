@@ -25,8 +25,18 @@ _BLOCK = 1 << 20
 _WHOLE = 1 << 28  # bytes; a JSON object that spans several lines is read into memory up to this file size
 _CELL = 1 << 27  # characters; the longest cell of a table
 CONTAINERS = ("data", "rows", "train", "examples", "items", "instances", "records", "dataset")
-ROW_KEYS = {"instruction", "output", "messages", "conversations", "prompt", "completion", "chosen", "rejected"}
-_COLUMNS = ROW_KEYS | {"question", "answer", "query", "response"}
+ROW_KEYS = {
+    "instruction",
+    "output",
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "preferred_output",
+}
+_TURN_KEYS = {"role", "from"}
 _SEPARATOR = re.compile('\ufeff?"?sep=(.)"?[\r\n]*', re.IGNORECASE)  # the first line of Excel's CSV
 Rows = Iterator[tuple[RowRef, object]]
 
@@ -61,9 +71,9 @@ def read_rows(path: Path) -> Rows:
         return
     encoding = encoding_of(path)
     start = _first_character(path, encoding)
-    if start == "[":
+    if start == "[" and not _has_list_lines(path, encoding):
         yield from _ArrayReader(path, encoding).rows()
-    elif start == "{":
+    elif start in "[{":
         yield from _objects(path, encoding)
     elif path.suffix.lower() in (".csv", ".tsv") or _has_header(path, encoding):
         yield from _csv(path, encoding)
@@ -93,6 +103,16 @@ def _has_object_lines(path: Path, encoding: str) -> bool:
     return any(line.lstrip().startswith("{") for _, line in itertools.islice(lines(path, encoding), 20))
 
 
+def _has_list_lines(path: Path, encoding: str) -> bool:
+    """Whether the first lines are lists: rows that are conversations, one per line, not an array of rows."""
+    with open_text(path, encoding) as f:
+        first, second = f.readline(_BLOCK), f.read(64)
+    if not first.endswith("\n") or not second.lstrip().startswith("["):
+        return False
+    turns = parse_json(first)
+    return isinstance(turns, list) and all(isinstance(t, dict) and t.keys() & _TURN_KEYS for t in turns)
+
+
 def _first_character(path: Path, encoding: str) -> str:
     with open_text(path, encoding) as f:
         while block := f.read(_BLOCK):
@@ -105,7 +125,10 @@ def _first_character(path: Path, encoding: str) -> str:
 
 
 def _objects(path: Path, encoding: str) -> Rows:
-    """Read JSONL, or a single object on one or several lines that is a row or contains the list of rows."""
+    """Read JSONL, or a single object on one or several lines that is a row or contains the list of rows.
+
+    A line may also be a list: the messages of a conversation.
+    """
     source = (pair for pair in lines(path, encoding) if pair[1].strip())
     number, first = next(source)
     value = parse_json(first)
@@ -326,6 +349,13 @@ def _records(path: Path, reader: _CsvReader) -> Iterator[list[str] | BadRow]:
             yield cells
 
 
+def _without_nulls(value: object) -> object:
+    """Leave out the keys that an object has only because others in its column have them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _parquet(path: Path) -> Rows:
     try:
         import pyarrow as pa
@@ -339,7 +369,7 @@ def _parquet(path: Path) -> Rows:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
-                yield RowRef(str(path), number), value
+                yield RowRef(str(path), number), {key: _without_nulls(content) for key, content in value.items()}
     except (pa.ArrowException, OSError, ValueError) as e:
         raise DataError(
             f"{path}: is not a complete Parquet file ({' '.join(str(e).split())[:120]})", "copy it again"

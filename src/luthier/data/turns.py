@@ -1,86 +1,38 @@
-"""Read the messages of one row: its texts, roles and system prompt, and the keys that decide what is learnt.
-
-A key that decides what is learnt is never ignored: it agrees with what is trained anyway, or its row is dropped with a
-reason that names the key. Any other unknown key is only noted.
-"""
+"""Read the messages of one row: its system prompt, roles, texts, thoughts and tool calls."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from luthier.data.keys import (
+    CALLS,
+    THOUGHTS,
+    TOOLS,
+    Keys,
+    ParsedRow,
+    RowProblem,
+    check_deciding,
+    check_encodable,
+    check_keys,
+    is_empty,
+)
 from luthier.data.source import parse_json
+from luthier.data.tools import parse_calls, parse_tools, plain, split_calls
 from luthier.errors import nearest
 from luthier.types import Message, Role
 
-
-class RowProblem(Exception):
-    """A row that cannot be used. refused: every row of the file probably has this fault, so the run must not start."""
-
-    def __init__(self, reason: str, refused: bool = False, fix: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.refused = refused
-        self.fix = fix
-
-
-@dataclass(slots=True)
-class ParsedRow:
-    """A parsed row: its messages, what was changed in them, and remarks that changed nothing.
-
-    untrained:  replies (indices into ``messages``) that the row marks as not to be trained, with the mark.
-    system_key: the key that ``messages[0]`` came from, if it is a system prompt beside the conversation.
-    multimodal: whether the row has a key for images, video or audio, even an empty one.
-    """
-
-    messages: list[Message]
-    changes: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    untrained: dict[int, str] = field(default_factory=dict)
-    system_key: str = ""
-    multimodal: bool = False
-
-
-# --- keys -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """The keys that are read from a row or message, and which of them it must have."""
-
-    known: tuple[str, ...]
-    required: tuple[str, ...]
-
-
 SYSTEM_KEYS = ("system", "system_prompt")  # of a row of any format
-_MARKS = ("label", "loss", "loss_scale", "loss_weight", "train", "trainable", "training", "weight")
-_MARK_VALUES = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}  # of cells of a table
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_PLACEHOLDERS = ("<image>", "<video>", "<audio>")
-_REASONING = ("reasoning is not trained", "write it into the text of the reply")
-_TOOLS = ("tool calls are not trained", "leave such rows out")
-_TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
-_UNSUPPORTED = {  # key: (why a value that is not empty drops the row, what to do)
-    **dict.fromkeys(("reasoning_content", "thinking"), _REASONING),
-    **dict.fromkeys(("tools", "tool_calls", "functions", "function_call"), _TOOLS),
-    **dict.fromkeys(_MEDIA, ("only text is trained", "leave such rows out")),
-    **dict.fromkeys(
-        ("rejected_response", "rejected_messages"),
-        ("preferences are not trained", "leave the key out to train the reply"),
-    ),
-    "chat_template_kwargs": ("all rows get the same template settings", "leave such rows out"),
-}
-_DECIDING = frozenset({*_MARKS, *_UNSUPPORTED})
-_EMPTY_TEXTS = ("", "[]", "{}", "null", "none", "false")  # cells of a table without a value
 
 
 def open_row(value: Mapping[str, object], expected: Keys) -> ParsedRow:
-    """Check the keys of a row and read its system prompt, the first message. Raises RowProblem."""
+    """Check the keys of a row, and read its system prompt, the first message, and its tools. Raises RowProblem."""
     row = ParsedRow([])
-    check_keys(value, expected, row)
-    _check_deciding(value, row)
+    known = (*expected.known, *SYSTEM_KEYS, *TOOLS)
+    check_keys(value, Keys(known, expected.required), row)
+    check_deciding(value, known, row)
     for key in SYSTEM_KEYS:
         if key not in value:
             continue
@@ -93,131 +45,37 @@ def open_row(value: Mapping[str, object], expected: Keys) -> ParsedRow:
         if system and not row.system_key:
             row.system_key = key
             row.messages.append(Message("system", system))
+    for key in TOOLS:
+        if not is_empty(value.get(key)):
+            tools = parse_tools(value[key], key)
+            if row.tools and tools != row.tools:
+                raise RowProblem(f"{' and '.join(TOOLS)} are different tools", fix="keep one of them")
+            row.tools = tools
     return row
 
 
-def check_keys(value: Mapping[str, object], expected: Keys, row: ParsedRow) -> None:
-    """Note unknown keys in ``row``, except those with the value null.
-
-    Raises RowProblem if a required key is missing; a misspelt one refuses the file.
-    """
-    outcome = _compare_keys(tuple(value), expected.known, expected.required)
-    if isinstance(outcome, RowProblem):
-        raise RowProblem(outcome.reason, outcome.refused, outcome.fix)
-    if outcome:
-        row.notes += [note for key, note in outcome if value[key] is not None]
-
-
-@lru_cache(1024)
-def _compare_keys(
-    keys: tuple[str, ...], known: tuple[str, ...], required: tuple[str, ...]
-) -> tuple[tuple[str, str], ...] | RowProblem:
-    """Return (key, note) pairs for these keys, or their problem. Cached, since most rows of a file have equal keys."""
-    unknown = [k for k in keys if k not in known and k not in _DECIDING]
-    missing = [name for name in required if name not in keys]
-    misspelt = {guess: name for name in missing if (guess := similar_key(name, unknown))}
-    if misspelt:
-        wrong, right = (", ".join(map(repr, names)) for names in (misspelt, misspelt.values()))
-        return RowProblem(
-            f"key {wrong} is unknown; did you mean {right}?",
-            refused=True,
-            fix="correct the rows, or pass " + " ".join(f"--rename {old}={new}" for old, new in misspelt.items()),
-        )
-    if missing:
-        return RowProblem(f"has no key '{missing[0]}'")
-    notes = []
-    for key in unknown:
-        guess = similar_key(key, [k for k in known if k not in keys])
-        notes.append((key, f"key {key!r} is not used" + (f"; did you mean '{guess}'?" if guess else "")))
-    return tuple(notes)
-
-
-def similar_key(key: str, known: Iterable[str]) -> str | None:
-    """Return the known key that ``key`` probably is a misspelling of, or None."""
-    return nearest(key, known, cutoff=0.75)
-
-
-def _check_deciding(value: Mapping[str, object], row: ParsedRow, place: str = "", role: Role | None = None) -> None:
-    """Check the keys of a row or message that decide what is learnt; record a reply that is not to be trained.
-
-    place: prefix of the keys of a message, e.g. "messages[2]." role: its role, None for a row. Raises RowProblem.
-    """
-    if _DECIDING.isdisjoint(value):
-        return
-    for key in value:
-        if key not in _DECIDING:
-            continue
-        name = place + key
-        unused = "" if place else f", or --rename {key}=unused_{key} if the key means something else"
-        row.multimodal |= key in _MEDIA
-        if key in _MARKS:
-            _check_mark(name, value[key], row, role, unused)
-        elif not _is_empty(value[key]):
-            why, fix = _UNSUPPORTED[key]
-            raise RowProblem(f"{name} is not empty, but {why}", fix=fix + unused)
-
-
-def _is_empty(value: object) -> bool:
-    if isinstance(value, str):
-        return value.strip().lower() in _EMPTY_TEXTS
-    if isinstance(value, list):
-        return all(map(_is_empty, value))
-    if isinstance(value, Mapping):
-        return all(content is None for content in value.values())
-    return value is None or value is False
-
-
-def _check_mark(name: str, value: object, row: ParsedRow, role: Role | None, unused: str) -> None:
-    """Check a key that says whether a row or message is trained, or with which weight. Raises RowProblem."""
-    weight = _weight(value)
-    if value is None or (isinstance(value, str) and not value.strip()) or (weight is not None and math.isnan(weight)):
-        return  # a cell of a table without a value may be NaN
-    if weight is None and isinstance(value, str) and name.endswith("label"):
-        row.notes.append("key 'label' is not used")  # the name of a class
-        return
-    shown = repr(value) if isinstance(value, str) else str(value).lower()
-    fix = f"delete the row, or the key to train its reply{unused}"
-    if weight is None:
-        shown = shown if isinstance(value, str) else type(value).__name__
-        raise RowProblem(f"{name} must be true, false or a number, got {shown}", fix=fix)
-    if role in ("system", "user"):
-        if weight:
-            raise RowProblem(f"{name} is {shown}, but only replies are trained", fix="delete the key" + unused)
-    elif weight not in (0, 1):
-        raise RowProblem(f"{name} is {shown}, but all rows and replies have the weight 1", fix=fix)
-    elif not weight and role is None:
-        raise RowProblem(f"{name} is {shown}: the row is not to be trained", fix=fix)
-    elif not weight:
-        row.untrained[len(row.messages)] = f"{name} is {shown}"
-
-
-def _weight(value: object) -> float | None:
-    """Return the value of a mark as a number, None if it is something else."""
-    if isinstance(value, str):
-        value = _MARK_VALUES.get(value.strip().lower(), value)
-    try:
-        return float(value) if isinstance(value, str | int | float) else None
-    except (ValueError, OverflowError):
-        return None
-
-
-def check_trained(row: ParsedRow, last_reply_only: bool) -> None:
-    """Raise RowProblem if a reply would be trained that the row marks as not to be trained."""
-    if not row.untrained:
-        return
-    replies = [i for i, m in enumerate(row.messages) if m.role == "assistant"]
-    contradicted = [i for i in row.untrained if i == replies[-1] or not last_reply_only]
-    if contradicted:
-        follow = replies[-1] not in row.untrained and len(row.untrained) == len(replies) - 1
-        raise RowProblem(
-            f"{row.untrained[contradicted[0]]}, but this reply would be trained",
-            fix="--set data.train_on=last_reply trains only the last reply of every row"
-            if follow
-            else "delete the row, or the key to train the reply",
-        )
+def read_thought(value: Mapping[str, object], row: ParsedRow, keys: Sequence[str] = THOUGHTS, place: str = "") -> str:
+    """Return the thought of a reply that is a field of its own. place: prefix of its keys. Raises RowProblem."""
+    thoughts: dict[str, str] = {}
+    for key in keys:
+        thought = value.get(key)
+        if not is_empty(thought):
+            if not isinstance(thought, str):
+                raise RowProblem(f"{place}{key} must be text, got {type(thought).__name__}", fix="write the thought")
+            thoughts[key] = text(thought, place + key, row)
+    if len({t.strip() for t in thoughts.values()}) > 1:
+        raise RowProblem(f"{' and '.join(place + key for key in thoughts)} are different thoughts", fix="keep one")
+    return next(iter(thoughts.values()), "")
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
+
+
+def keyed(value: object) -> Mapping[str, object]:
+    """Return a row as an object; a list of messages is a row too. Raises RowProblem."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping) and value[0].keys() & {"role", "from"}:
+        return {"messages": value}
+    return mapping(value)
 
 
 def mapping(value: object) -> Mapping[str, object]:
@@ -226,8 +84,6 @@ def mapping(value: object) -> Mapping[str, object]:
         return value
     reason = f"must be an object with keys, got {type(value).__name__}"
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        if {"role", "from"} & value[0].keys():
-            raise RowProblem(f"{reason} of messages", fix='write it as {"messages": [...]}')
         raise RowProblem(f"{reason} of rows", fix="write one list of rows, without lists inside it")
     raise RowProblem(reason)
 
@@ -249,7 +105,7 @@ def text(value: object, name: str, row: ParsedRow) -> str:
         return ""
     if isinstance(value, str):
         if not value.isascii():
-            _check_encodable(value, name)
+            check_encodable(value, name)
         if "\0" in value:
             row.changes.append(f"NUL characters were removed from {name}")
             return value.replace("\0", "")
@@ -260,118 +116,194 @@ def text(value: object, name: str, row: ParsedRow) -> str:
     raise RowProblem(f"{name} must be text, got {type(value).__name__}")
 
 
-def _check_encodable(value: str, name: str) -> None:
-    """Raise RowProblem if a text has lone surrogates, which no UTF-8 file can hold."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        reason = f"{name} contains bytes or half a surrogate pair that are not text"
-        raise RowProblem(reason, fix="save the file as UTF-8") from None
-
-
 def content_text(value: object, name: str, row: ParsedRow, role: Role = "system") -> str:
     """Return the text of a message, also if it is a list of parts, ``[{"type": "text", "text": ...}, ...]``.
 
     Raises RowProblem for parts that are not text.
     """
-    if not isinstance(value, list) or not value or not all(isinstance(p, Mapping) for p in value):
+    if role == "tool" and isinstance(value, Mapping):
+        row.changes.append(f"{name} was an object and was converted to JSON text")
+        return json.dumps(plain(value, name), ensure_ascii=False)
+    if not isinstance(value, list) or not value or not all(isinstance(p, Mapping | str) for p in value):
         return text(value, name, row)
     texts = []
     for i, part in enumerate(value, 1):
         place = f"{name}[{i}]"
-        if part.get("type") != "text":
+        if isinstance(part, str):
+            texts.append(text(part, place, row))
+            continue
+        if part.get("type") not in _TEXT_PARTS:
             raise RowProblem(
                 f"{place} is a part of type {part.get('type')!r}, but only text is trained", fix="leave such rows out"
             )
-        _check_deciding(part, row, f"{place}.", role)
+        if not check_deciding(part, (), row, f"{place}.", role):
+            raise RowProblem(f"{row.mark}, but a part of a text cannot be left out of training", fix="delete the row")
         texts.append(text(part.get("text"), f"{place}.text", row))
     return "".join(texts)
 
 
 # --- turns ------------------------------------------------------------------------------------------------------------
 
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),  # the text is a call
+    **dict.fromkeys(("tool", "function", "tool_response", "observation", "ipython"), "tool"),
 }
-_ROLE_CONTENT, _FROM_VALUE = (Keys(names, names) for names in (("role", "content"), ("from", "value")))
+_CALL_ROLES = ("function_call", "tool_call")
+_THOUGHTS = (*THOUGHTS, "reasoning")  # of a message
+_READ = {  # keys of a message by its role, besides those of role and text
+    "assistant": (*_THOUGHTS, *CALLS),
+    "tool": ("name", "tool_call_id"),
+}
+_RESPONSE = re.compile(r"\s*<tool_response>(.*)</tool_response>\s*", re.DOTALL)
 
 
-def as_role(name: object) -> Role:
+def role_of(name: object) -> Role:
     """Return the role of that name, in any letter case. Raises RowProblem with the nearest name if there is none."""
     word = name.strip().lower() if isinstance(name, str) else ""
     if word in _ROLES:
         return _ROLES[word]
-    if word in _TOOL_ROLES:
-        raise RowProblem(f"a message has the role {name!r}, but tool calls are not trained", fix=_TOOLS[1])
     guess = nearest(str(name), _ROLES)
-    raise RowProblem(f"role {name!r} is not system, user or assistant" + (f"; did you mean {guess}?" if guess else ""))
+    raise RowProblem(
+        f"role {name!r} is not system, user, assistant or tool" + (f"; did you mean {guess}?" if guess else "")
+    )
 
 
-def add_turns(turns: object, name: str, row: ParsedRow) -> None:
+def add_turns(turns: object, name: str, row: ParsedRow, trained: bool = True) -> None:
     """Add a list of messages to ``row``; name is its key. Raises RowProblem.
 
-    A message has the keys role and content, or from and value.
+    A message has the keys role and content, or from and value. trained: whether its replies are, if they do not say.
     """
     turns = decoded(turns)
     if not isinstance(turns, list) or not turns:
         raise RowProblem(f"{name} must be a list with at least one message, also as JSON text")
     for i, turn in enumerate(turns, 1):
-        _add_turn(mapping(turn), f"{name}[{i}]", row)
+        _add_turn(mapping(turn), f"{name}[{i}]", row, trained)
 
 
-def _add_turn(message: Mapping[str, object], place: str, row: ParsedRow) -> None:
-    named = message.get("from") is not None or message.get("value") is not None
-    speaker, words = (_FROM_VALUE if named else _ROLE_CONTENT).known
-    role: Role | None = None
-    if speaker in message:  # a message with tool calls may have no text
-        role = as_role(message[speaker])
-        _check_deciding(message, row, f"{place}.", role)
-    check_keys(message, _FROM_VALUE if named else _ROLE_CONTENT, row)
+def _add_turn(message: Mapping[str, object], place: str, row: ParsedRow, trained: bool) -> None:
+    speaker, words = ("from", "value") if not message.keys().isdisjoint(("from", "value")) else ("role", "content")
+    if message.get(speaker) is None and message.get("role") is not None:
+        speaker, words = "role", "content"  # a table may have empty cells of the other form
+    role = role_of(message[speaker]) if speaker in message else None
+    more = _READ.get(role or "", ())
+    called = any(not is_empty(message.get(key)) for key in CALLS)
+    check_keys(message, Keys((speaker, words, *more), (speaker,) if called else (speaker, words)), row)
     assert role
-    content = content_text(message[words], f"{place}.{words}", row, role)
-    if role == "system" and not content:
-        return  # an empty system prompt counts as none
-    if role == "system" and row.system_key and len(row.messages) == 1:
-        if content.strip() != row.messages[0].content.strip():
-            raise RowProblem(
-                f"{row.system_key} and {place} are different system prompts",
-                fix=f"--rename {row.system_key}=unused_{row.system_key} keeps only that of the conversation",
-            )
+    trained &= check_deciding(message, more, row, f"{place}.", role)
+    content = content_text(message.get(words), f"{place}.{words}", row, role)
+    if role == "system":
+        _add_system(content, place, row)
+    elif role == "assistant":
+        is_call = str(message[speaker]).strip().lower() in _CALL_ROLES
+        _add_reply(message, content, place, row, trained, is_call)
+    elif role == "tool":
+        inner = _RESPONSE.fullmatch(content)
+        ids = [text(message.get(key), f"{place}.{key}", row) for key in _READ["tool"]]
+        row.messages.append(Message(role, inner[1].strip() if inner else content, name=ids[0], call_id=ids[1]))
+    else:
+        row.messages.append(Message(role, content))
+
+
+def _add_system(content: str, place: str, row: ParsedRow) -> None:
+    """Add a system prompt, unless it is empty or the same as the one before."""
+    if not content:
         return
-    row.messages.append(Message(role, content))
+    before = row.messages[-1] if row.messages else None
+    if before is None or before.role != "system":
+        row.messages.append(Message("system", content))
+    elif content.strip() == before.content.strip():
+        return
+    elif row.system_key and len(row.messages) == 1:
+        raise RowProblem(
+            f"{row.system_key} and {place} are different system prompts",
+            fix=f"--rename {row.system_key}=unused_{row.system_key} keeps only that of the conversation",
+        )
+    else:
+        row.messages[-1] = Message("system", f"{before.content}\n\n{content}")
+        row.changes.append("two system prompts were joined")
+
+
+def _add_reply(
+    message: Mapping[str, object], content: str, place: str, row: ParsedRow, trained: bool, is_call: bool
+) -> None:
+    """Add a reply with its thought and calls. is_call: its text is a call. Raises RowProblem."""
+    thought = read_thought(message, row, _THOUGHTS, f"{place}.")
+    if thought and content.lstrip().startswith("<think>"):
+        raise RowProblem(f"{place} has a thought as a key and another one in its text", fix="keep one of them")
+    stated = [key for key in CALLS if not is_empty(message.get(key))]
+    calls = tuple(call for key in stated for call in parse_calls(message[key], f"{place}.{key}"))
+    if is_call:
+        content, calls = "", (*parse_calls(content, place), *calls)
+        before = row.messages[-1] if row.messages else None
+        if before and before.role == "assistant" and before.tool_calls:  # a call per message: they are parallel
+            if thought or trained != before.trained:
+                raise RowProblem(
+                    f"{place} has another thought or mark than the call before it", fix="write one message"
+                )
+            row.messages[-1] = replace(before, tool_calls=(*before.tool_calls, *calls))
+            return
+    elif not calls and "<tool_call>" in content:
+        content, calls = split_calls(content, place)
+    row.messages.append(Message("assistant", content, trained, thought, calls))
+
+
+# --- the order of turns -----------------------------------------------------------------------------------------------
+
+_FOLLOWS: dict[Role, tuple[Role, ...]] = {
+    "system": ("user", "assistant"),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
 
 
 def finish(row: ParsedRow) -> ParsedRow:
-    """Cut the turns after the last reply, and check that user and assistant alternate after an optional system message.
+    """Cut the turns after the last trained reply, and check the order of the others.
 
-    Raises RowProblem.
+    An optional system message, then user and assistant alternate, with the results of tools after a reply that calls
+    them. A reply before the first question is context. Raises RowProblem.
     """
-    turns = [m for i, m in enumerate(row.messages) if not (i == 0 and m.role == "system")]
-    if not any(m.role == "assistant" for m in turns):
+    first = 1 if row.messages and row.messages[0].role == "system" else 0
+    if len(row.messages) > first + 1 and row.messages[first].role == "assistant":
+        row.messages[first] = replace(row.messages[first], trained=False)
+        row.notes.append("the reply before the first question is context only")
+    if not any(m.role == "assistant" for m in row.messages):
         raise RowProblem("has no assistant reply")
-    while turns[-1].role != "assistant":
-        turns.pop()
-        row.messages.pop()
-        if "turns after the last reply were cut" not in row.changes:
-            row.changes.append("turns after the last reply were cut")
-    for i, message in enumerate(turns):
-        expected: Role = "user" if i % 2 == 0 else "assistant"
-        if message.role != expected:
-            turn = "the first turn" if i == 0 else f"turn {i + 1}"
-            raise RowProblem(f"{turn} has the role {message.role}, expected {expected}")
-        if not message.content.strip():
-            raise RowProblem("a reply is empty" if expected == "assistant" else "a user message is empty")
+    if not any(m.role == "assistant" and m.trained for m in row.messages):
+        why = row.mark or "the only one precedes the question"
+        raise RowProblem(f"no reply of the row is to be trained ({why})", fix="delete the row, or the key to train it")
+    end = max(i for i, m in enumerate(row.messages) if m.role == "assistant" and m.trained) + 1
+    if end < len(row.messages):
+        del row.messages[end:]
+        row.changes.append("turns after the last reply were cut")
+    if row.tools and first and "<tools>" in row.messages[0].content:  # as in Hermes' rows
+        row.tools = ()
+        row.notes.append("the system prompt describes the tools, so they are not described again")
+    _check_order(row, first)
     _check_placeholders(row)
     return row
+
+
+def _check_order(row: ParsedRow, first: int) -> None:
+    """Raise RowProblem if a turn has an unexpected role or no text."""
+    before: Message = Message("system", "")
+    for i, message in enumerate(row.messages[first:]):
+        expected = ("tool",) if before.tool_calls else _FOLLOWS[before.role]
+        if before.role == "system" and message.trained:
+            expected = ("user",)  # only a reply that is context may come first
+        if message.role not in expected:
+            turn = "the first turn" if i == 0 else f"turn {i + 1}"
+            raise RowProblem(f"{turn} has the role {message.role}, expected {' or '.join(expected)}")
+        if message.role != "tool" and not message.content.strip() and not message.tool_calls:
+            raise RowProblem("a reply is empty" if message.role == "assistant" else "a user message is empty")
+        before = message
+
+
+_PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 
 
 def _check_placeholders(row: ParsedRow) -> None:
@@ -387,5 +319,5 @@ def _check_placeholders(row: ParsedRow) -> None:
             placeholder = "<image>" if asked.startswith("<image>") or asked.endswith("<image>") else None
         if placeholder:
             raise RowProblem(
-                f"a text contains the placeholder {placeholder}, but only text is trained", fix=_UNSUPPORTED["image"][1]
+                f"a text contains the placeholder {placeholder}, but only text is trained", fix="leave such rows out"
             )

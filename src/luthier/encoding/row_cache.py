@@ -14,9 +14,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
@@ -31,9 +31,9 @@ from luthier.encoding.rows import EncodedRows, RowsReport, read_into
 from luthier.encoding.store import CacheWriteError, ExampleStore, StoreWriter
 from luthier.errors import UserError
 from luthier.templates import digest
-from luthier.types import Conversation, Log, Message, Role, RowRef
+from luthier.types import Conversation, Log, Message, RowRef, ToolCall
 
-FORMAT = 2  # increase it if the same rows are encoded or stored differently
+FORMAT = 3  # increase it if the same rows are encoded or stored differently
 _REPORT, _DIGESTS = "account.json", "sha256.json"
 _MAX_BYTES = 2 << 30  # of all entries together; the least recently used ones are deleted
 
@@ -175,7 +175,6 @@ def _state(paths: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
 
 # tuples are lists once they have been read back from JSON
 _Problem = tuple[str, int, str, Outcome, str]
-_Chat = tuple[str, int, list[tuple[Role, str]]]
 
 
 class _DataReportRecord(TypedDict):
@@ -185,11 +184,17 @@ class _DataReportRecord(TypedDict):
     formats: dict[str, str]
 
 
+class _ChatRecord(TypedDict):
+    source: tuple[str, int]
+    messages: list[dict[str, object]]  # the fields of a Message
+    tools: list[dict[str, object]]
+
+
 class _RowsReportRecord(TypedDict):
     report: _DataReportRecord
     eval_report: _DataReportRecord | None
-    conversations: list[_Chat]
-    samples: list[_Chat]
+    conversations: list[_ChatRecord]
+    samples: list[_ChatRecord]
     fingerprint: str
     files: dict[str, list[str]]
 
@@ -228,10 +233,19 @@ def _data_report_of(record: _DataReportRecord) -> DataReport:
     return report
 
 
-def _chat_record(chat: Conversation) -> _Chat:
-    return chat.source.file, chat.source.row, [(m.role, m.content) for m in chat.messages]
+def _chat_record(chat: Conversation) -> _ChatRecord:
+    return {
+        "source": (chat.source.file, chat.source.row),
+        "messages": [asdict(m) for m in chat.messages],
+        "tools": [dict(tool) for tool in chat.tools],
+    }
 
 
-def _chat_of(record: _Chat) -> Conversation:
-    file, row, messages = record
-    return Conversation(tuple(Message(role, content) for role, content in messages), RowRef(file, row))
+def _chat_of(record: _ChatRecord) -> Conversation:
+    messages = []
+    for fields in record["messages"]:
+        calls = fields.pop("tool_calls")
+        assert isinstance(calls, list)
+        create: Callable[..., Message] = Message
+        messages.append(create(**fields, tool_calls=tuple(ToolCall(**call) for call in calls)))
+    return Conversation(tuple(messages), RowRef(*record["source"]), tuple(record["tools"]))

@@ -7,7 +7,6 @@ files -> Loader -> Conversation -> Encoder -> Example -> train
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,14 +84,14 @@ def read_into(
     trained: set[bytes] = set()
     eval_report, fingerprint, error = None, "", None
     try:
-        for conversation, example in encoder.stream(loader, loader.report):
+        for conversation, examples in encoder.stream(loader, loader.report):
             if len(first) < show:
-                first.append(example)
+                first += examples[: show - len(first)]
             if config.eval_fraction and is_held_out(conversation, config.eval_fraction, seed):
-                held_out.add(example)
+                add_all(held_out, examples)
                 conversations.append(conversation)
                 continue
-            train.add(example)
+            add_all(train, examples)
             if config.eval:
                 trained.add(prompt_key(conversation))
             if len(samples) < SAMPLES:
@@ -120,35 +119,42 @@ def read_held_out(paths: Sequence[Path], config: DataConfig, encoder: Encoder, h
     conversations: list[Conversation] = []
     error = None
     try:
-        for conversation, example in encoder.stream(loader, loader.report):
-            held_out.add(example)
+        for conversation, examples in encoder.stream(loader, loader.report):
+            add_all(held_out, examples)
             conversations.append(conversation)
-        refuse(loader.report)
+        refuse(loader.report, config.max_unrendered)
     except UserError as e:
         error = e
     return RowsReport(loader.report, None, tuple(conversations), fingerprint=loader.fingerprint(), error=error)
 
 
+def add_all(sink: Sink, examples: Sequence[Example]) -> None:
+    """Add the examples of one row."""
+    for example in examples:
+        sink.add(example)
+
+
 def is_held_out(conversation: Conversation, fraction: float, seed: int) -> bool:
     """Whether a row is held out for evaluation, decided by a hash of its prompt.
 
-    The prompt is everything before the first reply. Equal prompts are therefore always on the same side, and so is a
-    conversation that continues another one.
+    The prompt is everything before the first reply to a user. Equal prompts are therefore always on the same side, and
+    so is a conversation that continues another one.
     """
     return int.from_bytes(prompt_key(conversation, seed), "little") < fraction * 2**64
 
 
 def prompt_key(conversation: Conversation, seed: int = 0) -> bytes:
-    """Return an 8-byte hash of everything before the first reply."""
+    """Return an 8-byte hash of everything before the first reply to a user."""
     key = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8)
-    for m in itertools.takewhile(lambda m: m.role != "assistant", conversation.messages):
+    first = next((i for i, m in enumerate(conversation.messages) if m.role == "user"), 0)
+    answers = (i for i, m in enumerate(conversation.messages) if m.role == "assistant" and i > first)
+    for m in conversation.messages[: next(answers, None)]:
         key.update(f"{m.role}\0{m.content.strip()}\0".encode())
     return key.digest()
 
 
 def _loader(paths: Sequence[Path], config: DataConfig, dedupe: bool = False) -> Loader:
-    last_reply_only = config.train_on == "last_reply"
-    return Loader(paths, config.format, config.system, config.rename, dedupe, last_reply_only)
+    return Loader(paths, config.format, config.system, config.rename, dedupe)
 
 
 def _check_split(config: DataConfig, loader: Loader, train: Sink, held_out: Sink) -> None:
@@ -158,7 +164,7 @@ def _check_split(config: DataConfig, loader: Loader, train: Sink, held_out: Sink
         raise ConfigError(
             f"data.rename would be ignored: no row has the key {names}", "correct --rename OLD=NEW, or leave it out"
         )
-    refuse(loader.report)
+    refuse(loader.report, config.max_unrendered)
     if not len(train):  # refuse() has handled the case of no rows at all
         raise ConfigError(
             f"data.eval_fraction {config.eval_fraction}: holds out every row", "choose a smaller fraction"

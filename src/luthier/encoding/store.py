@@ -4,6 +4,7 @@ train.ids         int32  [tokens]       token ids of all rows, concatenated
 train.trained     uint8  [tokens]       the loss mask: 1 for tokens that are targets of the loss
 train.ends        int64  [rows + 1]     position in the two above at which each row ends
 train.supervised  int32  [rows]         number of targets of each row
+train.shared      int32  [rows]         first tokens shared with the example before it; -1: that is of another row
 train.sources     int64  [rows, 2]      number of the data file, and the row in it
 """
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from luthier.types import Example, Ids, RowRef
 
-_COLUMNS = ("ids", "trained", "ends", "supervised", "sources")
+_COLUMNS = ("ids", "trained", "ends", "supervised", "shared", "sources")
 _BUFFERED_TOKENS = 1 << 20  # held in memory by a writer before it writes them
 _Integer = TypeVar("_Integer", bound=np.integer)
 
@@ -36,6 +37,7 @@ class Columns:
     trained: array[int] = field(default_factory=lambda: array("B"))
     ends: array[int] = field(default_factory=lambda: array("q", [0]))
     supervised: array[int] = field(default_factory=lambda: array("i"))
+    shared: array[int] = field(default_factory=lambda: array("i"))
     sources: array[int] = field(default_factory=lambda: array("q"))
     files: dict[str, int] = field(default_factory=dict)
 
@@ -43,6 +45,7 @@ class Columns:
         """Append a row. lengths_only: do not store its ids, loss mask and source."""
         self.ends.append(self.ends[-1] + len(example))
         self.supervised.append(example.supervised)
+        self.shared.append(example.shared)
         if lengths_only:
             return
         self.ids.frombytes(example.ids.astype(np.int32).tobytes())
@@ -67,6 +70,7 @@ class _FileColumns:
     trained: _ColumnFile[np.uint8]
     ends: NDArray[np.int64]
     supervised: NDArray[np.int32]
+    shared: NDArray[np.int32]
     sources: NDArray[np.int64]
     files: dict[str, int]
 
@@ -92,6 +96,7 @@ class ExampleStore(Sequence[Example]):
             trained=_ColumnFile(folder / f"{name}.trained", np.uint8),
             ends=_mapped(folder / f"{name}.ends", np.int64),
             supervised=_mapped(folder / f"{name}.supervised", np.int32),
+            shared=_mapped(folder / f"{name}.shared", np.int32),
             sources=_mapped(folder / f"{name}.sources", np.int64),
             files={file: i for i, file in enumerate(files)},
         )
@@ -123,6 +128,7 @@ class ExampleStore(Sequence[Example]):
             np.array(c.ids[part], dtype=np.int64),
             np.array(c.trained[part], dtype=np.bool_),
             RowRef(list(c.files)[file], int(row)),
+            int(c.shared[index]),
         )
 
     def stats(self) -> dict[str, float | int]:
@@ -159,10 +165,30 @@ class ExampleStore(Sequence[Example]):
             size = common_prefix(first[:size], example.ids[:-1])
         return size
 
+    def row_starts(self) -> Ids:
+        """Return the index of the first example of each row of the data files, and the number of examples."""
+        return _row_starts(np.asarray(self._columns.shared))
+
+    def shared(self) -> list[int]:
+        """Return the number of first tokens that each example shares with the one before it of the same row, or -1."""
+        shared: list[int] = self._columns.shared.tolist()
+        return shared
+
     def supervised(self) -> list[int]:
         """Return the number of supervised tokens of each row."""
         supervised: list[int] = self._columns.supervised.tolist()
         return supervised
+
+
+def row_starts(examples: Sequence[Example]) -> Ids:
+    """Return the index of the first example of each row of the data files, and the number of examples: [rows + 1]."""
+    if isinstance(examples, ExampleStore):
+        return examples.row_starts()
+    return _row_starts(np.asarray([e.shared for e in examples]))
+
+
+def _row_starts(shared: NDArray[np.int32] | NDArray[np.int64]) -> Ids:
+    return np.append(np.flatnonzero(shared < 0), len(shared)).astype(np.int64)
 
 
 def common_prefix(a: Ids, b: Ids) -> int:
@@ -247,6 +273,7 @@ class StoreWriter:
             "ids": buffer.ids,
             "trained": buffer.trained,
             "supervised": buffer.supervised,
+            "shared": buffer.shared,
             "sources": buffer.sources,
             "ends": array("q", (np.asarray(buffer.ends[1:], np.int64) + self._tokens).tobytes()),
         }

@@ -26,7 +26,7 @@ from luthier.models.directory import rotary_limit
 from luthier.models.native_model import in_fp32
 from luthier.models.protocols import CausalLM
 from luthier.training.forward import LossFunction, LossOf, loss_sum, segment_attention
-from luthier.types import Batch, Conversation, Example, Log, Message
+from luthier.types import Batch, Conversation, Example, Log, as_row
 
 REPLIES, NEW_TOKENS = 24, 200  # held-out prompts that are answered, and the maximum length of a reply
 SAMPLE_TOKENS = 128  # maximum length of a reply to a training prompt
@@ -161,7 +161,7 @@ def _without_updates(layers: Mapping[str, LoraLinear]) -> Iterator[None]:
 
 def with_fitting_prompts(generator: Generator, chats: Sequence[Conversation], most: int) -> list[Conversation]:
     """Return the first ``most`` rows whose prompt fits into the model's context (training cuts longer rows)."""
-    fitting = (c for c in chats if generator.fits(c.messages[:-1]))
+    fitting = (c for c in chats if generator.fits(c.messages[:-1], c.tools))
     return list(itertools.islice(fitting, most))
 
 
@@ -180,26 +180,28 @@ def score(
     start = time.monotonic()
     deadline = None if seconds is None else start + seconds
     asked = with_fitting_prompts(generator, chats, most_replies)
-    replies = answers(generator, [c.messages[:-1] for c in asked], max_new_tokens, deadline)
+    replies = answers(generator, asked, max_new_tokens, deadline)
     duration = time.monotonic() - start
     text = measure([r.text for r in replies], [c.messages[-1].content for c in asked[: len(replies)]])
     return Scores(loss, tuple(replies), text, len(replies) == len(asked), duration)
 
 
 def answers(
-    generator: Generator, prompts: Sequence[Sequence[Message]], max_new_tokens: int, deadline: float | None = None
+    generator: Generator, chats: Sequence[Conversation], max_new_tokens: int, deadline: float | None = None
 ) -> list[Reply]:
-    """Generate greedy replies in batches.
+    """Generate greedy replies in place of the last ones of conversations, in batches.
 
     deadline: in ``time.monotonic`` seconds; returns only the replies that were complete before it.
     """
     replies: list[Reply] = []
-    size = _ROWS if deadline is not None else max(1, len(prompts))
-    for at in range(0, len(prompts), size):
+    size = _ROWS if deadline is not None else max(1, len(chats))
+    for at in range(0, len(chats), size):
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             break
-        batch = generator.replies(prompts[at : at + size], Sampling(max_new_tokens, max_seconds=left))
+        some = chats[at : at + size]
+        sampling = Sampling(max_new_tokens, max_seconds=left)
+        batch = generator.replies([c.messages[:-1] for c in some], sampling, [c.tools for c in some])
         if deadline is not None and time.monotonic() > deadline:
             batch = batch if all(r.stopped for r in batch) else []  # cut off by the time limit
         replies += batch
@@ -264,8 +266,7 @@ def compare(
 
 def write_rows(path: Path, chats: Sequence[Conversation]) -> None:
     """Write held-out rows as chat messages (JSONL)."""
-    rows = ({"messages": [{"role": m.role, "content": m.content} for m in c.messages]} for c in chats)
-    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    files.write_text(path, "".join(json.dumps(as_row(c), ensure_ascii=False) + "\n" for c in chats))
 
 
 def evaluate_run(
@@ -311,10 +312,9 @@ def write_sample_replies(
     """
     deadline = time.monotonic() + seconds
     asked = with_fitting_prompts(generator, conversations, len(conversations))
-    prompts = [c.messages[:-1] for c in asked]
-    after = answers(generator, prompts, SAMPLE_TOKENS, deadline - seconds / 2)
+    after = answers(generator, asked, SAMPLE_TOKENS, deadline - seconds / 2)
     with disable_adapter(layers):
-        before = answers(generator, prompts[: len(after)], SAMPLE_TOKENS, deadline)
+        before = answers(generator, asked[: len(after)], SAMPLE_TOKENS, deadline)
     if len(before) < len(asked):
         log(f"replies for the report stopped at their time limit ({seconds:.1f} s): {len(before)} of {len(asked)} done")
     rows = zip(asked, before, after, strict=False)

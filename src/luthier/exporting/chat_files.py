@@ -20,8 +20,9 @@ from luthier.evaluation.agreement import chats
 from luthier.models.chat_format import ChatFormat, load_chat_format
 from luthier.models.checkpoint_reader import read_json
 from luthier.models.protocols import HfTokenizer
-from luthier.models.tokenizer.tokenizer import TEMPLATE_FILE, TOKENIZER_FILES, Tokenizer, load_tokenizer
-from luthier.templates.exported import OwnTemplate, chat_template
+from luthier.models.tokenizer.chat_template import TEMPLATE_FILE
+from luthier.models.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from luthier.templates.exported import chat_template
 from luthier.types import Message
 
 _CONFIG = "tokenizer_config.json"
@@ -62,10 +63,7 @@ def _prompt(chat_format: ChatFormat, messages: Sequence[Message], system: str | 
 
 def template_text(chat_format: ChatFormat, system: str | None) -> str:
     """Build the chat template for other tools, with ``system`` as the default system prompt."""
-    source = chat_format.tokenizer.chat_template
-    return chat_template(
-        chat_format.template, OwnTemplate(chat_format.tokenizer.render, source) if source else None, system
-    )
+    return chat_template(chat_format.template, chat_format.tokenizer.own_template, system)
 
 
 def write(folder: Path, base: Path, chat_format: ChatFormat, system: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 from luthier._util import files
 from luthier.config import RunConfig
 from luthier.data.formats import parse_messages
-from luthier.data.turns import RowProblem
+from luthier.data.keys import RowProblem
 from luthier.errors import ConfigError, DataError
 from luthier.inference.generation import Reply
 from luthier.inference.sampling import Sampling

@@ -25,7 +25,7 @@ from luthier.models.chat_format import ChatFormat
 from luthier.models.directory import context_length, rotary_limit
 from luthier.models.protocols import CausalLM
 from luthier.models.tokenizer.tokenizer import Tokenizer
-from luthier.types import Log, Message
+from luthier.types import Log, Message, Tools
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -71,9 +71,9 @@ class Generator:
         self.stop_ids = list(dict.fromkeys(chat_format.stop_ids))
         model.generation_config = GenerationConfig()  # ``Sampling`` decides, not defaults hidden in the model's files
 
-    def fits(self, messages: Sequence[Message]) -> bool:
+    def fits(self, messages: Sequence[Message], tools: Tools = ()) -> bool:
         """Whether the prompt and at least one reply token fit into the model's context."""
-        return self.room(len(self.chat_format.prompt_ids(messages)), 1) >= 1
+        return self.room(len(self.chat_format.prompt_ids(messages, tools)), 1) >= 1
 
     def reply(
         self,
@@ -91,14 +91,18 @@ class Generator:
         with disable_adapter(self._adapter_layers() if base else {}):
             return self._generate([self.chat_format.prompt_ids(messages)], sampling, streamer, keep=True)[0]
 
-    def replies(self, prompts: Sequence[Sequence[Message]], sampling: Sampling) -> list[Reply]:
+    def replies(
+        self, prompts: Sequence[Sequence[Message]], sampling: Sampling, tools: Sequence[Tools] = ()
+    ) -> list[Reply]:
         """Generate one reply for each prompt, in order. Greedy and in fp32, each equals what ``reply`` returns.
 
         Without the compiled layers, prompts of similar length are batched (padded on the left, with unchanged
         positions), up to ``_BATCH_TOKENS`` tokens per batch. With a repetition setting prompts then run one by one,
-        since padding would count as prompt.
+        since padding would count as prompt. tools: of each prompt; empty for none at all.
         """
-        encoded = [self.chat_format.prompt_ids(m) for m in prompts]
+        encoded = [
+            self.chat_format.prompt_ids(m, t) for m, t in zip(prompts, tools or [()] * len(prompts), strict=True)
+        ]
         return self._generate(encoded, sampling, None, keep=False)
 
     def reply_ids(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:

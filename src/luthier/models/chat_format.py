@@ -10,14 +10,17 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from luthier.config import DataConfig, RunConfig
-from luthier.encoding.encoder import OUTSIDE_FIX, ControlTokens, Encoder, check_text, outside_table
+from luthier.encoding.control import ControlTokens, check_text
+from luthier.encoding.encoder import OUTSIDE_FIX, Encoder, outside_table
 from luthier.errors import DataError, TemplateError
 from luthier.models.directory import eos_ids, family_of, read_config
 from luthier.models.families import Family, Modules
+from luthier.models.tokenizer.chat_template import differences
 from luthier.models.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from luthier.templates import RefusedConversation, from_description, pick
+from luthier.templates import Jinja, RefusedConversation, SystemAsUser, from_description, pick
 from luthier.templates import stop_ids as template_stop_ids
-from luthier.types import Message, SystemRole, Template
+from luthier.templates.own import written_stop
+from luthier.types import Message, SystemRole, Template, Tools
 
 _PLAIN = Family("native", "native")
 
@@ -27,6 +30,7 @@ class ChatFormat:
     """The chat format of a base model, the same in training, chat, evaluation, serving and export.
 
     stop_ids: every token id that ends a reply; the template's own first.
+    remarks:  what the user should know of templates and stop tokens.
     """
 
     config: PretrainedConfig
@@ -34,20 +38,21 @@ class ChatFormat:
     template: Template
     stop_ids: tuple[int, ...]
     family: Family = _PLAIN
+    remarks: tuple[str, ...] = ()
 
-    def prompt_text(self, messages: Sequence[Message]) -> str:
+    def prompt_text(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """Render the prompt of a conversation. Raises TemplateError if the template refuses it."""
         try:
-            return self.template.prompt(messages)
+            return self.template.prompt(messages, tools)
         except RefusedConversation as e:
             raise TemplateError(
                 f"the model's chat template refuses this conversation: {e}",
                 "leave the system prompt out, or train with --set data.system_role=merge",
             ) from None
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Encode the prompt of a conversation; no other function does this. Raises TemplateError or DataError."""
-        ids = list(self.tokenizer.encode_batch([self.prompt_text(messages)])[0].ids)
+        ids = list(self.tokenizer.encode_batch([self.prompt_text(messages, tools)])[0].ids)
         if outside := outside_table(ids, self.tokenizer, _table(self.config)):
             raise DataError(f"the prompt contains {outside}", OUTSIDE_FIX)
         return ids
@@ -67,6 +72,7 @@ class ChatFormat:
             max_length=data.max_length,
             too_long=data.too_long,
             train_on=data.train_on,
+            thinking=data.thinking,
             control=control,
             table=_table(self.config),
         )
@@ -77,7 +83,7 @@ class ChatFormat:
 
     def notes(self) -> Sequence[str]:
         """Return notes for the user of this checkpoint."""
-        return self.family.notes(self.config)
+        return (*self.remarks, *self.family.notes(self.config))
 
 
 def load_chat_format(
@@ -104,14 +110,25 @@ def load_chat_format(
     rows = _table(config)
     ids = [i for i in ids if rows is None or i < rows]  # the model can write no others
     texts = tuple(dict.fromkeys(t for i in ids if (t := tokenizer.text_of(i)) is not None))
-    render = tokenizer.render if tokenizer.chat_template else None
+    own = tokenizer.own_template
+    if own and (written := written_stop(own.render, tokenizer.control_tokens, texts)):
+        texts = (written, *texts)
     if described is None:
-        template = pick(choice, render, tokenizer.chat_template, texts, family.template, system_role)
+        template = pick(choice, own, texts, family.template, system_role)
     else:
-        template = from_description(described, render, tokenizer.chat_template, texts)
+        template = from_description(described, own, texts)
     stop = tuple(dict.fromkeys([*template_stop_ids(template, tokenizer), *ids]))
     _check_template(template, tokenizer, rows)
-    return ChatFormat(config, tokenizer, template, stop, family)
+    remarks = [note] if own_template is None and (note := differences(path)) else []
+    if unlisted := [text for text in template.stop if tokenizer.token_id(text) not in ids]:
+        remarks.append(
+            f"{', '.join(unlisted)} ends a reply in the chat template, but the model's configuration does not list it "
+            "as a stop token: it is one here, and in everything that is exported"
+        )
+    inner = template.inner if isinstance(template, SystemAsUser) else template
+    if isinstance(inner, Jinja) and (added := inner.added_stop):
+        remarks.append(f"the chat template writes nothing after the last reply; a trained reply ends with {added}")
+    return ChatFormat(config, tokenizer, template, stop, family, tuple(remarks))
 
 
 def chat_format_of(config: RunConfig) -> ChatFormat:

@@ -24,7 +24,7 @@ from luthier.inference.sampling import Sampling
 from luthier.models.chat_format import load_chat_format
 from luthier.models.directory import family_of
 from luthier.models.loader import quantisation
-from luthier.models.tokenizer.tokenizer import TEMPLATE_FILE
+from luthier.models.tokenizer.chat_template import TEMPLATE_FILE
 from luthier.serving.models import NamedModel, resolve_models
 from luthier.types import Log
 

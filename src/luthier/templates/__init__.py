@@ -14,13 +14,14 @@ from contextlib import suppress
 from luthier.errors import TemplateError, nearest
 from luthier.templates import baichuan2, deepseek, glm4, llama3, phi3
 from luthier.templates.chatml import END, START, ChatML
-from luthier.templates.jinja import WRITTEN, Jinja, RefusedConversation, Render
+from luthier.templates.jinja import Jinja, OwnForTools
+from luthier.templates.own import WRITTEN, OwnTemplate, RefusedConversation, Render
 from luthier.templates.system_as_user import SystemAsUser
 from luthier.templates.turns import Turns
 from luthier.types import ChatTokenizer, Message, SystemRole, Template
 
 __all__ = [
-    "NATIVE", "ChatML", "Jinja", "RefusedConversation", "SystemAsUser", "Turns",
+    "NATIVE", "ChatML", "Jinja", "OwnForTools", "OwnTemplate", "RefusedConversation", "SystemAsUser", "Turns",
     "digest", "from_description", "pick", "same_text", "stop_ids",
 ]  # fmt: skip
 
@@ -38,8 +39,7 @@ _ENDINGS = {"phi3": phi3.ENDING, "glm4": glm4.ENDING}
 
 def pick(
     choice: str,
-    render: Render | None,
-    source: str | None,
+    own: OwnTemplate | None,
     stop: tuple[str, ...],
     family: str | None = None,
     system_role: SystemRole = "template",
@@ -47,35 +47,34 @@ def pick(
     """Choose the template of a run. Raises TemplateError.
 
     choice:      ``data.template``.
-    render:      runs the tokenizer's own template; None if it has none. source: the template's text.
+    own:         the tokenizer's own template, if it has one.
     stop:        texts of the model's stop tokens.
     family:      name of the template that the model was trained with, for models that are published without one.
     system_role: ``data.system_role``.
     """
-    template = _pick(choice, render, source, stop, family)
+    template = _pick(choice, own, stop, family)
     return SystemAsUser(template) if system_role == "merge" else template
 
 
-def _pick(
-    choice: str, render: Render | None, source: str | None, stop: tuple[str, ...], family: str | None
-) -> Template:
+def _pick(choice: str, own: OwnTemplate | None, stop: tuple[str, ...], family: str | None) -> Template:
     if choice not in ("auto", "jinja"):
-        return _named(choice, render)
-    if render is None or source is None:
+        return _named(choice, own)
+    if own is None:
         if choice == "auto" and family is not None:
             return _named(family, None)
         raise TemplateError(
             "the model has no chat template (is it a base model?), so its prompt format is unknown",
             f"use a chat model, or choose a template: --set data.template={family or 'chatml'}",
         )
+    render = own.render
     with suppress(RefusedConversation):
         render(_PROBES[0], True)  # raises TemplateError if the text depends on today's date
     native = next((n for n in _natives(render) if same_text(n, render)), None)
-    if native and source.startswith(WRITTEN) and not _has_system(native) and not _refuses_system(render):
+    if native and own.source.startswith(WRITTEN) and not _has_system(native) and not _refuses_system(render):
         native = None  # the training accepted system messages that the native template refuses
+    template = Jinja(own, stop)
     if choice == "auto" and native:
-        return native
-    template = Jinja(render, source, stop)
+        return OwnForTools(native, template) if _writes_more(own) else native
     if native:
         try:
             template.spans((Message("user", "a"), Message("assistant", "b")))
@@ -84,7 +83,18 @@ def _pick(
     return template
 
 
-def _named(name: str, render: Render | None) -> Template:
+def _writes_more(own: OwnTemplate) -> bool:
+    """Whether the tokenizer's own template also writes tools or thoughts."""
+    question, thought = Message("user", "a"), Message("assistant", "b", thought=_PROBE)
+    tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
+    for messages, prompt, tools in (((question,), True, (tool,)), ((question, thought), False, ())):
+        with suppress(RefusedConversation, TemplateError):
+            if _PROBE in own.render(messages, prompt, tools):
+                return True
+    return False
+
+
+def _named(name: str, own: OwnTemplate | None) -> Template:
     """Return a native template by name, in the version that matches the model's own template, else the current one."""
     if name not in ("chatml", *NATIVE):
         known = ("auto", "jinja", "chatml", *NATIVE)
@@ -93,9 +103,9 @@ def _named(name: str, render: Render | None) -> Template:
             f"--set data.template={nearest(name, known) or 'auto'}",
         )
     if name == "chatml":
-        return ChatML(_chatml_default(render) if render else None)
+        return ChatML(_chatml_default(own.render) if own else None)
     forms = NATIVE[name]
-    return next((f for f in forms if render and same_text(f, render)), forms[0])
+    return next((f for f in forms if own and same_text(f, own.render)), forms[0])
 
 
 def _natives(render: Render) -> Iterator[ChatML | Turns]:
@@ -104,18 +114,20 @@ def _natives(render: Render) -> Iterator[ChatML | Turns]:
         yield from forms
 
 
-def from_description(
-    described: Mapping[str, object], render: Render | None, source: str | None, stop: tuple[str, ...]
-) -> Template:
-    """Rebuild the template that an adapter was trained with, from what ``describe`` recorded. Raises TemplateError."""
-    plain = {k: v for k, v in described.items() if k != "system_role"}
-    template = _described(plain, render, source, stop)
+def from_description(described: Mapping[str, object], own: OwnTemplate | None, stop: tuple[str, ...]) -> Template:
+    """Rebuild the template that an adapter was trained with, from what ``describe`` recorded. Raises TemplateError.
+
+    own, stop: as in ``pick``.
+    """
+    plain = {k: v for k, v in described.items() if k not in ("system_role", "own")}
+    template = _described(plain, own, stop)
+    for_tools = described.get("own")
+    if isinstance(for_tools, Mapping):
+        template = OwnForTools(template, _same_own(for_tools, own, stop))
     return SystemAsUser(template) if described.get("system_role") == "merge" else template
 
 
-def _described(
-    described: Mapping[str, object], render: Render | None, source: str | None, stop: tuple[str, ...]
-) -> Template:
+def _described(described: Mapping[str, object], own: OwnTemplate | None, stop: tuple[str, ...]) -> Template:
     name = described["name"]
     if name == "chatml":
         default = described["default_system"]
@@ -131,17 +143,23 @@ def _described(
         raise TemplateError(
             f"the adapter was trained with template {name}, which this version does not know", "upgrade luthier"
         )
-    if render is None:
+    return _same_own(described, own, stop)
+
+
+def _same_own(described: Mapping[str, object], own: OwnTemplate | None, stop: tuple[str, ...]) -> Jinja:
+    """Return the tokenizer's own template. Raises TemplateError unless it is the described one."""
+    if own is None:
         raise TemplateError(
             "the adapter was trained with the base model's chat template, but the base model has none",
             "use the base model directory that the adapter was trained on",
         )
-    if source is None or source != described["source"]:
+    recorded = {"date": own.date, "for_tools": own.for_tools, **described}  # earlier versions did not record these
+    if own != OwnTemplate(own.render, *(str(recorded.get(key, "")) for key in ("source", "for_tools", "date"))):
         raise TemplateError(
             "the base model's chat template is not the one that the adapter was trained with",
             "restore the base model's original chat_template",
         )
-    return Jinja(render, source, stop)
+    return Jinja(own, stop)
 
 
 def digest(template: Template) -> str:
@@ -169,6 +187,7 @@ def _fitting(tokenizer: ChatTokenizer) -> str | None:
     return next((n for n, texts in markers.items() if all(tokenizer.token_id(t) is not None for t in texts)), None)
 
 
+_PROBE = "probe_text"
 _PROBES: tuple[tuple[Message, ...], ...] = (
     (Message("user", " What is this?\n"),),
     (Message("system", "Be brief. "), Message("user", "你好")),
@@ -206,7 +225,7 @@ def same_text(native: ChatML | Turns, render: Render) -> bool:
                 allowed.append(prompt + spans[-2].text.removesuffix(native.stop[0]) + _ENDINGS[native.name])
             if prompt != render(probe, True) or render((*probe, reply), False) not in allowed:
                 return False
-    except (RefusedConversation, TemplateError):  # or a template that depends on the date
+    except (RefusedConversation, TemplateError):
         return False
     return True
 

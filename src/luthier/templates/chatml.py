@@ -9,7 +9,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from luthier.types import Message, Span, TrainOn
+from luthier.templates.own import require_plain
+from luthier.types import Message, Span, Tools
 
 START, END = "<|im_start|>", "<|im_end|>"
 
@@ -27,19 +28,20 @@ class ChatML:
     markers: tuple[str, ...] = (START, END)
     reply_prefix: str = ""
 
-    def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
+    def spans(self, messages: Sequence[Message], tools: Tools = ()) -> list[Span]:
+        require_plain(messages, tools, self.name)
         spans: list[Span] = []
         pending = self._opening(messages)  # text to be read, up to the next written span
-        last = len(messages) - 1
-        for i, m in enumerate(messages):
-            if m.role == "assistant" and (train_on == "all_replies" or i == last):
+        for m in messages:
+            if m.role == "assistant" and m.trained:
                 spans += [Span(f"{pending}{START}assistant\n", False), Span(m.content + END, True)]
                 pending = "\n"
             else:
                 pending += f"{START}{m.role}\n{m.content}{END}\n"
         return [*spans, Span(pending, False)]
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> str:
+        require_plain(messages, tools, self.name)
         turns = "".join(f"{START}{m.role}\n{m.content}{END}\n" for m in messages)
         return f"{self._opening(messages)}{turns}{START}assistant\n"
 

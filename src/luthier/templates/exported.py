@@ -7,20 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 
 from luthier.errors import TemplateError
-from luthier.templates import ChatML, Jinja, SystemAsUser, Turns, same_text
-from luthier.templates.jinja import DATE, WRITTEN, RefusedConversation, Render
+from luthier.templates import ChatML, Jinja, OwnForTools, OwnTemplate, SystemAsUser, Turns, same_text
+from luthier.templates.own import DATE, WRITTEN, RefusedConversation, with_fixed_date
 from luthier.types import Message, Template
-
-
-@dataclass(frozen=True, slots=True)
-class OwnTemplate:
-    """The tokenizer's own chat template: a function that runs it, and its text."""
-
-    render: Render
-    source: str
 
 
 def chat_template(template: Template, own: OwnTemplate | None, system: str | None) -> str:
@@ -30,8 +21,10 @@ def chat_template(template: Template, own: OwnTemplate | None, system: str | Non
     messages that ``template`` refuses are refused there too.
     """
     inner = template.inner if isinstance(template, SystemAsUser) else template
+    if isinstance(inner, OwnForTools):
+        inner = inner.own
     if isinstance(inner, Jinja):
-        source = inner.source
+        source = _with_tools(inner.own)
     else:
         assert isinstance(inner, ChatML | Turns)
         source = own.source if own and same_text(inner, own.render) else inner.jinja()
@@ -43,9 +36,18 @@ def chat_template(template: Template, own: OwnTemplate | None, system: str | Non
     if refusal := _refusal_of_system(inner):
         opening += _REFUSED_SYSTEM.format(reason=json.dumps(refusal, ensure_ascii=False))
     if "date_string" in source:
-        opening += f'{{%- set date_string = "{DATE}" -%}}'
+        opening += f'{{%- set date_string = "{DATE:%d %b %Y}" -%}}'
+    source = with_fixed_date(source)
     # the empty text keeps the white space that the source starts with, except what jinja removes before a block
     return opening + "{{- '' }}" + re.sub(r"^[^\S\n]+(?=\{[%#](?!\+))", "", source)
+
+
+def _with_tools(own: OwnTemplate) -> str:
+    """Return the text of a tokenizer's own template; if it has another one for tools, a template that chooses."""
+    if not own.for_tools:
+        return own.source
+    plain, for_tools = (text.removesuffix("\n") for text in (own.source, own.for_tools))
+    return f"{{%- if tools %}}{{{{- '' }}}}{for_tools}{{% else %}}{{{{- '' }}}}{plain}{{% endif %}}"
 
 
 def _refusal_of_system(template: Template) -> str | None:
@@ -65,7 +67,11 @@ _DEFAULT_SYSTEM = (
 )
 _SYSTEM_AS_USER = (
     "{%- if messages[0]['role'] == 'system' and messages | length > 1 -%}"
-    "{%- set messages = [{'role': messages[1]['role'], 'content': "
-    "messages[0]['content'] + \"\\n\\n\" + messages[1]['content']}] + messages[2:] -%}{%- endif -%}"
+    "{%- set merged = namespace(system=messages[0]['content'] + \"\\n\\n\", messages=[]) -%}"
+    "{%- for m in messages[1:] -%}{%- if merged.system and m['role'] == 'user' -%}"
+    "{%- set merged.messages = merged.messages + [{'role': 'user', 'content': merged.system + m['content']}] -%}"
+    "{%- set merged.system = '' -%}"
+    "{%- else -%}{%- set merged.messages = merged.messages + [m] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set messages = merged.messages -%}{%- endif -%}"
 )
 _REFUSED_SYSTEM = "{{%- if messages[0]['role'] == 'system' -%}}{{{{- raise_exception({reason}) -}}}}{{%- endif -%}}"

@@ -6,9 +6,9 @@ This is ``data.system_role: merge``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from luthier.types import Message, Span, Template, TrainOn
+from luthier.types import Message, Span, Template, Tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class SystemAsUser:
     def reply_prefix(self) -> str:
         return self.inner.reply_prefix
 
-    def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
-        return self.inner.spans(_system_as_user(messages), train_on)
+    def spans(self, messages: Sequence[Message], tools: Tools = ()) -> list[Span]:
+        return self.inner.spans(_system_as_user(messages), tools)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        return self.inner.prompt(_system_as_user(messages))
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> str:
+        return self.inner.prompt(_system_as_user(messages), tools)
 
     def describe(self) -> dict[str, object]:
         return {**self.inner.describe(), "system_role": "merge"}
@@ -49,5 +49,7 @@ class SystemAsUser:
 def _system_as_user(messages: Sequence[Message]) -> Sequence[Message]:
     if len(messages) < 2 or messages[0].role != "system":
         return messages
-    system, first, *rest = messages
-    return (Message(first.role, f"{system.content}\n\n{first.content}"), *rest)
+    system, *rest = messages
+    first = next((i for i, m in enumerate(rest) if m.role == "user"), 0)  # the assistant may open the conversation
+    rest[first] = replace(rest[first], content=f"{system.content}\n\n{rest[first].content}")
+    return rest

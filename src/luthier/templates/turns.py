@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from luthier.errors import TemplateError
-from luthier.types import Message, Span, TrainOn
+from luthier.templates.own import require_plain
+from luthier.types import Message, Span, Tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +42,21 @@ class Turns:
     gap: str = ""
     trim: bool = False
 
-    def spans(self, messages: Sequence[Message], train_on: TrainOn = "all_replies") -> list[Span]:
+    def spans(self, messages: Sequence[Message], tools: Tools = ()) -> list[Span]:
+        require_plain(messages, tools, self.name)
         spans: list[Span] = []
         pending = self.opening  # text to be read, up to the next written span
-        last = len(messages) - 1
-        for i, (before, written) in enumerate(self._pieces(messages)):
+        for message, (before, written) in zip(messages, self._pieces(messages), strict=True):
             pending += before
-            if written and (train_on == "all_replies" or i == last):
+            if written and message.trained:
                 spans += [Span(pending, False), Span(written, True)]
                 pending = ""
             else:
                 pending += written
         return [*spans, Span(pending + self.gap, False)]
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> str:
+        require_plain(messages, tools, self.name)
         return self.opening + "".join(before + written for before, written in self._pieces(messages)) + self.reply
 
     def describe(self) -> dict[str, object]:

@@ -28,6 +28,7 @@ from luthier.batching.plan import Packing, Plan
 from luthier.compiled import Unsuitable, compiled_model, report_compilation
 from luthier.config import TrainConfig
 from luthier.devices.device import deterministic, keeping_freed_memory
+from luthier.encoding.store import row_starts
 from luthier.errors import ConfigError, TrainError, listed
 from luthier.kernels.dropout import DropoutState
 from luthier.lora.layers import LoraLinear, frozen_dtype, share_dropout_state
@@ -87,7 +88,7 @@ def train(
     ConfigError as ``loss_function`` does.
     """
     session = session or Session()
-    schedule = Plan.of(len(examples), config)
+    schedule = Plan.of(len(row_starts(examples)) - 1, config)
     parameters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
     optimizer = Optimizer(parameters, config, fp16=frozen_dtype(model) is torch.float16)
     done = Progress()

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from luthier.batching.collate import collate, to_device
+from luthier.batching.collate import SHORTEST_SHARED, collate, to_device
 from luthier.batching.plan import Packing, Plan
 from luthier.compiled.group import PAD
 from luthier.compiled.model import LOGITS, input_projections, unsuitable
 from luthier.config import LoraConfig, TrainConfig
 from luthier.devices.device import resident_now
+from luthier.encoding.store import ExampleStore
 from luthier.kernels import native
 from luthier.lora.layers import LoraLinear, Targets, attach, trainable_parameters
 from luthier.models.directory import cache_bytes, rotary_limit
@@ -39,11 +42,35 @@ _NOT_IN_TRAINING = ("on_disk", "largest_on_load", "chat")
 
 @dataclass(frozen=True, slots=True)
 class RowLengths:
-    """Tokens and supervised tokens of each row, [n] each. common: length of the prefix that all rows share."""
+    """Tokens and supervised tokens of each example, [n] each.
+
+    common: length of the prefix that all examples share. shared: first tokens that each example shares with the one
+    before it of the same row, -1 for the first of a row, [n]; None if every row has one example.
+    """
 
     lengths: Sequence[int]
     supervised: Sequence[int]
     common: int = 0
+    shared: Sequence[int] | None = None
+
+    def rows(self) -> list[range]:
+        """Return the examples of each row."""
+        shared = self.shared or [-1] * len(self.lengths)
+        starts = [*(i for i, size in enumerate(shared) if size < 0), len(shared)]
+        return [range(a, b) for a, b in pairwise(starts)]
+
+    def own(self, share: bool) -> NDArray[np.int64]:
+        """Return the tokens of each example without those that it shares, if shared prefixes are computed once."""
+        lengths = np.asarray(self.lengths, np.int64)
+        if not share:
+            return lengths
+        within = np.asarray(self.shared) if self.shared else np.full(len(lengths), -1)
+        return lengths - np.where(within >= 0, np.where(within >= SHORTEST_SHARED, within, 0), self.common)
+
+    @classmethod
+    def of(cls, examples: ExampleStore) -> RowLengths:
+        """Return the lengths of encoded rows."""
+        return cls(examples.lengths(), examples.supervised(), examples.common(), examples.shared())
 
     @classmethod
     def of_length(cls, length: int, rows: int = 1) -> RowLengths:
@@ -223,20 +250,27 @@ class _Weights:
 
 def _heaviest(rows: RowLengths, train: TrainConfig, limit: int | None = None) -> list[Example]:
     """Build the micro-batch with the most computed tokens among those of the run's own plan."""
-    lengths = np.asarray(rows.lengths)
-    plan, packing = Plan.of(len(lengths), train), Packing.of(train, limit)
+    examples_of = rows.rows()
+    plan, packing = Plan.of(len(examples_of), train), Packing.of(train, limit)
     common = rows.common if packing.share else 0
+    own = rows.own(packing.share)
     seen, best, most = 0, [0], -1
     for step in range(plan.steps):
-        cut = plan.step(step)
+        cut = [[e for row in part for e in examples_of[row]] for part in plan.step(step)]
         for micro in [[i for part in cut for i in part]] if packing.tokens else cut:
-            tokens = int(lengths[micro].sum()) - common * (len(micro) - 1)
+            tokens = int(own[micro].sum())
             seen += 1
             if tokens > most:
                 most, best = tokens, micro
         if seen > _BATCHES:
             break
-    examples = [_synthetic_row(int(rows.lengths[i]), int(rows.supervised[i]), common, i + 1) for i in best]
+    examples: list[Example] = []
+    for i in best:
+        row = _synthetic_row(int(rows.lengths[i]), int(rows.supervised[i]), common, i + 1)
+        shared = rows.shared[i] if rows.shared else -1
+        if shared >= 0 and examples and packing.share:
+            row.ids[:shared] = examples[-1].ids[:shared]
+        examples.append(row)
     return max(packing.group([examples]), key=lambda micro: len(collate(micro, packing.share).input_ids))
 
 

@@ -106,7 +106,7 @@ class Requirements:
     @classmethod
     def of(cls, config: RunConfig, native: PretrainedConfig, targets: Targets, train: ExampleStore) -> Requirements:
         """Collect it for the training rows of a run."""
-        return cls(config, native, targets, RowLengths(train.lengths(), train.supervised(), train.common()))
+        return cls(config, native, targets, RowLengths.of(train))
 
 
 def estimate_run(wanted: Requirements, every_precision: bool = True) -> Estimate:
@@ -216,13 +216,13 @@ def _fixes(wanted: Requirements, machine: _Machine) -> Iterator[str]:
 
 def _seconds(wanted: Requirements, precision: Precision, train: TrainConfig, recompute: bool) -> float:
     """Seconds per epoch of the products with frozen weights, at ``_REACHED`` of the measured rate."""
-    tokens = sum(wanted.rows.lengths) - (wanted.rows.common * len(wanted.rows.lengths) if train.shared_prefix else 0)
+    tokens = int(wanted.rows.own(train.shared_prefix).sum())
     model = empty_model(wanted.native)
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     passes = 3 if recompute else 2
     seconds = 2.0 * weights * tokens * passes / (rate("flops", precision.dtype) * _REACHED)
     if precision.quantisation:
-        plan = Plan.of(len(wanted.rows.lengths), train)
+        plan = Plan.of(len(wanted.rows.rows()), train)
         rows = plan.rows_per_step if train.micro_batch_tokens else plan.micro_rows
         seconds += weights * passes * math.ceil(plan.rows / rows) / rate("dequantised", precision.dtype)
     return seconds

@@ -105,7 +105,7 @@ def train_locked(
 
         session = loop.Session(record, save, stop, config.model.attn_implementation, log, evaluate)
         progress = loop.train(model, layers, rows.train, settings, session, resume)
-    steps = Plan.of(len(rows.train), settings).steps
+    steps = Plan.of(len(rows.train.row_starts()) - 1, settings).steps
     if progress.step < steps:
         raise Stopped(f"{run.path}: stopped after step {progress.step} of {steps}, which is saved")
 

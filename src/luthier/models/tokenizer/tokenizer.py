@@ -10,22 +10,21 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from jinja2.exceptions import TemplateError as JinjaError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from luthier.errors import ModelError, TemplateError
+from luthier.errors import ModelError
 from luthier.models.checkpoint_reader import read_json
 from luthier.models.protocols import HfTokenizer
 from luthier.models.tokenizer import sentencepiece, tiktoken
-from luthier.templates import RefusedConversation
-from luthier.templates.jinja import DATE
-from luthier.types import Encoding, Message
+from luthier.models.tokenizer.chat_template import TEMPLATE_FILE, own_templates, reads_only_parts, render
+from luthier.templates import OwnTemplate
+from luthier.templates.own import DATE, with_fixed_date
+from luthier.types import Encoding, Message, Tools, as_dict
 
 _VOCABULARY = "tokenizer.model"
-TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = (
     *("tokenizer.json", _VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", TEMPLATE_FILE),
@@ -48,6 +47,7 @@ class Tokenizer:
         self._fast = hf.backend_tokenizer
         self._fast.no_padding()
         self._fast.no_truncation()
+        self._reads_parts: dict[str, bool] = {}
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Encoding]:
         """Encode texts without adding special tokens."""
@@ -89,6 +89,11 @@ class Tokenizer:
         text: str | None = self._fast.id_to_token(token)
         return text
 
+    def text(self, ids: Sequence[int]) -> str:
+        """Decode ids to text, control tokens included."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=False)
+        return text
+
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text without control tokens."""
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
@@ -117,30 +122,31 @@ class Tokenizer:
         template = self.hf.chat_template
         return template.get("default") if isinstance(template, dict) else template
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """Render messages with the model's own chat template.
+    @property
+    def own_template(self) -> OwnTemplate | None:
+        """The model's own chat template, if it has one."""
+        source, named = self.chat_template, self.hf.chat_template
+        if not source:
+            return None
+        for_tools = named.get("tool_use", "") if isinstance(named, dict) else ""
+        dated = any("strftime_now" in text for text in (source, for_tools))
+        return OwnTemplate(self.render, source, for_tools, DATE.isoformat() if dated else "")
 
-        Raises RefusedConversation if the template refuses them, TemplateError if it depends on the current date.
-        """
-        plain = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            text = self.hf.apply_chat_template(
-                plain,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                date_string=DATE,
-                strftime_now="refused",  # calling this text, in place of the function, is a TypeError
-            )
-        except (JinjaError, TypeError, ValueError) as e:
-            if isinstance(e, TypeError) and "strftime_now" in (self.chat_template or ""):
-                raise TemplateError(
-                    "the model's chat template inserts today's date, so later prompts would differ from the trained "
-                    "ones",
-                    "choose another template: --set data.template=chatml",
-                ) from None
-            raise RefusedConversation(str(e)) from None
-        assert isinstance(text, str)
-        return text
+    def source(self, with_tools: bool) -> str:
+        """Return the text of the template that transformers would choose, with a fixed date. Raises TemplateError."""
+        named = self.hf.chat_template
+        source = named.get("tool_use") if with_tools and isinstance(named, dict) else None
+        return with_fixed_date(source or self.chat_template or "")
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools = ()) -> str:
+        """Render messages with the model's own chat template. Raises RefusedConversation if it refuses them."""
+        source = self.source(bool(tools))
+        if source not in self._reads_parts:
+            self._reads_parts[source] = reads_only_parts(self.hf, source)
+        rows = list(map(as_dict, messages))
+        if self._reads_parts[source]:
+            rows = [{**row, "content": [{"type": "text", "text": row["content"]}]} for row in rows]
+        return render(self.hf, source, rows, add_generation_prompt, tools)
 
     def described(self) -> dict[str, object]:
         """Return the content of this tokenizer's tokenizer.json."""
@@ -173,6 +179,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     hf = _read(path, AutoTokenizer)
     if not getattr(hf, "is_fast", False):
         raise ModelError(f"{path}: its tokenizer has no fast form (tokenizer.json)", "download tokenizer.json too")
+    if not hf.chat_template:
+        hf.chat_template = own_templates(path)
     if kind == "llama" and (exact := _corrected(path, hf)):
         return Tokenizer(exact)
     if has_json and not _keeps_spaces(hf) and _keeps_spaces(verbatim := _read(path, PreTrainedTokenizerFast)):
@@ -254,7 +262,7 @@ def _wrap(path: Path, fast: FastTokenizer, tokens: dict[str, str]) -> HfTokenize
         raise ModelError(f"{path}: {', '.join(unknown)} is not in its vocabulary", "download the model again")
     hf: HfTokenizer = PreTrainedTokenizerFast(
         tokenizer_object=fast,
-        chat_template=read_template(path),
+        chat_template=own_templates(path),
         model_input_names=["input_ids", "attention_mask"],
         padding_side="left",
         clean_up_tokenization_spaces=False,
@@ -300,17 +308,6 @@ def _declared(path: Path) -> dict[int, AddedToken]:
         return {int(str(i)): AddedToken(text, normalized=False, special=True) for text, i in more.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ModelError(f"{path}: its added tokens cannot be read ({e!r})", "download the model again") from None
-
-
-def read_template(path: Path) -> str | None:
-    """Read a directory's default chat template; None if it has none."""
-    file = path / TEMPLATE_FILE
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = read_json(path / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
-    return template if isinstance(template, str) else None
 
 
 def has_tokenizer(path: Path) -> bool:
