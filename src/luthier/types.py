@@ -33,7 +33,7 @@ Shapes in annotations, such as ``Float[Tensor, "tokens hidden"]``, are jaxtyping
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -91,6 +91,19 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     name: str = ""
     call_id: str = ""
+
+
+def json_leaves(value: object) -> Iterator[object]:
+    """Yield the texts, numbers and other single values within JSON values, and the keys of objects."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from json_leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from json_leaves(inner)
+    else:
+        yield value
 
 
 def as_dict(message: Message) -> dict[str, object]:

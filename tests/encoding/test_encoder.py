@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ from luthier.encoding.store import ExampleStore
 from luthier.errors import DataError
 from luthier.models.chat_format import ChatFormat
 from luthier.models.tokenizer.tokenizer import Tokenizer
-from luthier.templates import ChatML
-from luthier.types import Conversation, Example, Message, RowRef
+from luthier.templates import ChatML, RefusedConversation
+from luthier.types import Conversation, Example, Message, RowRef, Span
 from tests.helpers.rows import conversations, encode, encoder, examples
 
 LONG = Conversation(
@@ -111,3 +113,39 @@ def test_the_store_returns_the_examples_that_were_added(tokenizer: Tokenizer) ->
     assert len(store[2:4]) == 2
     with pytest.raises(IndexError):
         _ = store[len(rows)]
+
+
+def joining(tokenizer: Tokenizer) -> Tokenizer:
+    """In this vocabulary, the newline after ``assistant`` and two spaces form one token."""
+    other = Tokenizer(copy.deepcopy(tokenizer.hf))
+    other._fast.add_tokens(["\n  "])
+    return other
+
+
+JOINED = (Message("user", "a"), Message("assistant", "  b"), Message("user", "c"), Message("assistant", "d"))
+
+
+def test_a_reply_that_would_join_its_prompt_is_encoded_after_the_prompts_ids(tokenizer: Tokenizer) -> None:
+    other = joining(tokenizer)
+    report = DataReport(read=1)
+    e = encoder(other)
+    examples = encode(e, [Conversation(JOINED, RowRef("f", 1))], report)
+    assert [ex.shared >= 0 for ex in examples] == [False, True] and report.problems == []
+    for example, i in zip(examples, (1, 3), strict=True):
+        prompt = other.encode_batch([e.template.prompt(JOINED[:i])])[0].ids
+        assert example.ids[: len(prompt)].tolist() == prompt
+        assert other.text(example.ids[len(prompt) :]) == f"{JOINED[i].content}<|im_end|>"
+        assert example.trained.tolist() == [False] * len(prompt) + [True] * (len(example) - len(prompt))
+    assert any("the tokenizer joins" in note for note in report.notes)
+
+
+def test_a_joined_row_whose_replies_cannot_be_rendered_apart_is_dropped(tokenizer: Tokenizer) -> None:
+    class Whole(ChatML):
+        def spans(self, messages: Sequence[Message], tools: Any = ()) -> list[Span]:
+            if len(messages) < len(JOINED):
+                raise RefusedConversation("only whole conversations")
+            return super().spans(messages, tools)
+
+    report = DataReport(read=1)
+    assert encode(encoder(joining(tokenizer), template=Whole()), [Conversation(JOINED, RowRef("f", 1))], report) == []
+    assert "only whole conversations" in report.unrendered[0].reason

@@ -45,5 +45,5 @@ def template_of(name: str, tokenizer: Tokenizer) -> Template:
     assert isinstance(own, OwnTemplate)
     known = CONFIGURED.get(name.removesuffix("_training"), ())
     tokens = [t for t in known if tokenizer.token_id(t) is not None]
-    written = written_stop(own.render, tokenizer.control_tokens, tokens)
+    written = written_stop(own, tokenizer.control_tokens, tokens)
     return pick("auto", own, (*([written] if written else []), *tokens))

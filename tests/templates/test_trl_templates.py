@@ -86,7 +86,7 @@ def test_replies_get_examples_of_their_own_only_where_the_template_rewrites_earl
 
 # what trl trains besides: ends of turns that nobody waits for, and starts that the prompt of chat already contains
 BESIDES = (
-    "", "\n", "<|im_end|>", "\n<|im_end|>", "\n<|endoftext|>", "<think>\n", "<think>\n\n</think>\n\n",
+    "\n", "<|im_end|>", "\n<|im_end|>", "\n<|endoftext|>", "<think>\n", "<think>\n\n</think>\n\n",
     "<|start|>assistant",
 )  # fmt: skip
 # trl's versions of these templates leave out the thought that the published prompt opens, or read parts only

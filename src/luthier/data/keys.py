@@ -58,7 +58,8 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 THOUGHTS = ("reasoning_content", "thinking")  # of a reply
 CALLS = ("tool_calls", "function_call")  # of a reply
 TOOLS = ("tools", "functions")  # of a row
-_UNSUPPORTED = {  # key: (why a value that is not empty drops the row where it is not read, what to do)
+# A row is dropped if one of these keys has content in a place where luthier does not read it: (why, what to do).
+_UNSUPPORTED = {
     **dict.fromkeys(THOUGHTS, ("a thought belongs to a reply", "write it into the message of its reply")),
     **dict.fromkeys(CALLS, ("only replies call tools", "write it into the message of a reply")),
     **dict.fromkeys(TOOLS, ("tools belong to the whole row", "write them beside the messages")),

@@ -61,7 +61,7 @@ def read_thought(value: Mapping[str, object], row: ParsedRow, keys: Sequence[str
         thought = value.get(key)
         if not is_empty(thought):
             if not isinstance(thought, str):
-                raise RowProblem(f"{place}{key} must be text, got {type(thought).__name__}", fix="write the thought")
+                raise RowProblem(f"{place}{key} must be text, got {type(thought).__name__}", fix="write it as text")
             thoughts[key] = text(thought, place + key, row)
     if len({t.strip() for t in thoughts.values()}) > 1:
         raise RowProblem(f"{' and '.join(place + key for key in thoughts)} are different thoughts", fix="keep one")

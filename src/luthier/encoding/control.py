@@ -12,7 +12,7 @@ from typing import Literal
 
 from luthier.data.loader import DataReport
 from luthier.errors import DataError
-from luthier.types import ChatTokenizer, Conversation, Template, ToolCall
+from luthier.types import ChatTokenizer, Conversation, Template, ToolCall, json_leaves
 
 Choice = Literal["refuse", "drop", "escape"]
 
@@ -74,20 +74,11 @@ def _texts(conversation: Conversation) -> Iterator[str]:
             for call in m.tool_calls:
                 yield from (call.name, call.id)
                 yield from _strings(call.arguments)
-    yield from _strings(list(conversation.tools))
+    yield from _strings(conversation.tools)
 
 
 def _strings(value: object) -> Iterator[str]:
-    """Yield the texts within JSON values, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key)
-            yield from _strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)
+    return (leaf for leaf in json_leaves(value) if isinstance(leaf, str))
 
 
 def _with_texts(conversation: Conversation, change: Callable[[str], str]) -> Conversation:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -101,25 +102,27 @@ class Encoder:
     def _rendered(self, conversations: Sequence[Conversation], report: DataReport) -> list[_Row]:
         """Render conversations, each as a whole or reply by reply; those that cannot be rendered are dropped."""
         rows: list[_Row] = []
+        empty = self.thinking == "empty" and "</think>" not in self.template.reply_prefix
         for conversation in conversations:
             c = self.control.apply(conversation, report) if self.control else conversation
             if c is None:
                 continue
             if self.thinking != "keep":
-                c = self._without_thoughts(c)
-            try:
+                c = replace(c, messages=tuple(without_thought(m, empty) for m in c.messages))
+            with self._dropping(c, report):
                 rows.append((c, self._render(c, report)))
-            except RefusedConversation as e:
-                reason = f"the model's chat template refuses this conversation: {e}{self._hint(c)}"
-                report.drop_unrendered(c.source, reason, "")
-            except TemplateError as e:
-                report.drop_unrendered(c.source, e.message, e.fix)
         return rows
 
-    def _without_thoughts(self, c: Conversation) -> Conversation:
-        """Return a conversation whose replies have no thoughts, or empty ones if the template writes none itself."""
-        empty = self.thinking == "empty" and "</think>" not in self.template.reply_prefix
-        return replace(c, messages=tuple(without_thought(m, empty) for m in c.messages))
+    @contextmanager
+    def _dropping(self, c: Conversation, report: DataReport) -> Iterator[None]:
+        """Drop a conversation that cannot be rendered within the block, with the reason."""
+        try:
+            yield
+        except RefusedConversation as e:
+            reason = f"the model's chat template refuses this conversation: {e}{self._hint(c)}"
+            report.drop_unrendered(c.source, reason, "")
+        except TemplateError as e:
+            report.drop_unrendered(c.source, e.message, e.fix)
 
     def _render(self, c: Conversation, report: DataReport) -> list[_Rendered]:
         if self.train_on == "last_reply":
@@ -157,10 +160,11 @@ class Encoder:
         for conversation, row in rows:
             parts = [(part, *next(encoded)) for part in row]
             if any(start is None for _, _, replies in parts for start, _ in replies):
-                joined = self._joined(row, report)
-                if joined is None:
+                parts = []
+                with self._dropping(conversation, report):
+                    parts = self._joined(row, report)
+                if not parts:
                     continue
-                parts = joined
             examples = self._fitting(parts, report)
             if examples:
                 yield conversation, examples
@@ -238,10 +242,10 @@ class Encoder:
 
     def _joined(
         self, row: Sequence[_Rendered], report: DataReport
-    ) -> list[tuple[_Rendered, NDArray[np.int32], list[_ReplyTokens]]] | None:
+    ) -> list[tuple[_Rendered, NDArray[np.int32], list[_ReplyTokens]]]:
         """Encode each reply after the ids of its prompt, as generation produces it, where the two texts would join.
 
-        None, and a problem in ``report``, if the tokenizer cannot write the reply by itself.
+        Empty, and a problem in ``report``, if the tokenizer cannot write the reply by itself. Raises TemplateError.
         """
         if len(row) == 1:
             row = [self._render_one(part) for part in _parts(row[0].conversation)]
@@ -262,7 +266,7 @@ class Encoder:
                     "dropped",
                     "remove the white space at the start of the reply",
                 )
-                return None
+                return []
             parts.append((part, np.asarray(ids, dtype=np.int32), [(len(prompt), len(ids) - 1)]))
         return parts
 

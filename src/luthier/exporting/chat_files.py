@@ -23,7 +23,7 @@ from luthier.models.protocols import HfTokenizer
 from luthier.models.tokenizer.chat_template import TEMPLATE_FILE
 from luthier.models.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from luthier.templates.exported import chat_template
-from luthier.types import Message
+from luthier.types import Message, as_dict
 
 _CONFIG = "tokenizer_config.json"
 _OWN_CODE_KEYS = ("user_token_id", "assistant_token_id", "transformers_version")  # of other code
@@ -137,9 +137,10 @@ def verify_stock(folder: Path, chat_format: ChatFormat, system: str | None) -> N
     tokenizer = _stock(folder)
 
     def ids(messages: Sequence[Message]) -> list[int] | None:
-        plain = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            encoded = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)
+            encoded = tokenizer.apply_chat_template(
+                list(map(as_dict, messages)), add_generation_prompt=True, return_dict=True
+            )
         except Exception:  # the template's own refusal, in one of many types
             return None
         assert isinstance(encoded, Mapping)

@@ -17,7 +17,7 @@ from luthier.inference.generation import Reply
 from luthier.inference.sampling import Sampling
 from luthier.lora.layers import LoraLinear
 from luthier.models.chat_format import ChatFormat
-from luthier.types import Message
+from luthier.types import Message, as_dict
 
 GIVE_ADAPTER = "give a run, or --model BASE --adapter DIR"
 
@@ -106,7 +106,7 @@ class Chat:
         Raises DataError if the conversation is not a valid row, ConfigError if ``path`` cannot be used.
         """
         path = files.user_path(path)
-        row = {"messages": [{"role": m.role, "content": m.content} for m in self.messages()]}
+        row = {"messages": list(map(as_dict, self.messages()))}
         try:
             parse_messages(row)
         except RowProblem as e:

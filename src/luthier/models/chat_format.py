@@ -111,7 +111,7 @@ def load_chat_format(
     ids = [i for i in ids if rows is None or i < rows]  # the model can write no others
     texts = tuple(dict.fromkeys(t for i in ids if (t := tokenizer.text_of(i)) is not None))
     own = tokenizer.own_template
-    if own and (written := written_stop(own.render, tokenizer.control_tokens, texts)):
+    if own and (written := written_stop(own, tokenizer.control_tokens, texts)):
         texts = (written, *texts)
     if described is None:
         template = pick(choice, own, texts, family.template, system_role)

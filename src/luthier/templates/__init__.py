@@ -15,7 +15,7 @@ from luthier.errors import TemplateError, nearest
 from luthier.templates import baichuan2, deepseek, glm4, llama3, phi3
 from luthier.templates.chatml import END, START, ChatML
 from luthier.templates.jinja import Jinja, OwnForTools
-from luthier.templates.own import WRITTEN, OwnTemplate, RefusedConversation, Render
+from luthier.templates.own import WRITTEN, OwnTemplate, RefusedConversation, Render, writes_thoughts, writes_tools
 from luthier.templates.system_as_user import SystemAsUser
 from luthier.templates.turns import Turns
 from luthier.types import ChatTokenizer, Message, SystemRole, Template
@@ -74,24 +74,13 @@ def _pick(choice: str, own: OwnTemplate | None, stop: tuple[str, ...], family: s
         native = None  # the training accepted system messages that the native template refuses
     template = Jinja(own, stop)
     if choice == "auto" and native:
-        return OwnForTools(native, template) if _writes_more(own) else native
+        return OwnForTools(native, template) if writes_tools(own) or writes_thoughts(own) else native
     if native:
         try:
             template.spans((Message("user", "a"), Message("assistant", "b")))
         except TemplateError as e:
             raise TemplateError(e.message, f"--set data.template={native.name}") from None
     return template
-
-
-def _writes_more(own: OwnTemplate) -> bool:
-    """Whether the tokenizer's own template also writes tools or thoughts."""
-    question, thought = Message("user", "a"), Message("assistant", "b", thought=_PROBE)
-    tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
-    for messages, prompt, tools in (((question,), True, (tool,)), ((question, thought), False, ())):
-        with suppress(RefusedConversation, TemplateError):
-            if _PROBE in own.render(messages, prompt, tools):
-                return True
-    return False
 
 
 def _named(name: str, own: OwnTemplate | None) -> Template:
@@ -187,7 +176,6 @@ def _fitting(tokenizer: ChatTokenizer) -> str | None:
     return next((n for n, texts in markers.items() if all(tokenizer.token_id(t) is not None for t in texts)), None)
 
 
-_PROBE = "probe_text"
 _PROBES: tuple[tuple[Message, ...], ...] = (
     (Message("user", " What is this?\n"),),
     (Message("system", "Be brief. "), Message("user", "你好")),

@@ -22,7 +22,7 @@ def chat_template(template: Template, own: OwnTemplate | None, system: str | Non
     """
     inner = template.inner if isinstance(template, SystemAsUser) else template
     if isinstance(inner, OwnForTools):
-        inner = inner.own
+        inner = inner.jinja
     if isinstance(inner, Jinja):
         source = _with_tools(inner.own)
     else:

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from luthier.errors import HistoryError, TemplateError
-from luthier.templates.completeness import OTHER_TEMPLATE, incomplete, omits_system, require_context, with_fields
-from luthier.templates.own import PROBE, OwnTemplate, RefusedConversation, inner_stop, is_plain
+from luthier.templates.completeness import OTHER_TEMPLATE, incomplete, require_context, with_fields
+from luthier.templates.own import PROBE, OwnTemplate, RefusedConversation, inner_stop, is_plain, omits_system
 from luthier.types import Message, Span, Template, Tools
 
 _OPENED_THOUGHT = re.compile(r"<think>\s*\Z")  # the end of a prompt
@@ -76,7 +76,7 @@ class Jinja:
             return None
         if any(stop in tail for stop in self.stop):
             return None
-        return inner_stop(self.own.render, self.own.source, self.stop, called=False)
+        return inner_stop(self.own, self.stop, called=False)
 
     def describe(self) -> dict[str, object]:
         return {"name": self.name, **self.own.describe()}
@@ -84,7 +84,7 @@ class Jinja:
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools) -> str:
         text = self.own.render(messages, add_generation_prompt, tools)
         first = messages[0]
-        if first.role == "system" and first.content.strip() and omits_system(self.own.render, self.own.source):
+        if first.role == "system" and first.content.strip() and omits_system(self.own):
             raise TemplateError(
                 "the model's chat template omits the system prompt",
                 "leave the system prompt out, or train with --set data.system_role=merge, which puts it into the "
@@ -131,7 +131,7 @@ class Jinja:
             at, stop = min(ends)
             return at, at + len(stop), stop
         text = rendered.rstrip() if reply.content == reply.content.rstrip() else rendered
-        stop = inner_stop(self.own.render, self.own.source, self.stop, bool(reply.tool_calls)) or ""
+        stop = inner_stop(self.own, self.stop, bool(reply.tool_calls)) or ""
         if not stop:
             raise _error(
                 is_last,
@@ -147,7 +147,7 @@ class OwnForTools:
     """A native template, and for conversations that are not plain the model's own one, which writes the same text."""
 
     native: Template
-    own: Jinja
+    jinja: Jinja
 
     @property
     def name(self) -> str:
@@ -155,7 +155,7 @@ class OwnForTools:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.native.stop, *self.own.stop)))
+        return tuple(dict.fromkeys((*self.native.stop, *self.jinja.stop)))
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -172,17 +172,17 @@ class OwnForTools:
         return self._for(messages, tools).prompt(messages, tools)
 
     def describe(self) -> dict[str, object]:
-        return {**self.native.describe(), "own": self.own.own.describe()}
+        return {**self.native.describe(), "own": self.jinja.own.describe()}
 
     def _for(self, messages: Sequence[Message], tools: Tools) -> Template:
-        return self.native if is_plain(messages, tools) else self.own
+        return self.native if is_plain(messages, tools) else self.jinja
 
 
-_EACH_REPLY = "train each reply in a row of its own: --set data.train_on=each_reply"
+_EACH_REPLY = "train each reply in an example of its own: --set data.train_on=each_reply"
 
 
 def _error(is_last: bool, message: str, fix: str = OTHER_TEMPLATE) -> TemplateError:
-    """Return the error of a reply; if it is not the last one, a row of its own may solve it."""
+    """Return the error of a reply; if it is not the last one, an example of its own may solve it."""
     return TemplateError(message, fix) if is_last else HistoryError(message, _EACH_REPLY)
 
 

@@ -1,10 +1,11 @@
-"""Describe a tokenizer's own chat template: how it is run, its date, the stop tokens that it writes."""
+"""Describe a tokenizer's own chat template: how it is run, its date, and what it writes (found out with probes)."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -17,11 +18,11 @@ PROBE = "probe-reply"
 DATE = date(2024, 7, 26)  # today's, for templates that write it (Llama 3's own fallback): all prompts have the same
 WRITTEN = "{#- Written by luthier: the chat template of the training. -#}"  # the start of every exported template
 
-
 _TODAY = re.compile(r"""strftime_now\s*\(\s*(["'])([^"']*)\1\s*\)""")
 _ANY_DATE = re.compile(r"strftime_now(?!\s+is\s+(not\s+)?defined)")
 
 
+@lru_cache(64)
 def with_fixed_date(source: str) -> str:
     """Return the text of a template with ``DATE`` in place of today's date. Raises TemplateError if that is unknown."""
     fixed = _TODAY.sub(lambda call: json.dumps(DATE.strftime(call[2])), source)
@@ -78,13 +79,13 @@ def require_plain(messages: Sequence[Message], tools: Tools, name: str) -> None:
         raise TemplateError(f"the {name} template has no form for tools", own)
 
 
-def written_stop(render: Render, tokens: Sequence[str], known: Sequence[str]) -> str | None:
+def written_stop(own: OwnTemplate, tokens: Sequence[str], known: Sequence[str]) -> str | None:
     """Return the control token that a template writes after the last reply, if none of the ``known`` ones is there.
 
     tokens: all control tokens. None if the template writes none, or refuses the probe.
     """
     try:
-        text = render((Message("user", "a"), Message("assistant", PROBE)), False)
+        text = own.render((Message("user", "a"), Message("assistant", PROBE)), False)
     except (RefusedConversation, TemplateError):
         return None
     tail = text.rpartition(PROBE)[2]
@@ -97,16 +98,42 @@ def written_stop(render: Render, tokens: Sequence[str], known: Sequence[str]) ->
 
 
 @lru_cache(64)
-def inner_stop(render: Render, _source: str, stops: tuple[str, ...], called: bool) -> str | None:
+def inner_stop(own: OwnTemplate, stops: tuple[str, ...], called: bool) -> str | None:
     """Return the stop token that ends a reply in the middle of a conversation, else the model's first one, if any.
 
-    called: whether the reply calls a tool. _source: the template's text, which ``render`` may get anew.
+    called: whether the reply calls a tool.
     """
     reply = Message("assistant", PROBE, tool_calls=(ToolCall("probe", {}),) if called else ())
     follows = Message("tool", "x", name="probe") if called else Message("user", "x")
     try:
-        tail = render((Message("user", "a"), reply, follows), False).rpartition(PROBE)[2]
+        tail = own.render((Message("user", "a"), reply, follows), False).rpartition(PROBE)[2]
     except (RefusedConversation, TemplateError):
         tail = ""
     written = [(at, stop) for stop in stops if (at := tail.find(stop)) >= 0]
     return min(written)[1] if written else next(iter(stops), None)
+
+
+@lru_cache(64)
+def writes_tools(own: OwnTemplate) -> bool:
+    """Whether a template writes descriptions of tools."""
+    tool = {"type": "function", "function": {"name": PROBE, "description": "", "parameters": {}}}
+    with suppress(RefusedConversation, TemplateError):
+        return PROBE in own.render((Message("user", "a"),), True, (tool,))
+    return False
+
+
+@lru_cache(64)
+def writes_thoughts(own: OwnTemplate) -> bool:
+    """Whether a template writes the thought of a last reply."""
+    with suppress(RefusedConversation, TemplateError):
+        return PROBE in own.render((Message("user", "a"), Message("assistant", "b", thought=PROBE)), False)
+    return False
+
+
+@lru_cache(64)
+def omits_system(own: OwnTemplate) -> bool:
+    """Whether a template leaves system messages out."""
+    try:
+        return PROBE not in own.render((Message("system", PROBE), Message("user", "a")), True)
+    except RefusedConversation:
+        return False
